@@ -1,0 +1,45 @@
+# Sourced by the other scripts: makes .venv with this project and everything it needs, and activates it.
+# Safe to source again: it installs only when pyproject.toml or the Python version changed since.
+# OBCACHE_PYTHON names the interpreter to make it with (default: the first Python >= 3.11 found).
+
+REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$REPOSITORY/.venv"
+
+find_python() {
+    local candidate
+    for candidate in ${OBCACHE_PYTHON:-python3 python3.11 python3.12 python3.13 python}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    echo "No Python >= 3.11 found (tried: ${OBCACHE_PYTHON:-python3, python3.11 to 3.13, python})." >&2
+    echo "Install one, or name it: OBCACHE_PYTHON=/path/to/python3.11 bash $0" >&2
+    return 1
+}
+
+install_environment() {
+    local stamp="$VENV/.installed-for" python wanted
+    if [[ -x "$VENV/bin/python" ]]; then
+        python="$VENV/bin/python"
+    else
+        python="$(find_python)" || return 1
+    fi
+    wanted="$("$python" --version) $(sha256sum <"$REPOSITORY/pyproject.toml")"
+    if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
+        return
+    fi
+    echo "environment: installing SGLang and this project into $VENV (11 GB; 4 to 8 minutes the first time)"
+    # Without the stamp, an install that is interrupted here starts again next time.
+    rm -f "$stamp"
+    "$python" -m venv "$VENV" || return 1
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
+        --editable "$REPOSITORY[dev]" || return 1
+    echo "$wanted" >"$stamp"
+    echo "environment: ready in $VENV"
+}
+
+install_environment || exit 1
+# shellcheck disable=SC1091
+source "$VENV/bin/activate"
+cd "$REPOSITORY"

@@ -1,0 +1,116 @@
+"""A real SGLang server for the length of a `with` block: the tests and the quickstart talk to nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import requests
+
+# Start-up takes 20 s on an idle machine with two cores, and a busy one has been seen to take 90 s.
+START_TIMEOUT_SECONDS = 300
+STOP_TIMEOUT_SECONDS = 30
+REQUEST_TIMEOUT_SECONDS = 300
+
+
+class Server:
+    """A running SGLang server: `url`, requests to it, and its log."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
+        self.process = process
+        self.url = f"http://127.0.0.1:{port}"
+        self.log_file = log_file
+
+    def log(self) -> str:
+        """Everything the server's processes wrote so far."""
+        return self.log_file.read_text(errors="replace")
+
+    def request(self, method: str, path: str, **kwargs: Any) -> requests.Response:
+        """The response, whatever its status; `kwargs` as in `requests.request`."""
+        kwargs.setdefault("timeout", REQUEST_TIMEOUT_SECONDS)
+        return requests.request(method, self.url + path, **kwargs)
+
+    def post(self, path: str, body: Mapping[str, Any], **kwargs: Any) -> Any:
+        """The JSON answer to `body`. Raises RuntimeError with the server's own words on any status but 200."""
+        return self._json(self.request("POST", path, json=body, **kwargs))
+
+    def get(self, path: str, **kwargs: Any) -> Any:
+        """The JSON answer. Raises RuntimeError with the server's own words on any status but 200."""
+        return self._json(self.request("GET", path, **kwargs))
+
+    @staticmethod
+    def _json(response: requests.Response) -> Any:
+        if response.status_code != 200:
+            raise RuntimeError(f"{response.url} answered {response.status_code}: {response.text}")
+        return response.json()
+
+
+@contextlib.contextmanager
+def serve(
+    model_dir: Path, log_file: Path, flags: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """A server on a free port, ready for requests; its whole process group is gone afterwards.
+
+    flags: for `python -m sglang.launch_server`; env: on top of this process's environment. Raises RuntimeError with the
+    end of the log when the server exits or does not become healthy in `START_TIMEOUT_SECONDS`.
+    """
+    port = _free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model_dir), "--port", str(port), *flags]
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            # A group of its own, so that the scheduler and detokenizer end with it.
+            start_new_session=True,
+        )
+    server = Server(process, port, log_file)
+    try:
+        _wait_until_healthy(server)
+        yield server
+    finally:
+        _stop(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_healthy(server: Server) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise RuntimeError(f"the server exited with {server.process.returncode}; {_log_tail(server)}")
+        with contextlib.suppress(requests.ConnectionError, requests.Timeout):
+            if server.request("GET", "/health", timeout=30).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise RuntimeError(f"the server was not healthy after {START_TIMEOUT_SECONDS} s; {_log_tail(server)}")
+
+
+def _log_tail(server: Server) -> str:
+    lines = server.log().splitlines()[-60:]
+    return f"the end of {server.log_file}:\n" + "\n".join(lines)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_SECONDS)
+    # Whatever of the group outlived it; there is no such group when all ended by themselves.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Makes the environment, checks the code and runs the tests:  bash launch/test.sh [--all]
+# --all adds the tests marked long (soaks, sweeps).
+set -euo pipefail
+
+markers="not long"
+case "${1:-}" in
+    "") ;;
+    --all) markers="" ;;
+    *)
+        echo "usage: bash launch/test.sh [--all]    unknown argument: $1" >&2
+        exit 2
+        ;;
+esac
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+echo "== ruff"
+ruff check .
+ruff format --check .
+echo "== mypy"
+mypy
+echo "== pytest"
+exec python -m pytest -m "$markers" --durations=10

@@ -1,0 +1,99 @@
+"""`python -m obcache_sglang.check`: does this installation fit the SGLang it finds, and can this machine serve?
+
+Prints every SGLang name the package touches, what it is for and whether it is there; versions; whether SGLang will load the
+plugin; and the device it would serve on. Exit code 0 if all is well, 1 if not. `--flags` prints the command-line flags
+instead: `sglang serve --help` answers before it loads plugins, so they are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib.metadata import entry_points, version
+
+from obcache_sglang import __version__
+from obcache_sglang.config import add_cli_flags
+from obcache_sglang.host import TESTED_SGLANG, check_host, installed_sglang
+
+PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "obcache"
+PLATFORM_GROUP, PLATFORM_NAME = "sglang.srt.platforms", "obcache_cpu"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m obcache_sglang.check", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--flags", action="store_true", help="print the flags that --obcache adds to `sglang serve`")
+    if parser.parse_args(argv).flags:
+        flags = argparse.ArgumentParser(prog="sglang serve", add_help=False)
+        add_cli_flags(flags)
+        print(flags.format_help())
+        return 0
+    checks = (_check_versions, _check_entry_points, _check_table, _check_device)
+    # A list, so that all of them print.
+    problems = [problem for check in checks for problem in check()]
+    print()
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+    print("OK: this machine can serve with --obcache." if not problems else f"Not OK: {len(problems)} problems.")
+    return 1 if problems else 0
+
+
+def _check_versions() -> list[str]:
+    print(f"obcache_sglang {__version__}, python {sys.version.split()[0]}")
+    print(", ".join(f"{name} {version(name)}" for name in ("sglang", "torch", "transformers")))
+    if installed_sglang() == TESTED_SGLANG:
+        return []
+    problem = f"SGLang {installed_sglang()} is installed, this package is tested with {TESTED_SGLANG}"
+    return [f"{problem}: install that, or insist with --obcache-allow-untested-sglang."]
+
+
+def _check_entry_points() -> list[str]:
+    """Whether SGLang will find and load us: the rules of sglang.srt.plugins.load_plugins."""
+    problems = []
+    for group, name in ((PLUGIN_GROUP, PLUGIN_NAME), (PLATFORM_GROUP, PLATFORM_NAME)):
+        found = any(point.name == name for point in entry_points(group=group))
+        print(f"entry point {group}: {name} {'found' if found else 'MISSING'}")
+        if not found:
+            problems.append(
+                f"the entry point {name} of {group} is missing: install the package (pip install obcache-sglang)."
+            )
+    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    if allowed and PLUGIN_NAME not in allowed:
+        problems.append(
+            f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} excludes this plugin: add {PLUGIN_NAME}, or unset it."
+        )
+    platform = os.environ.get("SGLANG_PLATFORM")
+    if platform and platform != PLATFORM_NAME:
+        # SGLang skips all plugins of packages that offer another platform, and this package offers one.
+        problems.append(f"SGLANG_PLATFORM={platform} excludes this package's plugins: unset it.")
+    return problems
+
+
+def _check_table() -> list[str]:
+    states = check_host()
+    width = max(len(state.touch.target) for state in states)
+    print(f"\n{len(states)} SGLang names:")
+    for state in states:
+        touch = state.touch
+        verdict = (
+            "found" if state.ok else "MISSING" if not state.found else f"LACKS {', '.join(state.missing_parameters)}"
+        )
+        print(f"  {touch.target:{width}}  {touch.kind:8}  {verdict:6}  {touch.why}")
+    missing = [state.touch.target for state in states if not state.ok]
+    return [f"this SGLang lacks what we rely on: {', '.join(missing)}."] if missing else []
+
+
+def _check_device() -> list[str]:
+    from sglang.srt.platforms import current_platform
+
+    name = type(current_platform).__name__
+    device = getattr(current_platform, "device_name", None)
+    print(f"\nplatform {name}, device {device}")
+    if device is None:
+        return ["SGLang finds no accelerator, and our CPU platform is not active: see the entry points above."]
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

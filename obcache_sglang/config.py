@@ -1,0 +1,481 @@
+"""Settings: what decides which tokens are kept, and how the server offers it.
+
+Every setting is declared once, in `OPTIONS`: its command-line flag, its check and its help text come from there, and so do
+the keys a request may override. Defaults that depend on each other (a method's window, a preset's pooling) are resolved in
+one place, `CompressionSettings.resolve`, from the values that were really given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from obcache_sglang.errors import ConfigError, InvalidValue
+
+SETTINGS_ENV = "OBCACHE_SGLANG_SETTINGS"
+"""Environment variable that carries the server's settings, as JSON, from the launcher to every process it starts."""
+
+METHODS = ("snapkv", "h2o", "tova", "streaming", "random")
+SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
+PRESETS = ("default", "kvpress", "paper")
+POOLINGS = ("none", "average", "max")
+HEADS = ("per-head", "shared")
+BUDGETS = ("uniform",)
+MODES = ("marked", "prompt")
+
+EVERY_QUERY = 0
+"""`CompressionSettings.window` of a method that scores with every query of the context (h2o, written "all")."""
+
+# Settings that a method or preset decides unless they are given. A request that names another method or preset starts
+# from that one's own values: a window chosen for snapkv says nothing about tova.
+_DECIDED_BY_METHOD = frozenset({"window", "pooling", "kernel_size", "heads"})
+_DECIDED_BY_PRESET = _DECIDED_BY_METHOD | {"sink_tokens"}
+
+
+@dataclass(frozen=True)
+class CompressionSettings:
+    """Everything that decides which tokens of a context are kept. Part of a context's identity.
+
+    compression_ratio: fraction of KV pairs removed, in [0, 1), as in KVPress and the OBCache paper (arXiv 2510.07651).
+    method: which queries score, and what is always kept (snapkv, h2o, tova, streaming, random).
+    score: how a query scores a token (attention, obcache-v, obcache-k, obcache-kv).
+    preset: `kvpress` protects nothing but the window, and never shrinks it; `default` and `paper` also protect sinks and
+        shrink a window that is larger than half of the kept tokens.
+    window: number of last context queries that score; `EVERY_QUERY` for all (h2o only). streaming ignores it, random
+        only protects that many last tokens.
+    pooling, kernel_size: smoothing of the scores over neighbouring positions; kernel_size is odd, and 1 without pooling.
+    sink_tokens: first positions that are always kept.
+    heads: `per-head` keeps each KV head's own tokens, `shared` one selection (the mean over heads) for a layer.
+    max_kept_tokens: upper bound of the kept tokens per KV head, beside the ratio; None for no bound.
+    budget: how the kept tokens are divided; `uniform`: the same number for each head of each layer.
+    """
+
+    compression_ratio: float = 0.7
+    method: str = "snapkv"
+    score: str = "obcache-k"
+    preset: str = "default"
+    window: int = 64
+    pooling: str = "average"
+    kernel_size: int = 5
+    sink_tokens: int = 4
+    heads: str = "per-head"
+    max_kept_tokens: int | None = None
+    budget: str = "uniform"
+
+    def __post_init__(self) -> None:
+        """Raises InvalidValue on the first setting that is not allowed, alone or beside the others."""
+        for option in COMPRESSION_OPTIONS:
+            checked = option.check(option.name, getattr(self, option.name))
+            object.__setattr__(self, option.name, checked)
+        if self.window == EVERY_QUERY and self.method != "h2o":
+            raise InvalidValue(
+                "window", "all", f"is for method h2o only; {self.method} needs a number of last queries, 1 or more."
+            )
+        if self.method == "tova" and self.window != 1:
+            raise InvalidValue(
+                "window", self.window, "is not allowed with method tova: it scores with the last query only."
+            )
+        if self.pooling == "none" and self.kernel_size != 1:
+            raise InvalidValue(
+                "kernel_size",
+                self.kernel_size,
+                "has no effect without pooling: leave it out, or set pooling=average|max.",
+            )
+
+    @classmethod
+    def resolve(cls, given: Mapping[str, Any]) -> CompressionSettings:
+        """Settings from the values really given; the method and preset decide the rest.
+
+        given: any of this class's field names; `window` may be "all". Raises InvalidValue.
+        """
+        method = given.get("method", cls.method)
+        preset = given.get("preset", cls.preset)
+        decided: dict[str, Any] = {"window": 64, "pooling": "none", "kernel_size": 1}
+        if method == "snapkv":
+            decided = {"window": 64, "pooling": "average", "kernel_size": 5}
+            if preset == "paper":
+                decided = {"window": 16, "pooling": "max", "kernel_size": 7}
+        elif method == "tova":
+            decided |= {"window": 1, "heads": "shared"}
+        if preset == "kvpress":
+            decided["sink_tokens"] = 0
+        if given.get("pooling") == "none":
+            decided["kernel_size"] = 1
+        elif given.get("pooling") is not None and decided["kernel_size"] == 1:
+            decided["kernel_size"] = cls.kernel_size
+        return cls(**{**decided, **given})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; `from_dict` gives back an equal object."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CompressionSettings:
+        """The inverse of `to_dict`: takes every field as it is, resolves nothing. Raises InvalidValue."""
+        return cls(**values)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, equal in every process and release for equal settings."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether scoring reads attention queries (else positions alone decide)."""
+        return self.method not in ("streaming", "random")
+
+    def kept_tokens(self, context_tokens: int) -> int:
+        """Tokens kept per KV head of a context of `context_tokens`: `int(L * (1 - ratio))`, at least 1, at most the cap."""
+        kept = int(context_tokens * (1 - self.compression_ratio))
+        if self.max_kept_tokens is not None:
+            kept = min(kept, self.max_kept_tokens)
+        return max(kept, 1)
+
+    def kept_slots(self, context_tokens: int, page_size: int) -> int:
+        """KV slots a context of `context_tokens` (whole pages) holds: `min(L, ceil_to_page(kept_tokens))`."""
+        pages = math.ceil(self.kept_tokens(context_tokens) / page_size)
+        return min(context_tokens, pages * page_size)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """One server's settings: the defaults of its requests, and how it offers compression.
+
+    compression: what a request gets that asks for nothing else.
+    mode: `marked`: prompts say where their context ends; `prompt`: the context is all of a prompt but its last token.
+    min_tokens: shorter contexts are served exactly.
+    marker: the text that ends a context.
+    max_contexts: contexts remembered at once.
+    max_pinned_slots: KV slots that pinned contexts may hold together; None for half of the pool.
+    allow_untested_sglang: start on another SGLang release than the tested one.
+    given: the compression settings that were given explicitly, from which a request's overrides are resolved.
+    """
+
+    compression: CompressionSettings = field(default_factory=CompressionSettings)
+    mode: str = "marked"
+    min_tokens: int = 256
+    marker: str = "<|obcache|>"
+    max_contexts: int = 1024
+    max_pinned_slots: int | None = None
+    allow_untested_sglang: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def resolve(cls, given: Mapping[str, Any]) -> ServerSettings:
+        """Settings from the values really given, under their field names. Raises InvalidValue, also for unknown names."""
+        for name in given:
+            if name not in OPTIONS:
+                raise InvalidValue(name, given[name], f"is not a setting; the settings are {', '.join(OPTIONS)}.")
+        values = {name: OPTIONS[name].check(name, value) for name, value in given.items()}
+        compression = {name: value for name, value in values.items() if OPTIONS[name].per_request}
+        server = {name: value for name, value in values.items() if not OPTIONS[name].per_request}
+        return cls(compression=CompressionSettings.resolve(compression), given=compression, **server)
+
+    def compression_for(self, overrides: Mapping[str, Any]) -> CompressionSettings:
+        """The settings of a request that overrides some. Raises InvalidValue.
+
+        A request that names another method or preset than the server's starts from that one's own window, pooling and heads.
+        """
+        if not overrides:
+            return self.compression
+        dropped: frozenset[str] = frozenset()
+        if overrides.get("preset", self.compression.preset) != self.compression.preset:
+            dropped = _DECIDED_BY_PRESET
+        elif overrides.get("method", self.compression.method) != self.compression.method:
+            dropped = _DECIDED_BY_METHOD
+        kept = {name: value for name, value in self.given.items() if name not in dropped}
+        return CompressionSettings.resolve({**kept, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, for reports."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("compression", "given")} | {
+            "compression": self.compression.to_dict()
+        }
+
+    def publish(self) -> None:
+        """Hands the settings to every process started from this one, in the environment variable `SETTINGS_ENV`."""
+        defaults = ServerSettings()
+        server = {
+            option.name: getattr(self, option.name)
+            for option in SERVER_OPTIONS
+            if getattr(self, option.name) != getattr(defaults, option.name)
+        }
+        os.environ[SETTINGS_ENV] = json.dumps(server | dict(self.given), sort_keys=True)
+
+    @staticmethod
+    def from_environment() -> ServerSettings | None:
+        """The published settings, or None where compression was not asked for. Raises ConfigError."""
+        text = os.environ.get(SETTINGS_ENV)
+        if not text:
+            return None
+        try:
+            given = json.loads(text)
+            return ServerSettings.resolve(given)
+        except (InvalidValue, ValueError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"{SETTINGS_ENV}={text!r} cannot be read ({error}). It is set by --obcache, as a JSON object; unset it."
+            ) from error
+
+
+# --- the options --------------------------------------------------------------------------------------------------------
+
+Check = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting. check(name, value) returns the value to use or raises InvalidValue; per_request: a request may set it."""
+
+    name: str
+    check: Check
+    help: str
+    cli_type: Callable[[str], Any] = str
+    metavar: str | None = None
+    per_request: bool = True
+
+    @property
+    def flag(self) -> str:
+        return "--obcache-" + self.name.replace("_", "-")
+
+
+def _one_of(choices: Iterable[str]) -> Check:
+    allowed = tuple(choices)
+
+    def check(name: str, value: Any) -> str:
+        if value not in allowed:
+            raise InvalidValue(
+                name,
+                value,
+                f"is not allowed; choose {' or '.join([', '.join(allowed[:-1]), allowed[-1]][len(allowed) == 1 :])}.",
+            )
+        return str(value)
+
+    return check
+
+
+def _whole_number(
+    minimum: int, what: str, *, optional: bool = False, odd: bool = False, all_word: bool = False
+) -> Check:
+    def check(name: str, value: Any) -> int | None:
+        if value is None and optional:
+            return None
+        if all_word and value in ("all", EVERY_QUERY) and not isinstance(value, bool):
+            return EVERY_QUERY
+        allowed = f"{'an odd' if odd else 'a'} whole number, {minimum} or more" + (', or "all"' if all_word else "")
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum or (odd and value % 2 == 0):
+            raise InvalidValue(name, value, f"is not {allowed}: it is {what}.")
+        return value
+
+    return check
+
+
+def _ratio(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise InvalidValue(name, value, "is outside [0, 1): it is the fraction of KV pairs removed; 0.7 keeps 30 %.")
+    return float(value)
+
+
+def _marker(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value or value != value.strip():
+        raise InvalidValue(name, value, "is not a text without surrounding blanks; the default is <|obcache|>.")
+    return value
+
+
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidValue(name, value, "is not true or false.")
+    return value
+
+
+def _number(text: str) -> int | float | str:
+    """A number from the command line; anything else stays text, which the option's check then refuses by name."""
+    for parse in (int, float):
+        try:
+            return parse(text)
+        except ValueError:
+            continue
+    return text
+
+
+COMPRESSION_OPTIONS = (
+    Option(
+        "compression_ratio",
+        _ratio,
+        "Fraction of a context's KV pairs that is removed, in [0, 1): 0.7 keeps 30 %%. Default: 0.7.",
+        _number,
+        "RATIO",
+    ),
+    Option(
+        "method",
+        _one_of(METHODS),
+        "Which queries score a context's tokens. snapkv: its last ones, scores smoothed over neighbours; h2o: its last ones or all; "
+        "tova: its last one, one choice for all heads; streaming (first and last tokens) and random are sanity floors. Default: snapkv.",
+        metavar="|".join(METHODS),
+    ),
+    Option(
+        "score",
+        _one_of(SCORES),
+        "How a query scores a token: its attention weight, or the attention output error of removing its value, key or both "
+        "(OBCache, arXiv 2510.07651). Default: obcache-k.",
+        metavar="|".join(SCORES),
+    ),
+    Option(
+        "preset",
+        _one_of(PRESETS),
+        "Defaults of the settings below. kvpress: exactly KVPress's semantics, no protected sinks; paper: snapkv with window 16 and "
+        "max pooling over 7. Default: default.",
+        metavar="|".join(PRESETS),
+    ),
+    Option(
+        "window",
+        _whole_number(1, "the number of last context queries that score", all_word=True),
+        "Number of last context tokens whose queries score, and which are kept; all: every query of the context (h2o only). "
+        "Default: 64 (tova: 1; preset paper: 16).",
+        _number,
+        "TOKENS|all",
+    ),
+    Option(
+        "pooling",
+        _one_of(POOLINGS),
+        "Smoothing of scores over neighbouring positions. Default: average for snapkv (preset paper: max), else none.",
+        metavar="|".join(POOLINGS),
+    ),
+    Option(
+        "kernel_size",
+        _whole_number(1, "the number of neighbouring positions pooled", odd=True),
+        "Positions pooled together, an odd number. Default: 5 (preset paper: 7).",
+        _number,
+        "POSITIONS",
+    ),
+    Option(
+        "sink_tokens",
+        _whole_number(0, "the number of first tokens that are always kept"),
+        "First tokens of a context that are always kept (attention sinks). Default: 4 (preset kvpress: 0).",
+        _number,
+        "TOKENS",
+    ),
+    Option(
+        "heads",
+        _one_of(HEADS),
+        "per-head: each KV head keeps its own tokens; shared: the KV heads of a layer keep the same ones. Default: per-head (tova: shared).",
+        metavar="|".join(HEADS),
+    ),
+    Option(
+        "max_kept_tokens",
+        _whole_number(1, "the most tokens kept per KV head of one context", optional=True),
+        "Upper bound of the tokens kept per KV head of one context, beside the ratio. Default: none.",
+        _number,
+        "TOKENS",
+    ),
+    Option(
+        "budget",
+        _one_of(BUDGETS),
+        "How the kept tokens are divided over heads. uniform: the same number for every head of every layer. Default: uniform.",
+        metavar="|".join(BUDGETS),
+    ),
+)
+
+SERVER_OPTIONS = (
+    Option(
+        "mode",
+        _one_of(MODES),
+        "marked: a prompt says where its context ends (marker or context_len), any other is untouched; prompt: the context is all of every "
+        "prompt but its last token (query-aware, not shared). Default: marked.",
+        metavar="|".join(MODES),
+        per_request=False,
+    ),
+    Option(
+        "min_tokens",
+        _whole_number(1, "the length in tokens from which contexts are compressed"),
+        "Contexts of fewer tokens are served exactly. Default: 256.",
+        _number,
+        "TOKENS",
+        per_request=False,
+    ),
+    Option(
+        "marker",
+        _marker,
+        "Text that ends a context inside a prompt; the model never sees it. Default: <|obcache|>.",
+        metavar="TEXT",
+        per_request=False,
+    ),
+    Option(
+        "max_contexts",
+        _whole_number(1, "the number of compressed contexts remembered at once"),
+        "Compressed contexts remembered at once; the least recently used unpinned one makes room. Default: 1024.",
+        _number,
+        "CONTEXTS",
+        per_request=False,
+    ),
+    Option(
+        "max_pinned_slots",
+        _whole_number(0, "the number of KV slots that pinned contexts may hold together", optional=True),
+        "KV slots that pinned contexts may hold together. Default: half of the pool.",
+        _number,
+        "SLOTS",
+        per_request=False,
+    ),
+    Option(
+        "allow_untested_sglang",
+        _switch,
+        "Start on another SGLang release than the one this package was tested with.",
+        per_request=False,
+    ),
+)
+
+OPTIONS: dict[str, Option] = {option.name: option for option in (*COMPRESSION_OPTIONS, *SERVER_OPTIONS)}
+
+
+# --- command line -------------------------------------------------------------------------------------------------------
+
+
+def add_cli_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--obcache` and `--obcache-*` to `parser`, in a group of their own. All default to None: not given."""
+    group = parser.add_argument_group("obcache", "KV-cache compression of shared contexts (package obcache_sglang)")
+    group.add_argument(
+        "--obcache",
+        action="store_true",
+        default=None,
+        help="Compress marked contexts once and answer many prompts from them.",
+    )
+    for option in OPTIONS.values():
+        if option.check is _switch:
+            group.add_argument(option.flag, action="store_true", default=None, help=option.help)
+        else:
+            group.add_argument(
+                option.flag, type=option.cli_type, default=None, metavar=option.metavar, help=option.help
+            )
+
+
+def settings_from_cli(args: argparse.Namespace) -> ServerSettings | None:
+    """The settings that parsed flags ask for, or None without `--obcache`. Raises ConfigError, naming the flag."""
+    given = {name: value for name in OPTIONS if (value := getattr(args, f"obcache_{name}", None)) is not None}
+    if not getattr(args, "obcache", None):
+        if given:
+            flags = ", ".join(OPTIONS[name].flag for name in given)
+            raise ConfigError(
+                f"{flags} given without --obcache, which turns compression on: add --obcache, or leave it out."
+            )
+        return None
+    try:
+        return ServerSettings.resolve(given)
+    except InvalidValue as error:
+        raise ConfigError(f"{OPTIONS[error.name].flag}={error.value} {error.reason}") from error
+
+
+def settings_from_python(obcache: bool | Mapping[str, Any]) -> ServerSettings | None:
+    """The settings of `Engine(obcache=...)`: True for the defaults, a mapping of settings, or False. Raises ConfigError."""
+    if isinstance(obcache, bool):
+        return ServerSettings() if obcache else None
+    if not isinstance(obcache, Mapping):
+        raise ConfigError(f"obcache={obcache!r} is not True, False or a dict of settings ({', '.join(OPTIONS)}).")
+    try:
+        return ServerSettings.resolve(obcache)
+    except InvalidValue as error:
+        raise ConfigError(f"obcache={{{error.name!r}: {error.value!r}}} {error.reason}") from error

@@ -1,0 +1,52 @@
+"""Errors of this package, one for each person who can act on them.
+
+    ObcacheError
+    ├── ConfigError    (ValueError)    the operator: a flag or Engine argument; the server does not start
+    ├── HostError      (RuntimeError)  the operator: this SGLang, model or server option cannot be served; it does not start
+    └── RequestError   (ValueError)    the client: one request; SGLang answers ValueError with HTTP 400
+        └── ContextNotFound            the client: no such context in this namespace; HTTP 404
+
+Messages say what was given, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+
+class ObcacheError(Exception):
+    """Base of all errors raised by obcache_sglang."""
+
+
+class ConfigError(ObcacheError, ValueError):
+    """A start-up setting is wrong."""
+
+
+class HostError(ObcacheError, RuntimeError):
+    """The SGLang, model or server option at hand cannot be served with compression."""
+
+
+class RequestError(ObcacheError, ValueError):
+    """One request is wrong. status_code: what HTTP clients get."""
+
+    def __init__(self, message: str, status_code: int = 400) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+
+
+class ContextNotFound(RequestError):
+    """No context of this id exists under the given cache salt."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status_code=404)
+
+
+class InvalidValue(ObcacheError, ValueError):
+    """One setting has a value that is not allowed; whoever knows where it came from turns it into one of the above.
+
+    name: the setting; value: as given; reason: continues the sentence "NAME=VALUE ...".
+    """
+
+    def __init__(self, name: str, value: object, reason: str) -> None:
+        super().__init__(f"{name}={value!r} {reason}")
+        self.name = name
+        self.value = value
+        self.reason = reason

@@ -1,0 +1,152 @@
+"""The one table of every SGLang name this package touches, and its comparison with the installed SGLang.
+
+Each module that touches SGLang declares its rows (`Touch`) beside the code that does; this module gathers them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from typing import Any, Literal
+
+TESTED_SGLANG = "0.5.23"
+"""The SGLang release this package is written for and tested with."""
+
+Kind = Literal["before", "after", "around", "replace", "call", "read", "subclass"]
+Process = Literal["launcher", "tokenizer", "scheduler", "all"]
+
+HOOK_KINDS: frozenset[str] = frozenset({"before", "after", "around", "replace"})
+
+# Modules that declare rows, under the name of their tuple.
+_DECLARED_IN = (
+    ("obcache_sglang.plugin", "TOUCHES"),
+    ("obcache_sglang.support", "TOUCHES"),
+    ("obcache_sglang.frontend", "TOUCHES"),
+    ("obcache_sglang.openai_reports", "TOUCHES"),
+    ("obcache_sglang.service", "TOUCHES"),
+    ("obcache_sglang.http_api", "TOUCHES"),
+    ("obcache_sglang.engine", "TOUCHES"),
+    ("obcache_sglang.scheduler.hooks", "SCHEDULER_TOUCHES"),
+    ("obcache_sglang.cpu.platform", "TOUCHES"),
+)
+
+
+@dataclass(frozen=True)
+class Touch:
+    """One SGLang name we rely on.
+
+    target: dotted path. A field that exists only on instances is a row of the class, named in `why`.
+    kind: before | after | around | replace: a hook of ours sits there (`hook`, applied through SGLang's HookRegistry);
+        call | read: we use it; subclass: a class of ours extends it.
+    why: one line.
+    parameters: names of its parameters that we pass or read by name.
+    process: where we touch it. launcher and tokenizer are one process in the servers we support; scheduler stands for the
+        schedulers and the data-parallel controller, the launcher's children.
+    hook: the hook function, for hook kinds only.
+    """
+
+    target: str
+    kind: Kind
+    why: str
+    parameters: tuple[str, ...] = ()
+    process: Process = "all"
+    hook: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind in HOOK_KINDS) != (self.hook is not None):
+            raise TypeError(
+                f"{self.target}: a hook function belongs to the kinds {sorted(HOOK_KINDS)}, and only to them"
+            )
+
+    @property
+    def is_hook(self) -> bool:
+        return self.hook is not None
+
+
+@dataclass(frozen=True)
+class TouchState:
+    """What the installed SGLang has of one row.
+
+    missing_parameters: names in `touch.parameters` that it does not have. in_place: for hooks, whether it is
+    called in this process; None for other kinds.
+    """
+
+    touch: Touch
+    found: bool
+    missing_parameters: tuple[str, ...]
+    in_place: bool | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether SGLang still has what we rely on (says nothing about hooks being applied)."""
+        return self.found and not self.missing_parameters
+
+
+@cache
+def host_table() -> tuple[Touch, ...]:
+    """Every row, in the order of the modules that declare them."""
+    return tuple(row for module, name in _DECLARED_IN for row in getattr(importlib.import_module(module), name))
+
+
+def hook_rows(process: Literal["launcher", "scheduler"]) -> tuple[Touch, ...]:
+    """The hooks of the launcher (with its tokenizer), or of the scheduler and the other child processes."""
+    processes = {"launcher": ("launcher", "tokenizer", "all"), "scheduler": ("scheduler", "all")}[process]
+    return tuple(touch for touch in host_table() if touch.is_hook and touch.process in processes)
+
+
+def check_host() -> list[TouchState]:
+    """Compares every row with the installed SGLang."""
+    return [check_touch(touch) for touch in host_table()]
+
+
+def check_touch(touch: Touch) -> TouchState:
+    """Compares one row with the installed SGLang. Imports the module it names."""
+    in_place = hook_in_place(touch) if touch.is_hook else None
+    try:
+        target = pkgutil.resolve_name(touch.target)
+    except (ImportError, AttributeError):
+        return TouchState(touch, False, touch.parameters, in_place)
+    return TouchState(touch, True, _missing_parameters(target, touch.parameters), in_place)
+
+
+def hook_in_place(touch: Touch) -> bool:
+    """Whether this row's hook is really called in this process.
+
+    Looks at the function itself, along the chain of wrappers that SGLang's HookRegistry builds: its own record says only
+    that a target was patched once, also for a hook registered too late to be part of it.
+    """
+    try:
+        function: Any = pkgutil.resolve_name(touch.target)
+    except (ImportError, AttributeError):
+        return False
+    while function is not None:
+        if function is touch.hook:
+            return True
+        function = getattr(function, "__func__", function)
+        closure = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is touch.hook for cell in closure):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def installed_sglang() -> str:
+    """The installed SGLang's release, as its package metadata says."""
+    return version("sglang")
+
+
+def _missing_parameters(target: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return names
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return ()
+    return tuple(name for name in names if name not in parameters)

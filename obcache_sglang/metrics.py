@@ -1,0 +1,122 @@
+"""What compression did: counted once, for `GET /obcache/status` and, with `--enable-metrics`, for Prometheus."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+
+class Metrics:
+    """Counters of one scheduler process. Not thread safe: the scheduler's loop is the only caller.
+
+    Made by `create`. Prometheus names start with `sglang:obcache_`, carry SGLang's own labels, and go through its
+    multi-process directory, which the launcher sets up before any process imports prometheus_client.
+    """
+
+    def __init__(self, prometheus: _Prometheus | None) -> None:
+        self._prometheus = prometheus
+        self._totals: Counter[str] = Counter()
+        self._exact: Counter[str] = Counter()
+        self._seconds = 0.0
+        self._contexts = 0
+        self._slots_saved_now = 0
+
+    @classmethod
+    def create(cls, enabled: bool, labels: Mapping[str, str]) -> Metrics:
+        """enabled: whether Prometheus gets them too (SGLang's `--enable-metrics`). labels: of the SGLang scheduler's own metrics."""
+        return cls(_Prometheus(labels) if enabled else None)
+
+    def compressed(self, seconds: float, context_tokens: int, kept_slots: int) -> None:
+        """A context of `context_tokens` tokens was compressed to `kept_slots` KV slots, in `seconds` from start to publication."""
+        self._totals["compressions"] += 1
+        self._totals["context_tokens"] += context_tokens
+        self._totals["slots_saved"] += context_tokens - kept_slots
+        self._seconds += seconds
+        if self._prometheus:
+            self._prometheus.compressions.inc()
+            self._prometheus.seconds.observe(seconds)
+            self._prometheus.slots_saved.inc(context_tokens - kept_slots)
+
+    def reused(self, tokens_saved: int) -> None:
+        """A request used a resident context, and `tokens_saved` tokens of its prompt were not prefilled again."""
+        self._totals["reuses"] += 1
+        self._totals["tokens_saved"] += tokens_saved
+        if self._prometheus:
+            self._prometheus.reuses.inc()
+            self._prometheus.tokens_saved.inc(tokens_saved)
+
+    def exact(self, reason: str) -> None:
+        """A request that asked for compression was served with the exact cache. reason: a fixed short word, not free text."""
+        self._exact[reason] += 1
+        if self._prometheus:
+            self._prometheus.exact.labels(reason=reason).inc()
+
+    def resident(self, contexts: int, slots_saved: int) -> None:
+        """What is resident now: contexts, and the KV slots their exact caches would hold more."""
+        self._contexts = contexts
+        self._slots_saved_now = slots_saved
+        if self._prometheus:
+            self._prometheus.contexts.set(contexts)
+            self._prometheus.slots_saved_now.set(slots_saved)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, for `GET /obcache/status`."""
+        names = ("compressions", "reuses", "context_tokens", "slots_saved", "tokens_saved")
+        return {name: self._totals[name] for name in names} | {
+            "compression_seconds": self._seconds,
+            "exact": dict(self._exact),
+            "contexts": self._contexts,
+            "slots_saved_now": self._slots_saved_now,
+        }
+
+
+class _Prometheus:
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        # Imported here: prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it is first imported.
+        from prometheus_client import Counter as PrometheusCounter
+        from prometheus_client import Gauge, Histogram
+
+        names = list(labels)
+
+        def counter(name: str, text: str) -> Any:
+            return PrometheusCounter(f"sglang:obcache_{name}", text, labelnames=names).labels(**labels)
+
+        def gauge(name: str, text: str) -> Any:
+            return Gauge(f"sglang:obcache_{name}", text, labelnames=names, multiprocess_mode="mostrecent").labels(
+                **labels
+            )
+
+        self.compressions = counter("compressions_total", "Contexts compressed.")
+        self.reuses = counter("reuses_total", "Requests that used a resident compressed context.")
+        self.tokens_saved = counter(
+            "tokens_saved_total", "Prompt tokens not prefilled again thanks to a compressed context."
+        )
+        self.slots_saved = counter("slots_saved_total", "KV slots given back by compressions.")
+        self.contexts = gauge("contexts", "Compressed contexts resident now.")
+        self.slots_saved_now = gauge(
+            "slots_saved", "KV slots that the resident contexts hold less than their exact caches would."
+        )
+        self.seconds = Histogram(
+            "sglang:obcache_compression_seconds",
+            "Seconds from the start of a compression job to its publication.",
+            labelnames=names,
+            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+        ).labels(**labels)
+        exact = PrometheusCounter(
+            "sglang:obcache_exact_total",
+            "Requests that asked for compression and were served with the exact cache, by reason.",
+            labelnames=[*names, "reason"],
+        )
+        self.exact = _Labelled(exact, labels)
+
+
+class _Labelled:
+    """A Prometheus metric with some of its labels set."""
+
+    def __init__(self, metric: Any, labels: Mapping[str, str]) -> None:
+        self._metric = metric
+        self._labels = labels
+
+    def labels(self, **more: str) -> Any:
+        return self._metric.labels(**self._labels, **more)

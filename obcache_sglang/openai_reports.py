@@ -1,0 +1,139 @@
+"""The per-request report in OpenAI responses: `metadata["obcache"]`.
+
+Completion and chat responses have a free-form `metadata` field, so that is where the report goes: one object, or a list by
+choice where a request has several. In a stream it is in the chunk that carries the `finish_reason` of its choice; no chunk is
+added, since clients read `choices[0]` of each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from obcache_sglang.host import Touch
+from obcache_sglang.plan import PARAM
+
+_REPORTS = (
+    "obcache_reports"  # attribute of a GenerateReqInput whose stream's reports are wanted: {choice index: report}
+)
+
+_DATA = "data: "
+# In a text, the quotes of this would be escaped.
+_FINISHED = '"finish_reason":"'
+
+
+def _add_to_response(
+    response: Any, serving: Any, request: Any, ret: list[dict[str, Any]], *args: Any, **kwargs: Any
+) -> None:
+    """After _build_completion_response and _build_chat_response. ret: what the engine answered, one per choice."""
+    reports = [answer["meta_info"].get(PARAM) for answer in ret]
+    if any(reports) and hasattr(response, "metadata"):
+        response.metadata = {**(response.metadata or {}), PARAM: reports[0] if len(reports) == 1 else reports}
+
+
+def _add_to_stream(original: Callable[..., Any], serving: Any, adapted_request: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around _generate_completion_stream and _generate_chat_stream."""
+    reports: dict[int, dict[str, Any]] = {}
+    setattr(adapted_request, _REPORTS, reports)
+    return _reporting(original(serving, adapted_request, *args, **kwargs), reports)
+
+
+async def _reporting(stream: Any, reports: dict[int, dict[str, Any]]) -> AsyncIterator[str]:
+    async with aclosing(stream):
+        async for chunk in stream:
+            yield with_report(chunk, reports) if reports and _FINISHED in chunk else chunk
+
+
+def with_report(chunk: str, reports: dict[int, dict[str, Any]]) -> str:
+    """A server-sent event that finishes a choice, with this choice's report in its metadata; any other as it is.
+
+    chunk: "data: {...}" and blank lines. reports: by choice index.
+    """
+    if not chunk.startswith(_DATA):
+        return chunk
+    event = json.loads(chunk[len(_DATA) :])
+    choices = event.get("choices")
+    report = reports.get(choices[0]["index"]) if choices else None
+    if report is None:
+        return chunk
+    event["metadata"] = {**(event.get("metadata") or {}), PARAM: report}
+    return f"{_DATA}{json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _collect(original: Callable[..., Any], tokenizer_manager: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around TokenizerManager.generate_request: keeps the reports of a stream for its last chunks, which SGLang builds without them."""
+    stream = original(tokenizer_manager, obj, *args, **kwargs)
+    reports = getattr(obj, _REPORTS, None)
+    return stream if reports is None else _collecting(stream, reports)
+
+
+async def _collecting(stream: Any, reports: dict[int, dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    async with aclosing(stream):
+        async for output in stream:
+            report = output["meta_info"].get(PARAM)
+            if report is not None:
+                reports[output.get("index", 0)] = report
+            yield output
+
+
+_COMPLETIONS = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion"
+_CHAT = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat"
+
+TOUCHES = (
+    Touch(
+        f"{_COMPLETIONS}._build_completion_response",
+        "after",
+        "puts the report into metadata",
+        ("request", "ret"),
+        "tokenizer",
+        _add_to_response,
+    ),
+    Touch(
+        f"{_CHAT}._build_chat_response",
+        "after",
+        "puts the report into metadata",
+        ("request", "ret"),
+        "tokenizer",
+        _add_to_response,
+    ),
+    Touch(
+        f"{_COMPLETIONS}._generate_completion_stream",
+        "around",
+        "puts the report into the chunk with the finish_reason",
+        ("adapted_request",),
+        "tokenizer",
+        _add_to_stream,
+    ),
+    Touch(
+        f"{_CHAT}._generate_chat_stream",
+        "around",
+        "puts the report into the chunk with the finish_reason",
+        ("adapted_request",),
+        "tokenizer",
+        _add_to_stream,
+    ),
+    Touch(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "around",
+        "keeps a stream's report until its last chunk; passes every other request on",
+        ("obj",),
+        "tokenizer",
+        _collect,
+    ),
+    Touch(
+        "sglang.srt.entrypoints.openai.protocol.CompletionResponse",
+        "read",
+        "metadata, a free-form dictionary",
+        ("metadata",),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.entrypoints.openai.protocol.ChatCompletionResponse",
+        "read",
+        "metadata, a free-form dictionary",
+        ("metadata",),
+        "tokenizer",
+    ),
+)

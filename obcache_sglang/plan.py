@@ -1,0 +1,209 @@
+"""From what a request says about its context to the plan the scheduler follows. No SGLang in here.
+
+A client sets `custom_params["obcache"]` to false, true or an object (`REQUEST_KEYS`), puts the marker in its text, or both;
+`make_plan` checks all of it and replaces it by a plan, a JSON-safe dict:
+
+    context_len   int         the client's boundary, in tokens of the marker-free prompt; 0: find a resident context by id
+                              (`context_id`) or by the tokens the prompt starts with
+    settings      dict        `CompressionSettings.to_dict()`
+    action        str         "ask": a request; "compress": made by `POST /obcache/compress`, prompt = the context
+    pin           bool        hold the context's slots
+    ttl_seconds   float|None  forget the context after this long
+    context_id    str|None    the prompt is only the question, the context stands in front of it
+    exact         str|None    why the request is served exactly, where that is known already
+    now           float       seconds since the epoch: one clock for all ranks, which have to agree on what has expired
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from obcache_sglang.config import COMPRESSION_OPTIONS, OPTIONS, ServerSettings
+from obcache_sglang.errors import InvalidValue, RequestError
+
+PARAM = "obcache"
+"""The key under `custom_params` that is ours."""
+
+Action = Literal["ask", "compress"]
+
+_SETTING_KEYS = tuple(option.name for option in COMPRESSION_OPTIONS)
+_OWN_KEYS = ("context_len", "context_id", "mode", "pin", "ttl_seconds")
+REQUEST_KEYS = _OWN_KEYS + _SETTING_KEYS
+"""Keys of the object under `custom_params["obcache"]`."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What one request asks for, checked value by value. `asked` is False for a request that says nothing."""
+
+    asked: bool = False
+    refused: bool = False
+    context_len: int | None = None
+    context_id: str | None = None
+    mode: str | None = None
+    pin: bool = False
+    ttl_seconds: float | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_wish(value: object) -> Wish:
+    """Reads `custom_params["obcache"]`; None where the request has none. Raises RequestError naming key, value and what is allowed."""
+    if value is None:
+        return Wish()
+    if isinstance(value, bool):
+        return Wish(asked=value, refused=not value)
+    if not isinstance(value, Mapping):
+        raise RequestError(
+            f'custom_params["{PARAM}"]={value!r} is not allowed: give true, false or an object with any of {", ".join(REQUEST_KEYS)}.'
+        )
+    overrides: dict[str, Any] = {}
+    for key, given in value.items():
+        if key not in REQUEST_KEYS:
+            raise _wrong(str(key), given, f"is not a key of it: allowed are {', '.join(REQUEST_KEYS)}.")
+        if key in _SETTING_KEYS:
+            overrides[key] = _checked(key, given)
+    return Wish(
+        asked=True,
+        context_len=_context_len(value.get("context_len")),
+        context_id=_context_id(value.get("context_id")),
+        mode=_checked("mode", value["mode"]) if "mode" in value else None,
+        pin=_pin(value.get("pin", False)),
+        ttl_seconds=_ttl_seconds(value.get("ttl_seconds")),
+        overrides=overrides,
+    )
+
+
+def split_marker(token_ids: Sequence[int], marker_id: int | None) -> tuple[Sequence[int], int | None]:
+    """(prompt without the marker, number of tokens before it); (the same object, None) where there is none.
+
+    Raises RequestError for more than one marker: a prompt has one context.
+    """
+    count = token_ids.count(marker_id) if marker_id is not None else 0
+    if marker_id is None or count == 0:
+        return token_ids, None
+    if count > 1:
+        raise RequestError(
+            f"The prompt holds the context marker {count} times; it may hold it once, where the context ends."
+        )
+    position = token_ids.index(marker_id)
+    return [*token_ids[:position], *token_ids[position + 1 :]], position
+
+
+def make_plan(
+    wish: Wish,
+    *,
+    num_tokens: int,
+    marker_position: int | None,
+    server: ServerSettings,
+    action: Action = "ask",
+    exact: str | None = None,
+) -> dict[str, Any] | None:
+    """The plan of a request (see the module), or None for a request that compression leaves alone.
+
+    num_tokens: length of the marker-free prompt. marker_position: tokens before the marker, None without one.
+    exact: why this request cannot use a compressed context, if the caller found a reason. Raises RequestError.
+    """
+    mode = wish.mode or server.mode
+    if wish.refused:
+        return None
+    if not wish.asked and marker_position is None and mode == "marked" and action == "ask":
+        return None
+    if wish.context_len is not None and marker_position is not None:
+        raise _wrong("context_len", wish.context_len, "is given beside the marker in the prompt: give one of them.")
+    if wish.context_id is not None:
+        for other, given in (("context_len", wish.context_len), ("the marker in the prompt", marker_position)):
+            if given is not None:
+                raise _wrong("context_id", wish.context_id, f"stands for the whole context: leave out {other}.")
+        if wish.overrides:
+            raise _wrong(
+                "context_id", wish.context_id, f"brings its own settings: leave out {', '.join(wish.overrides)}."
+            )
+    context_len = _boundary(wish, num_tokens, marker_position, mode, action)
+    if context_len is None:
+        return None
+    if exact is None and marker_position == 0:
+        exact = "marker_at_start"
+    if exact is None and 0 < context_len < server.min_tokens:
+        exact = "below_min_tokens"
+    try:
+        settings = server.compression_for(wish.overrides)
+    except InvalidValue as error:
+        raise _wrong(error.name, error.value, error.reason) from error
+    return {
+        "context_len": context_len,
+        "settings": settings.to_dict(),
+        "action": action,
+        "pin": wish.pin,
+        "ttl_seconds": wish.ttl_seconds,
+        "context_id": wish.context_id,
+        "exact": exact,
+        "now": time.time(),
+    }
+
+
+def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, mode: str, action: Action) -> int | None:
+    """Tokens of the context; 0 to look one up; None where the prompt has none (mode prompt, a prompt of one token)."""
+    if action == "compress":
+        return num_tokens
+    if wish.context_id is not None:
+        return 0
+    if marker_position is not None:
+        return marker_position
+    if wish.context_len is not None:
+        if wish.context_len > num_tokens:
+            raise _wrong(
+                "context_len", wish.context_len, f"is outside [1, {num_tokens}]: the prompt has {num_tokens} tokens."
+            )
+        return wish.context_len
+    if mode == "prompt":
+        return num_tokens - 1 if num_tokens > 1 else None
+    return 0
+
+
+def _wrong(key: str, value: object, reason: str) -> RequestError:
+    return RequestError(f'custom_params["{PARAM}"]["{key}"]={value!r} {reason}')
+
+
+def _checked(key: str, value: object) -> Any:
+    try:
+        return OPTIONS[key].check(key, value)
+    except InvalidValue as error:
+        raise _wrong(key, error.value, error.reason) from error
+
+
+def _context_len(value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _wrong(
+            "context_len", value, "is not a whole number, 1 or more: it is the number of prompt tokens in the context."
+        )
+    return value
+
+
+def _context_id(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise _wrong(
+            "context_id", value, "is not the id of a context, as /obcache/compress and /obcache/contexts give it."
+        )
+    return value
+
+
+def _pin(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong("pin", value, "is not true or false.")
+    return value
+
+
+def _ttl_seconds(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise _wrong("ttl_seconds", value, "is not a number of seconds above 0.")
+    return float(value)

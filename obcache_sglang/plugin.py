@@ -1,0 +1,210 @@
+"""Entry point of SGLang's plugin system: from `--obcache` to hooks that are in place, or a server that does not start.
+
+SGLang calls `register` in every process of a server (`sglang.srt.plugins.load_plugins`), and goes on without a plugin or
+hook that fails. So activation has two stages, and each is proved:
+
+1. In the launcher `register` adds the command-line flags, nothing else. Parsing `--obcache` (or `Engine(obcache=...)`)
+   calls `activate`: the settings go into the environment, the hooks of this process are applied and looked for.
+2. In a child process `register` finds the settings and applies the hooks of that process. Each scheduler reports that it is
+   active when it is ready; the launcher refuses to serve if one does not.
+
+What must stop the server raises SystemExit where SGLang would swallow an Exception.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from obcache_sglang import __version__
+from obcache_sglang.config import SETTINGS_ENV, ServerSettings, add_cli_flags, settings_from_cli
+from obcache_sglang.errors import ConfigError, HostError
+from obcache_sglang.host import Touch, hook_in_place, hook_rows
+from obcache_sglang.support import check_supported
+
+logger = logging.getLogger(__name__)
+
+_registered: set[tuple[str, int]] = set()
+
+
+def register() -> None:
+    """Called by SGLang in every process. Idempotent."""
+    if multiprocessing.parent_process() is None:
+        # A launcher gets its settings from its own flags: a variable left in a shell must not turn anything on.
+        _apply(CLI_TOUCHES)
+        return
+    try:
+        settings = ServerSettings.from_environment()
+        if settings is not None:
+            apply_hooks("scheduler")
+    except Exception as error:
+        raise SystemExit(f"obcache_sglang: this process cannot run with compression: {error}") from error
+
+
+def activate(settings: ServerSettings) -> None:
+    """Turns compression on in the launcher and in every process it starts from now on.
+
+    Raises HostError if a hook of the launcher is not in place afterwards.
+    """
+    settings.publish()
+    apply_hooks("launcher")
+    compression = settings.compression
+    logger.info(
+        "obcache_sglang %s is active: ratio %s, method %s, score %s, preset %s, mode %s, contexts of %s tokens or more, marker %r.",
+        __version__,
+        compression.compression_ratio,
+        compression.method,
+        compression.score,
+        compression.preset,
+        settings.mode,
+        settings.min_tokens,
+        settings.marker,
+    )
+
+
+def deactivate() -> None:
+    """Keeps processes started from now on out of it; hooks in this process stay, and pass everything on where nothing is set."""
+    os.environ.pop(SETTINGS_ENV, None)
+
+
+def apply_hooks(process: Literal["launcher", "scheduler"]) -> None:
+    """Applies the hooks of a `launcher` or a `scheduler` (any child process), and proves it. Raises HostError naming missing ones."""
+    touches = hook_rows(process)
+    _apply(touches)
+    missing = [touch.target for touch in touches if not hook_in_place(touch)]
+    if missing:
+        raise HostError(
+            f"--obcache was asked for, but {len(missing)} hooks are not in place: {', '.join(missing)}. "
+            "Run `python -m obcache_sglang.check` to see what this SGLang lacks; without --obcache the server starts."
+        )
+
+
+def _apply(touches: Iterable[Touch]) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for touch in touches:
+        key = (touch.target, id(touch.hook))
+        if touch.hook is not None and key not in _registered:
+            _registered.add(key)
+            HookRegistry.register(touch.target, touch.hook, HookType(touch.kind))
+    HookRegistry.apply_hooks()
+
+
+# --- hooks of the launcher ----------------------------------------------------------------------------------------------
+
+
+def _add_flags(result: None, parser: argparse.ArgumentParser) -> None:
+    """After ServerArgs.add_cli_args: SGLang's parser also gets our flags."""
+    add_cli_flags(parser)
+
+
+def _take_settings(server_args: Any, cls: type, args: argparse.Namespace) -> None:
+    """After ServerArgs.from_cli_args, which drops what it does not know: our flags become settings."""
+    try:
+        settings = settings_from_cli(args)
+        if settings is None:
+            deactivate()
+            return
+        check_supported(settings, server_args)
+        activate(settings)
+    except (ConfigError, HostError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+
+
+def _check_before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Before Engine._launch_scheduler_processes: options are resolved and nothing is spawned; refuse what we do not support."""
+    settings = ServerSettings.from_environment()
+    if settings is None:
+        return
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    try:
+        check_supported(settings, server_args, model_config_of(server_args))
+    except HostError as error:
+        raise SystemExit(f"HostError: {error}") from error
+
+
+def _check_after_launch(result: tuple[Any, ...], cls: type, *args: Any, **kwargs: Any) -> None:
+    """After Engine._launch_subprocesses: every scheduler must have said that it runs with compression."""
+    if ServerSettings.from_environment() is None:
+        return
+    infos = result[3].scheduler_infos
+    silent = [rank for rank, info in enumerate(infos) if not info.get("obcache")]
+    if silent or not infos:
+        raise SystemExit(
+            f"HostError: --obcache was asked for, but the scheduler processes {silent} of {len(infos)} run without it. Their plugins are "
+            "excluded (SGLANG_PLUGINS, SGLANG_PLATFORM) or failed to load: see their log above, and `python -m obcache_sglang.check`."
+        )
+
+
+def _forward_init_info(result: dict[str, Any], controller: Any) -> None:
+    """After DataParallelController.get_init_info: it answers for its schedulers, so it must answer for this too."""
+    infos = controller._scheduler_init_infos
+    if infos and all(info.get("obcache") for info in infos):
+        result["obcache"] = infos[0]["obcache"]
+
+
+CLI_TOUCHES = (
+    Touch(
+        "sglang.srt.server_args.ServerArgs.add_cli_args",
+        "after",
+        "adds --obcache and its flags to `sglang serve` and `python -m sglang.launch_server`",
+        ("parser",),
+        "launcher",
+        _add_flags,
+    ),
+    Touch(
+        "sglang.srt.server_args.ServerArgs.from_cli_args",
+        "after",
+        "takes our flags out of the parsed arguments; SGLang keeps declared fields only",
+        ("args",),
+        "launcher",
+        _take_settings,
+    ),
+)
+
+TOUCHES = (
+    *CLI_TOUCHES,
+    Touch(
+        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
+        "before",
+        "last moment before processes start, first moment with resolved options: unsupported ones are refused",
+        ("server_args",),
+        "launcher",
+        _check_before_launch,
+    ),
+    Touch(
+        "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
+        "after",
+        "refuses to serve unless every scheduler reported that compression is active",
+        (),
+        "launcher",
+        _check_after_launch,
+    ),
+    Touch(
+        "sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info",
+        "after",
+        "with data parallelism the controller reports in its schedulers' place",
+        (),
+        "scheduler",
+        _forward_init_info,
+    ),
+    Touch(
+        "sglang.srt.entrypoints.engine.SchedulerInitResult",
+        "read",
+        "scheduler_infos: what each scheduler reported when it was ready",
+        (),
+        "launcher",
+    ),
+    Touch(
+        "sglang.srt.plugins.hook_registry.HookRegistry.register",
+        "call",
+        "registers hooks",
+        ("target", "hook", "hook_type"),
+    ),
+    Touch("sglang.srt.plugins.hook_registry.HookRegistry.apply_hooks", "call", "applies hooks; safe to call again"),
+)

@@ -1,0 +1,275 @@
+"""Where SGLang's scheduler process calls us. Every hook is short, and without a manager (no --obcache) none is registered."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import torch
+from sglang.srt.managers.io_struct import GetInternalStateReqOutput
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from obcache_sglang.config import ServerSettings
+from obcache_sglang.errors import HostError, RequestError
+from obcache_sglang.host import Touch, hook_in_place
+from obcache_sglang.metrics import Metrics
+from obcache_sglang.scheduler.contexts import FIRST_VIRTUAL_ID
+from obcache_sglang.scheduler.forward import ForwardPlan, score_after
+from obcache_sglang.scheduler.manager import CompressionManager
+from obcache_sglang.scheduler.requests import REPORT_KEY
+
+logger = logging.getLogger(__name__)
+
+CONTROL_PREFIX = "obcache:"
+"""A GetInternalStateReq whose rid starts so carries one of our control calls, as JSON."""
+
+_manager: CompressionManager | None = None
+_plan: ForwardPlan | None = None
+
+
+def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Makes this process's manager. Raises HostError where the pool or the tree cannot hold compressed contexts."""
+    global _manager
+    settings = ServerSettings.from_environment()
+    assert settings is not None, "scheduler hooks are registered only with settings"
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    if type(pool) is not MHATokenToKVPool or type(scheduler.tree_cache) is not UnifiedRadixCache:
+        raise HostError(
+            f"--obcache needs SGLang's MHATokenToKVPool and UnifiedRadixCache, this server has {type(pool).__name__} and "
+            f"{type(scheduler.tree_cache).__name__}; serve a model with ordinary attention, with the radix cache on."
+        )
+    cpu_group, group_size = scheduler.attn_tp_cpu_group, scheduler.attn_tp_group.world_size
+
+    def agree(verdict: bool) -> bool:
+        if group_size == 1:
+            return verdict
+        votes = torch.tensor([int(verdict)])
+        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN, group=cpu_group)
+        return bool(votes.item())
+
+    if group_size > 1 and _plan is not None:
+        _plan.mean_over_ranks = lambda tensor: scheduler.attn_tp_group.all_reduce(tensor) / group_size
+    reporter = scheduler.metrics_reporter
+    labels = dict(scheduler.metrics_collector.labels) if reporter.enable_metrics else {}
+    _manager = CompressionManager(
+        scheduler,
+        settings,
+        Metrics.create(reporter.enable_metrics, labels),
+        num_layers=pool.layer_num,
+        agree=agree,
+    )
+
+
+def after_init_attention_backends(result: None, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    """Puts our scoring behind this model's attention calls."""
+    global _plan
+    if model_runner.is_draft_worker:
+        return
+    _plan = ForwardPlan(model_runner.token_to_kv_pool, model_runner.req_to_token_pool, None)
+    for backend in {id(b): b for b in (model_runner.attn_backend, model_runner.decode_attn_backend) if b is not None}.values():
+        backend.forward = score_after(backend.forward, _plan)
+
+
+def after_get_init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """Tells the launcher that compression is active here; without this entry it refuses to serve."""
+    hooks = hooks_in_place()
+    if _manager is None or _plan is None or not all(hooks.values()):
+        return info
+    return {**info, "obcache": {"hooks": hooks}}
+
+
+def hooks_in_place() -> dict[str, bool]:
+    """Of this process: each hook's target, and whether it is really called."""
+    return {touch.target: hook_in_place(touch) for touch in SCHEDULER_TOUCHES if touch.is_hook}
+
+
+def around_create_generation_req(create: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Req:
+    """A request with a plan becomes a ContextReq; all others are SGLang's own."""
+    params = recv_req.sampling_params.custom_params
+    plan = params.get(REPORT_KEY) if isinstance(params, dict) else None
+    if _manager is None or not isinstance(plan, dict):
+        return create(scheduler, recv_req, *args, **kwargs)
+    try:
+        return _manager.create_request(args, kwargs, plan)
+    except RequestError as error:
+        req = create(scheduler, recv_req, *args, **kwargs)
+        req.set_finish_with_abort(str(error), status_code=error.status_code)
+        return req
+    except Exception:
+        logger.exception("obcache: request %s is served exactly", recv_req.rid)
+        return create(scheduler, recv_req, *args, **kwargs)
+
+
+def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    if _manager is None:
+        return pick(scheduler, *args, **kwargs)
+    return _manager.schedule(lambda **kw: pick(scheduler, *args, **kw), **kwargs)
+
+
+def after_prepare_for_extend(result: None, batch: Any) -> None:
+    if _manager is not None:
+        _manager.before_forward(batch)
+
+
+def after_init_new(forward_batch: Any, cls: type, batch: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    if _plan is not None and not model_runner.is_draft_worker:
+        _plan.plan_forward(forward_batch, batch)
+
+
+def around_release_kv_cache(release: Any, req: Req, tree_cache: Any, *, checkpoint: bool) -> None:
+    if _manager is not None and type(req) is not Req and req.kv.holds_kv:
+        try:
+            _manager.before_release(req, checkpoint=checkpoint)
+        except Exception:
+            logger.exception("obcache: releasing request %s", req.rid)
+    release(req, tree_cache, checkpoint=checkpoint)
+
+
+def after_abort_request(result: None, scheduler: Any, recv_req: Any) -> None:
+    if _manager is not None:
+        try:
+            _manager.after_abort()
+        except Exception:
+            logger.exception("obcache: after an abort")
+
+
+def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    if flushed and _manager is not None:
+        _manager.cache.clear()
+
+
+def around_get_internal_state(get_internal_state: Any, scheduler: Any, recv_req: Any) -> Any:
+    rid = recv_req.rid
+    if _manager is None or not isinstance(rid, str) or not rid.startswith(CONTROL_PREFIX):
+        return get_internal_state(scheduler, recv_req)
+    try:
+        call = json.loads(rid[len(CONTROL_PREFIX) :])
+        answer = _manager.answer(call)
+        if call["op"] == "status":
+            answer["hooks"] = hooks_in_place()
+    except Exception as error:
+        logger.exception("obcache: control call %s", rid)
+        answer = {"ok": False, "status_code": 500, "error": f"{type(error).__name__}: {error}"}
+    return GetInternalStateReqOutput(internal_state=answer)
+
+
+def around_get_output_streamer_class(get_class: Any, scheduler: Any) -> type:
+    """SGLang's own extension point: a streamer that never shows jobs or virtual tokens."""
+    streamer_class = get_class(scheduler)
+
+    class ObcacheOutputStreamer(streamer_class):  # type: ignore[misc, valid-type]
+        __slots__ = ()
+
+        def stream_output(self, reqs: list[Req], *args: Any, **kwargs: Any) -> None:
+            assert _manager is not None
+            _manager.stream_output(super().stream_output, reqs, *args, **kwargs)
+
+        def is_request_level_customized_info_key(self, key: str) -> bool:
+            return key == REPORT_KEY or super().is_request_level_customized_info_key(key)
+
+    return ObcacheOutputStreamer
+
+
+def after_take_events(events: list[Any], tree_cache: Any) -> list[Any]:
+    """KV events without virtual tokens, and without what is cached behind them: routers could do nothing with them."""
+    hidden: set[int] = set()
+    shown = []
+    for event in events:
+        token_ids = getattr(event, "token_ids", None)
+        if token_ids and (token_ids[0] >= FIRST_VIRTUAL_ID or event.parent_block_hash in hidden):
+            hidden.update(event.block_hashes)
+        else:
+            shown.append(event)
+    return shown
+
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_REQ = "sglang.srt.managers.schedule_batch.Req"
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+
+
+def _hook(target: str, kind: Any, hook: Any, why: str, parameters: tuple[str, ...] = ()) -> Touch:
+    return Touch(target, kind, why, parameters, "scheduler", hook)
+
+
+def _use(target: str, kind: Any, why: str, parameters: tuple[str, ...] = ()) -> Touch:
+    return Touch(target, kind, why, parameters, "scheduler")
+
+
+SCHEDULER_TOUCHES: tuple[Touch, ...] = (
+    _hook(f"{_SCHEDULER}.__init__", "after", after_scheduler_init, "makes the manager of this process"),
+    _hook(f"{_SCHEDULER}.get_init_info", "after", after_get_init_info, "proves to the launcher that the hooks are in place"),
+    _hook(
+        f"{_SCHEDULER}._create_generation_req",
+        "around",
+        around_create_generation_req,
+        "a request that asks for compression becomes a ContextReq",
+        ("recv_req",),
+    ),
+    _hook(
+        f"{_SCHEDULER}._get_new_batch_prefill_raw",
+        "around",
+        around_get_new_batch_prefill_raw,
+        "decides for waiting requests, starts jobs, holds back who waits for one",
+        ("prefill_delayer_single_pass", "running_batch"),
+    ),
+    _hook(f"{_SCHEDULER}.abort_request", "after", after_abort_request, "ends jobs nobody waits for", ("recv_req",)),
+    _hook(f"{_SCHEDULER}.flush_cache", "after", after_flush_cache, "the tree was reset: every context is gone"),
+    _hook(f"{_SCHEDULER}.get_internal_state", "around", around_get_internal_state, "control calls of the endpoints", ("recv_req",)),
+    _hook(
+        f"{_SCHEDULER}.get_output_streamer_class",
+        "around",
+        around_get_output_streamer_class,
+        "clients see real prompts, real cached-token counts and no jobs",
+    ),
+    _hook(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+        "after",
+        after_prepare_for_extend,
+        "reserves a job's slots before its last chunk runs",
+    ),
+    _hook(
+        "sglang.srt.mem_cache.common.release_kv_cache",
+        "around",
+        around_release_kv_cache,
+        "a job ends here: publish the context, or take it back",
+        ("req", "tree_cache", "checkpoint"),
+    ),
+    _hook(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        "after",
+        after_init_new,
+        "offsets positions behind a context, plans the scoring",
+        ("batch", "model_runner"),
+    ),
+    _hook(
+        "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends",
+        "after",
+        after_init_attention_backends,
+        "scoring runs after the attention backend's forward",
+    ),
+    _hook(f"{_TREE}.take_events", "after", after_take_events, "KV events never carry virtual tokens"),
+    _use(_REQ, "subclass", "ContextReq, CompressionJob; fields origin_input_ids, full_untruncated_fill_ids, kv, cached_tokens"),
+    _use(f"{_REQ}.init_next_round_input", "subclass", "the last check that virtual ids are resident", ("tree_cache", "cow_mamba")),
+    _use(f"{_REQ}._compute_max_prefix_len", "subclass", "leaves the window to be computed", ("input_len",)),
+    _use(f"{_REQ}.set_finish_with_abort", "call", "answers a wrong request", ("error_msg", "status_code")),
+    _use(f"{_SCHEDULER}.collect_inflight_reqs", "call", "the readers of a context"),
+    _use(f"{_TREE}.match_prefix", "call", "whether a context is resident", ("params",)),
+    _use(f"{_TREE}.insert", "call", "a context's node", ("params",)),
+    _use(f"{_TREE}.lock", "call", "holds a node while it is made or pinned", ("node_id",)),
+    _use(f"{_TREE}.unlock", "call", "lets it be evicted", ("lock",)),
+    _use(f"{_TREE}.evictable_size", "call", "whether a node is locked by a request"),
+    _use(f"{_TREE}._drop_subtree_no_host", "call", "frees a context's slots", ("node_id", "tracker")),
+    _use("sglang.srt.mem_cache.common.evict_from_tree_cache", "call", "room for a context's slots", ("tree_cache", "num_tokens")),
+    _use(
+        "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer",
+        "subclass",
+        "stream_output, is_request_level_customized_info_key",
+    ),
+    _use("sglang.srt.managers.schedule_batch.FINISH_LENGTH", "call", "ends a request that only compresses", ("length",)),
+    _use("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer", "call", "K of a layer, [slots, heads, dim]", ("layer_id",)),
+    _use("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_value_buffer", "call", "V of a layer", ("layer_id",)),
+)

@@ -1,0 +1,231 @@
+"""The two kinds of SGLang requests that are ours: a question about a context, and the job that compresses one."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from obcache_sglang.config import EVERY_QUERY, CompressionSettings
+from obcache_sglang.scheduler.contexts import Context, Namespace
+from obcache_sglang.scoring.selection import effective_window
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+
+REPORT_KEY = "obcache"
+"""Where a request's report stands in its `meta_info`."""
+
+MAX_COMPRESSIONS_PER_REQUEST = 2
+"""Compressions one request may start: beyond it, a pool that evicts a context before its first reader would loop."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the tokenizer process decided about one request (custom_params["obcache"]).
+
+    context_len: tokens of the prompt that are context, as the client bounded it; 0 with `context_id`, or for "find one".
+    action: "ask", or "compress": nothing is generated, only the context is made. exact: why it must be served exactly.
+    """
+
+    context_len: int
+    settings: CompressionSettings
+    action: str = "ask"
+    pin: bool = False
+    ttl_seconds: float | None = None
+    context_id: str | None = None
+    exact: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        return cls(**{**fields, "settings": CompressionSettings.from_dict(values["settings"])})
+
+
+class ContextReq(Req):
+    """A request that asks for compression.
+
+    While it uses a context, its `origin_input_ids` are [virtual ids of the context | rest of the prompt], so that SGLang
+    matches, schedules and caches it like any other; its positions are offset by `position_offset` in the forward.
+    `origin_input_ids_unpadded`, which detokenization reads, always stays real.
+    """
+
+    def __init__(self, *args: Any, plan: Plan, count_exact: Callable[[str], None], **kwargs: Any) -> None:
+        """count_exact: told the reason, once, when the request is served exactly."""
+        super().__init__(*args, **kwargs)
+        self.plan = plan
+        self.context: Context | None = None
+        self.position_offset = 0
+        self.real_ids: array[int] | None = None
+        self.compressions_started = 0
+        self.exact_reason: str | None = plan.exact
+        self._count_exact = count_exact
+        self._reported_exact = False
+        self._cached_tokens_correction = 0
+
+    @property
+    def namespace(self) -> Namespace:
+        return Namespace(self.extra_key, self.cache_salt, self.lora_id)
+
+    @property
+    def is_virtual(self) -> bool:
+        return self.real_ids is not None
+
+    @property
+    def prompt_ids(self) -> array[int]:
+        """The prompt as the client sent it, without the marker."""
+        return self.real_ids if self.real_ids is not None else self.origin_input_ids
+
+    def use_context(self, context: Context, *, cached_tokens: int) -> None:
+        """Presents the context as its virtual tokens. cached_tokens: real tokens of it that this request was spared."""
+        assert not self.kv.holds_kv, "the ids of a request cannot change while it holds KV"
+        if self.is_virtual:
+            return
+        self.context = context
+        self.real_ids = self.origin_input_ids
+        self.origin_input_ids = context.virtual_ids + self.real_ids[context.num_tokens :]
+        self.position_offset = context.position_offset
+        if self.logprob_start_len > 0:
+            self.logprob_start_len -= self.position_offset
+        self.full_untruncated_fill_ids = array("q")
+        if not self.retracted_stain:  # SGLang counts cached tokens once, at the first prefill
+            self._cached_tokens_correction = cached_tokens - context.num_slots
+
+    def use_real_ids(self) -> None:
+        """Back to the prompt as it was sent."""
+        if not self.is_virtual:
+            return
+        assert not self.kv.holds_kv, "the ids of a request cannot change while it holds KV"
+        self.origin_input_ids = self.real_ids
+        self.real_ids = None
+        if self.logprob_start_len > 0:
+            self.logprob_start_len += self.position_offset
+        self.position_offset = 0
+        self.full_untruncated_fill_ids = array("q")
+        if not self.retracted_stain:
+            self._cached_tokens_correction = 0
+
+    def prompt_suffix_ids(self) -> array[int]:
+        """The prompt behind the context."""
+        assert self.context is not None
+        return self.prompt_ids[self.context.num_tokens :]
+
+    def suffix_ids(self) -> array[int]:
+        """All tokens behind the context that are known by now."""
+        return self.prompt_suffix_ids() + self.output_ids
+
+    def serve_exact(self, reason: str) -> None:
+        """From now on the request is an ordinary one, and says why."""
+        self.use_real_ids()
+        self.exact_reason = reason
+        self.report("exact", reason)
+        if not self._reported_exact:
+            self._reported_exact = True
+            self._count_exact(reason)
+
+    def report(self, status: str, reason: str | None = None) -> None:
+        """Sets what the client reads in meta_info["obcache"]. status: compressed | reused | exact."""
+        context = self.context
+        settings = self.plan.settings if context is None else context.settings
+        self.customized_info = {
+            REPORT_KEY: [
+                {
+                    "status": status,
+                    "reason": reason,
+                    "context_id": None if context is None else context.id,
+                    "context_tokens": 0 if context is None else context.num_tokens,
+                    "kept_tokens": 0 if context is None else context.num_slots if status != "exact" else context.num_tokens,
+                    "compression_ratio": settings.compression_ratio,
+                    "method": settings.method,
+                    "score": settings.score,
+                    "pinned": context is not None and context.pinned,
+                    "seconds": context.seconds if context is not None and status == "compressed" else None,
+                }
+            ]
+        }
+
+    def init_next_round_input(self, tree_cache: BasePrefixCache | None = None, cow_mamba: bool | None = None) -> None:
+        """SGLang's, with a last check: virtual ids that the tree does not hold must never reach the model's embedding."""
+        super().init_next_round_input(tree_cache, cow_mamba)
+        if tree_cache is not None and self.is_virtual:
+            assert self.context is not None
+            if self.prefix_len < self.context.num_slots:
+                self.serve_exact("evicted")
+                super().init_next_round_input(tree_cache, cow_mamba)
+
+
+class CompressionJob(Req):
+    """The internal prefill of one context, `[0, L)`, whose attention calls score, select and copy.
+
+    Never streamed, never in the tree: its slots are given back when it ends. If it cannot compress (`error`), what it
+    computed is cached exactly, as any prefill is.
+    """
+
+    def __init__(self, context: Context, like: ContextReq, *, number: int) -> None:
+        sampling_params = SamplingParams(max_new_tokens=0, temperature=0)
+        sampling_params.normalize(None)
+        super().__init__(
+            f"obcache-job-{number}",
+            "",
+            context.tokens,
+            sampling_params,
+            lora_id=like.lora_id,
+            eos_token_ids=like.eos_token_ids,
+            vocab_size=like.vocab_size,
+            priority=like.priority,
+            cache_salt=like.cache_salt,
+        )
+        self.extra_key = like.extra_key  # already holds the LoRA id
+        self.tokenizer = like.tokenizer
+        self.logprob_start_len = len(context.tokens)  # no input log-probabilities
+        self.skip_radix_cache_insert = True
+        self.context = context
+        self.started_at = time.perf_counter()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was scored: at the start, and when the job is retracted."""
+        settings = self.context.settings
+        self.error: str | None = None
+        self.slots: torch.Tensor | None = None
+        self.scores: dict[int, torch.Tensor] = {}
+        self.positions: dict[int, torch.Tensor] = {}
+        self.scoring_seconds = 0.0
+        self.window = effective_window(settings.window, self.context.num_slots, settings.preset != "kvpress")
+
+    @property
+    def first_scoring_position(self) -> int:
+        """Queries from here on must be computed, not found in the cache: they score."""
+        num_tokens = self.context.num_tokens
+        settings = self.context.settings
+        if not settings.needs_queries:
+            return num_tokens - 1
+        return 0 if settings.window == EVERY_QUERY else max(0, num_tokens - self.window)
+
+    def _compute_max_prefix_len(self, input_len: int) -> int:
+        return min(super()._compute_max_prefix_len(input_len), self.first_scoring_position)
+
+
+@contextmanager
+def client_view(reqs: Iterable[Req]) -> Iterator[None]:
+    """Shows real prompts and real cached-token counts for the time that SGLang reports to clients."""
+    shown = [req for req in reqs if isinstance(req, ContextReq) and req.is_virtual]
+    engine_ids = [req.origin_input_ids for req in shown]
+    for req in shown:
+        req.origin_input_ids = req.prompt_ids
+        req.cached_tokens += req._cached_tokens_correction
+        req.cached_tokens_device += req._cached_tokens_correction
+    try:
+        yield
+    finally:
+        for req, ids in zip(shown, engine_ids, strict=True):
+            req.origin_input_ids = ids
+            req.cached_tokens -= req._cached_tokens_correction
+            req.cached_tokens_device -= req._cached_tokens_correction

@@ -1,0 +1,137 @@
+"""Token scores from the queries of an observation window, in plain torch on any device.
+
+The formulas are those of :mod:`obcache_sglang.scoring.reference` (OBCache, arXiv 2510.07651), rearranged so that a score
+costs three passes of matrix products over ``[queries, tokens]`` and no ``[queries, tokens, head_dim]`` tensor. With
+``a = A_ij`` and ``b = A_ij z_ij``, the summand of query i for token j is
+
+    attention    a
+    obcache-v    a^2 ||v_j||^2
+    obcache-k    ||b (v_j - o_i)||^2       = b^2 ||v_j||^2 + b^2 ||o_i||^2 - 2 b^2 v_j.o_i
+    obcache-kv   ||a v_j + b (v_j - o_i)||^2 = (a+b)^2 ||v_j||^2 + b^2 ||o_i||^2 - 2 (a+b) b v_j.o_i
+
+and the sum over i of ``w_ij v_j.o_i`` is ``v_j . (w^T o)_j``, one more matrix product.
+"""
+
+import torch
+
+SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
+
+# Logit of a token the query cannot see. Finite, so that A z is 0 there (0 * -inf would be NaN), and low enough that
+# its softmax weight is exactly 0 in float32.
+_MASKED_LOGIT = -1e30
+
+# Elements of one [queries, tokens] buffer, as long as one query's row fits: 4 MiB of float32 stay near the last-level cache.
+_TILE_ELEMENTS = 1 << 20
+
+
+def accumulate_scores(
+    scores: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    start: int,
+    scale: float,
+    score: str,
+) -> None:
+    """Add the scores that the queries at positions ``start .. start + rows - 1`` give to the tokens they see.
+
+    scores: [num_kv_heads, context_len] float32, context_len >= start + rows; changed in place. Each token gets the sum
+        over queries of its score, averaged over the query heads that share its KV head (GQA).
+    q: [rows, num_q_heads, head_dim], any float dtype, after RoPE.
+    k, v: [start + rows, num_kv_heads, head_dim], any float dtype and strides: the tokens at positions
+        ``0 .. start + rows - 1``, keys after RoPE. Attention is causal: the query at position p sees tokens 0 .. p.
+    scale: factor of the logits ``q.k``, usually ``head_dim ** -0.5``.
+    score: one of ``SCORES``.
+
+    Every query's contribution is complete, so a window that spans prefill chunks is one call per chunk. q, k and v are
+    read only and computed with in float32.
+
+    Scratch, whatever the number of queries: float32 copies of one KV head's K and V, and two buffers (three for
+    obcache-kv) of about ``max(2**20, group * (start + rows))`` float32, group = num_q_heads / num_kv_heads.
+
+    Raises ValueError when score is unknown or the shapes do not fit together.
+    """
+    rows, num_q_heads, head_dim = q.shape
+    num_tokens, num_kv_heads, _ = k.shape
+    if score not in SCORES:
+        raise ValueError(f"score {score!r} is unknown; choose one of {', '.join(SCORES)}")
+    if v.shape != k.shape or k.shape[2] != head_dim or num_q_heads % num_kv_heads or num_tokens != start + rows:
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} and start={start} do not fit: k and v need shape "
+            "[start + rows, num_kv_heads, head_dim], and num_q_heads must be a multiple of num_kv_heads"
+        )
+    if scores.dtype != torch.float32 or scores.shape[0] != num_kv_heads or scores.shape[1] < num_tokens:
+        raise ValueError(
+            f"scores is {list(scores.shape)} {scores.dtype}; it must be float32 [{num_kv_heads}, at least {num_tokens}]"
+        )
+
+    group = num_q_heads // num_kv_heads
+    tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * _row_stride(num_tokens))))
+    buffers = torch.empty(2, tile_rows * group * _row_stride(num_tokens), dtype=torch.float32, device=q.device)
+
+    for head in range(num_kv_heads):
+        k_head = k[:, head].float()
+        v_head = v[:, head].T.to(torch.float32, memory_format=torch.contiguous_format)  # [head_dim, num_tokens]
+        v_sq = v_head.square().sum(0)
+        total = torch.zeros(num_tokens, dtype=torch.float32, device=q.device)
+        for first in range(0, rows, tile_rows):
+            last = min(rows, first + tile_rows)
+            visible = start + last  # no query of this tile sees further
+            num_queries = (last - first) * group
+            stride = _row_stride(visible)
+            logits, weights = buffers[:, : num_queries * stride].view(2, num_queries, stride).unbind()
+
+            queries = q[first:last, head * group : (head + 1) * group].float().mul(scale).view(num_queries, head_dim)
+            torch.mm(queries, k_head[:visible].T, out=logits[:, :visible])
+            _mask_unseen(logits.view(last - first, group, stride), visible)
+            torch.softmax(logits, dim=-1, out=weights)
+            total[:visible] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:visible], score)
+        scores[head, :num_tokens].add_(total, alpha=1.0 / group)
+
+
+def _row_stride(num_tokens: int) -> int:
+    """Length of a buffer row for num_tokens tokens: an odd number of 64-byte cache lines.
+
+    Rows a power of two apart fall into the same few cache sets, which makes products over the queries of a 4096-token
+    context twice as slow.
+    """
+    return -(-num_tokens // 16) * 16 | 16
+
+
+def _mask_unseen(logits: torch.Tensor, visible: int) -> None:
+    """Mask, in logits [rows, group, stride], what lies behind each query, and the padding behind all of them.
+
+    The rows' own positions are the last of the visible tokens.
+    """
+    rows = logits.shape[0]
+    own = logits[:, :, visible - rows :]
+    unseen = torch.ones(rows, own.shape[2], dtype=torch.bool, device=logits.device).triu_(diagonal=1)
+    own.masked_fill_(unseen.unsqueeze(1), _MASKED_LOGIT)
+
+
+def _tile_scores(
+    logits: torch.Tensor, weights: torch.Tensor, v: torch.Tensor, v_sq: torch.Tensor, score: str
+) -> torch.Tensor:
+    """Scores [visible] summed over the queries of one tile.
+
+    logits, weights: [queries, stride], stride >= visible, 0 weight behind what a query sees; both are overwritten.
+    v: [head_dim, visible]; v_sq: [visible], the squared norms of its columns.
+    """
+    visible = v.shape[1]
+    if score == "attention":
+        return weights.sum(0)[:visible]
+    if score == "obcache-v":
+        return weights.square_().sum(0)[:visible].mul_(v_sq)
+
+    o = weights[:, :visible] @ v.T
+    b = logits.mul_(weights)
+    if score == "obcache-k":
+        w_vv = w_vo = w_oo = b.square_()
+    else:
+        a_plus_b = weights.add_(b)
+        w_vo = a_plus_b * b
+        w_vv, w_oo = a_plus_b.square_(), b.square_()
+    v_dot_wo = (o.T @ w_vo[:, :visible]).mul_(v).sum(0)
+    o_sq_w = o.square().sum(-1) @ w_oo[:, :visible]
+    return w_vv.sum(0)[:visible].mul_(v_sq).add_(o_sq_w).sub_(v_dot_wo, alpha=2)

@@ -1,0 +1,69 @@
+"""The definition of the scores: float64, one query and one formula at a time, no tricks.
+
+Production runs :mod:`obcache_sglang.scoring.ops`; this module is what it is compared with.
+
+The scores come from Optimal Brain Damage (LeCun et al., 1989) applied to the KV cache, as in OBCache
+(arXiv 2510.07651). Removing token j perturbs the output ``o_i = sum_j A_ij v_j`` of query i. With ``z_ij`` the scaled
+logit and the perturbation "v_j becomes 0", "k_j becomes 0" (so ``z_ij`` becomes 0) or both, the output changes to first
+order by
+
+    value   d_ij = -A_ij v_j
+    key     d_ij = -A_ij z_ij (v_j - o_i)
+    joint   the sum of the two
+
+The output error ``E = sum_i ||o_i - o'_i||^2`` is zero and flat at the unpruned cache, so its second-order Taylor term,
+``1/2 d' H d``, is exactly ``sum_i ||d_ij||^2``: the score of token j.
+"""
+
+import torch
+
+from obcache_sglang.scoring.ops import SCORES
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, start: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal attention of one head for the queries at positions ``start .. start + rows - 1``.
+
+    q: [rows, head_dim]; k, v: [start + rows, head_dim].
+    Returns (z, A, o): scaled logits with 0 where query i cannot see token j, attention weights (both
+    [rows, start + rows]), outputs [rows, head_dim].
+    """
+    visible = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device).tril(diagonal=start)
+    z = scale * q @ k.T
+    weights = torch.softmax(z.masked_fill(~visible, float("-inf")), dim=-1)
+    return z.masked_fill(~visible, 0.0), weights, weights @ v
+
+
+def score_tokens(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, start: int, scale: float, score: str
+) -> torch.Tensor:
+    """Scores of all tokens for all KV heads, in float64.
+
+    q: [rows, num_q_heads, head_dim], the queries at positions ``start .. start + rows - 1``, after RoPE.
+    k, v: [start + rows, num_kv_heads, head_dim], the tokens at positions ``0 .. start + rows - 1``.
+    scale: factor of the logits, usually ``head_dim ** -0.5``. score: one of ``ops.SCORES``.
+    Returns [num_kv_heads, start + rows]: summed over queries, averaged over the query heads of a KV head.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    num_kv_heads = k.shape[1]
+    group = q.shape[1] // num_kv_heads
+    result = torch.zeros(num_kv_heads, k.shape[0], dtype=torch.float64, device=q.device)
+    for kv_head in range(num_kv_heads):
+        v_h = v[:, kv_head]
+        for q_head in range(kv_head * group, (kv_head + 1) * group):
+            z, weights, o = attention(q[:, q_head], k[:, kv_head], v_h, start=start, scale=scale)
+            v_sq = v_h.square().sum(-1)  # ||v_j||^2, [n]
+            v_dot_o = o @ v_h.T  # v_j . o_i, [rows, n]
+            distance_sq = (v_h[None] - o[:, None]).square().sum(-1)  # ||v_j - o_i||^2, [rows, n]
+            value = weights.square() * v_sq
+            key = (weights * z).square() * distance_sq
+            per_query = {
+                "attention": weights,
+                "obcache-v": value,
+                "obcache-k": key,
+                "obcache-kv": value + key + 2 * weights.square() * z * (v_sq - v_dot_o),
+            }
+            assert per_query.keys() == set(SCORES)
+            result[kv_head] += per_query[score].sum(0) / group
+    return result

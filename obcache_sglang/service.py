@@ -1,0 +1,340 @@
+"""What `/obcache/*` and `Engine` offer beside generation: compress ahead, list, look at and delete contexts, status.
+
+Everything here talks to the schedulers through one TokenizerManager; HTTP and Engine only wrap it.
+With data parallelism each rank has its own contexts: every operation goes to all ranks, and answers say which rank they are from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from obcache_sglang import __version__
+from obcache_sglang.errors import ContextNotFound, ObcacheError, RequestError
+from obcache_sglang.frontend import ACTION, Frontend
+from obcache_sglang.host import Touch, check_host, installed_sglang
+from obcache_sglang.plan import PARAM, REQUEST_KEYS
+
+CONTROL_PREFIX = "obcache:"
+"""Start of the `rid` of a GetInternalStateReq that carries one of our operations to the schedulers, as JSON."""
+
+DELETE_WAIT_SECONDS = 30.0
+"""How long `delete_context` waits for a context's readers unless told otherwise."""
+
+_PROMPT_KEYS = ("text", "messages", "input_ids")
+_CHAT_KEYS = ("model", "tools", "chat_template_kwargs")
+_REQUEST_FIELDS = ("cache_salt", "extra_key", "lora_path")
+_OPTION_KEYS = tuple(key for key in REQUEST_KEYS if key not in ("context_len", "context_id", "mode"))
+COMPRESS_KEYS = _PROMPT_KEYS + _CHAT_KEYS + _REQUEST_FIELDS + _OPTION_KEYS
+"""Keys of the body of `POST /obcache/compress`."""
+
+ServingChat = Callable[[], Any]
+"""Gives SGLang's OpenAIServingChat, which renders `messages` as its chat endpoint does; called only for messages."""
+
+
+async def compress_context(
+    tokenizer_manager: Any, serving_chat: ServingChat, body: Mapping[str, Any], http_request: Any = None
+) -> dict[str, Any]:
+    """Compresses one context ahead of its questions, on every data-parallel rank.
+
+    body: one of `text`, `messages`, `input_ids`; the context ends at the marker, or at the end without one (of the last message).
+        Beside it any of `COMPRESS_KEYS`. http_request: the client's, to stop when it hangs up.
+    Returns the report of a request (`context_tokens`, `kept_tokens`, `status`, `reason`, `seconds`, ...) with the context's `id`,
+    of rank 0, and with several ranks all of them under `ranks`. Raises RequestError.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    request = _compress_request(tokenizer_manager, serving_chat, body)
+    num_ranks = get_parallel().num_dp_ranks
+
+    async def on_rank(rank: int) -> dict[str, Any]:
+        mine = copy.copy(request)
+        mine.routed_dp_rank = rank if num_ranks > 1 else None
+        answer = await anext(tokenizer_manager.generate_request(mine, http_request))
+        report = dict(answer["meta_info"][PARAM])
+        return {"id": report.pop("context_id"), **report}
+
+    reports = await asyncio.gather(*(on_rank(rank) for rank in range(num_ranks)))
+    return reports[0] if num_ranks == 1 else {**reports[0], "ranks": list(reports)}
+
+
+async def list_contexts(tokenizer_manager: Any, *, cache_salt: str | None = None) -> list[dict[str, Any]]:
+    """The contexts made under `cache_salt`, or under none; each with its `dp_rank`."""
+    answers = await _control(tokenizer_manager, {"op": "list", "cache_salt": cache_salt})
+    return [context | {"dp_rank": rank} for rank, answer in answers for context in _checked(answer)["contexts"]]
+
+
+async def get_context(
+    tokenizer_manager: Any, context_id: str, *, positions: bool = False, cache_salt: str | None = None
+) -> dict[str, Any]:
+    """One context, from the first rank that has it; `dp_ranks` names all of them. Raises ContextNotFound.
+
+    positions: also the kept token positions, `[layer][kv_head][kept]`, ascending.
+    """
+    operation = {"op": "get", "id": context_id, "positions": positions, "cache_salt": cache_salt}
+    found = _found(await _control(tokenizer_manager, operation), context_id)
+    return found[0][1]["context"] | {"dp_ranks": [rank for rank, _ in found]}
+
+
+async def delete_context(
+    tokenizer_manager: Any, context_id: str, *, cache_salt: str | None = None, wait_seconds: float = DELETE_WAIT_SECONDS
+) -> str:
+    """Deletes a context on every rank. Requests that read it finish first; no new one gets it.
+
+    Returns "deleted", or "deleting" if it still has readers after `wait_seconds`. Raises ContextNotFound.
+    """
+    operation = {"op": "delete", "id": context_id, "cache_salt": cache_salt}
+    found = _found(await _control(tokenizer_manager, operation), context_id)
+    deadline = time.monotonic() + wait_seconds
+    state = "deleted" if all(answer["state"] == "deleted" for _, answer in found) else "deleting"
+    while state == "deleting" and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+        try:
+            await get_context(tokenizer_manager, context_id, cache_salt=cache_salt)
+        except ContextNotFound:
+            state = "deleted"
+    return state
+
+
+async def expire(tokenizer_manager: Any) -> None:
+    """Lets the schedulers forget contexts whose time to live has passed; any other operation or request does so too."""
+    await _control(tokenizer_manager, {"op": "expire"})
+
+
+async def status(tokenizer_manager: Any) -> dict[str, Any]:
+    """Whether compression is active, with every hook of every process, the settings and the counters.
+
+    `counters` are summed over ranks; `ranks` holds each rank's own.
+    """
+    frontend = Frontend.of(tokenizer_manager)
+    if frontend is None:
+        raise RequestError("This engine was started without compression: pass obcache=True.")
+    ranks = [
+        {"dp_rank": rank} | _checked(answer) for rank, answer in await _control(tokenizer_manager, {"op": "status"})
+    ]
+    hooks = []
+    for state in check_host():
+        touch = state.touch
+        if touch.is_hook:
+            here = bool(state.in_place)
+            there = all(rank["hooks"].get(touch.target) for rank in ranks)
+            in_place = {"scheduler": there, "all": here and there}.get(touch.process, here)
+            hooks.append(
+                {
+                    "target": touch.target,
+                    "kind": touch.kind,
+                    "process": touch.process,
+                    "in_place": in_place,
+                    "why": touch.why,
+                }
+            )
+    return {
+        "active": all(hook["in_place"] for hook in hooks),
+        "version": __version__,
+        "sglang_version": installed_sglang(),
+        "settings": frontend.settings.to_dict(),
+        "hooks": hooks,
+        "counters": _summed([rank["counters"] for rank in ranks]),
+        "ranks": ranks,
+    }
+
+
+# --- internals ---------------------------------------------------------------------------------------------------------
+
+
+async def _control(tokenizer_manager: Any, operation: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Sends one operation to every data-parallel rank; (rank, answer) in order of rank.
+
+    operation: {"op": "status" | "list" | "get" | "delete" | "expire", ...}, JSON-safe. Answers hold `ok`, `status_code`, `error`, `dp_rank`.
+    """
+    from sglang.srt.managers.io_struct import GetInternalStateReq
+
+    tokenizer_manager.auto_create_handle_loop()
+    # One clock for all ranks, which have to agree on what has expired.
+    request = GetInternalStateReq(rid=CONTROL_PREFIX + json.dumps(operation | {"now": time.time()}))
+    # Shielded: SGLang pairs answers with questions by order alone, so a client that hangs up must not leave one unread.
+    call = asyncio.ensure_future(tokenizer_manager.get_internal_state_communicator(request))
+    outputs = await asyncio.shield(call)
+    return sorted(
+        (
+            (output.internal_state.get("dp_rank") or index, output.internal_state)
+            for index, output in enumerate(outputs)
+        ),
+        key=lambda pair: pair[0],
+    )
+
+
+def _checked(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """An answer without its envelope. Raises the error it carries."""
+    if not answer.get("ok"):
+        message = str(answer.get("error") or "The scheduler does not know this operation: it runs without compression.")
+        status_code = answer.get("status_code", 500)
+        raise RequestError(message, status_code) if 400 <= status_code < 500 else ObcacheError(message)
+    return {key: value for key, value in answer.items() if key not in ("ok", "status_code", "error", "dp_rank")}
+
+
+def _found(answers: list[tuple[int, dict[str, Any]]], context_id: str) -> list[tuple[int, dict[str, Any]]]:
+    found = [(rank, _checked(answer)) for rank, answer in answers if answer.get("status_code") != 404]
+    if not found:
+        raise ContextNotFound(
+            f"There is no context {context_id!r} under this cache salt; GET /obcache/contexts lists them."
+        )
+    return found
+
+
+def _summed(counters: list[dict[str, Any]]) -> dict[str, Any]:
+    """Adds counters of the same name, also within nested dictionaries."""
+    total: dict[str, Any] = {}
+    for rank in counters:
+        for name, value in rank.items():
+            if isinstance(value, dict):
+                total[name] = _summed([total.get(name, {}), value])
+            else:
+                total[name] = total.get(name, 0) + value
+    return total
+
+
+def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: Mapping[str, Any]) -> Any:
+    """The GenerateReqInput that compresses what `body` holds. Raises RequestError."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    unknown = [key for key in body if key not in COMPRESS_KEYS]
+    if unknown:
+        raise RequestError(
+            f"{', '.join(map(repr, unknown))} in the body of compress is not allowed: keys are {', '.join(COMPRESS_KEYS)}."
+        )
+    prompts = [key for key in _PROMPT_KEYS if body.get(key) is not None]
+    if len(prompts) != 1:
+        raise RequestError(f"compress needs one of {', '.join(_PROMPT_KEYS)}; given: {', '.join(prompts) or 'none'}.")
+    prompt = body[prompts[0]]
+    if prompts == ["messages"]:
+        request = _render(tokenizer_manager, serving_chat(), body)
+    elif prompts == ["text"] and isinstance(prompt, str) and prompt:
+        request = GenerateReqInput(text=prompt)
+    elif prompts == ["input_ids"] and isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
+        request = GenerateReqInput(input_ids=prompt)
+    else:
+        allowed = {"text": "a text", "input_ids": "a list of token ids"}[prompts[0]]
+        raise RequestError(f"{prompts[0]} is not {allowed}: compress takes one context, which is not empty.")
+    for name in _REQUEST_FIELDS:
+        value = body.get(name)
+        if value is not None and not isinstance(value, str):
+            raise RequestError(f"{name}={value!r} is not a text: compress takes one context.")
+        if value is not None:
+            setattr(request, name, value)
+    options = {key: body[key] for key in _OPTION_KEYS if key in body}
+    request.sampling_params = {"max_new_tokens": 0, "temperature": 0.0, "custom_params": {PARAM: options}}
+    setattr(request, ACTION, "compress")
+    return request
+
+
+def _render(tokenizer_manager: Any, serving_chat: Any, body: Mapping[str, Any]) -> Any:
+    """Messages to a prompt, by the code of SGLang's chat endpoint, so that a later chat meets the same tokens."""
+    from pydantic import ValidationError
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+
+    frontend = Frontend.of(tokenizer_manager)
+    if frontend is None or frontend.marker_id is None:
+        raise RequestError(
+            "messages need a tokenizer, and this server was started with --skip-tokenizer-init: send input_ids."
+        )
+    chat = {key: body[key] for key in _CHAT_KEYS if body.get(key) is not None}
+    messages = _with_marker(body["messages"], frontend.settings.marker)
+    try:
+        parsed = ChatCompletionRequest(**{"model": "default", **chat, "messages": messages})
+    except ValidationError as error:
+        raise RequestError(f"messages cannot be read as chat messages: {error}") from error
+    request, _ = serving_chat._convert_to_internal_request(parsed)
+    return request
+
+
+def _with_marker(messages: Any, marker: str) -> Any:
+    """`messages` with the marker where the context ends: where the client put it, else at the end of the last message's text."""
+    if marker in json.dumps(messages, ensure_ascii=False):
+        return messages
+    messages = copy.deepcopy(messages)
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    content = last.get("content") if isinstance(last, dict) else None
+    if isinstance(content, str):
+        last["content"] = content + marker
+        return messages
+    if (
+        isinstance(content, list)
+        and content
+        and isinstance(content[-1], dict)
+        and isinstance(content[-1].get("text"), str)
+    ):
+        content[-1]["text"] += marker
+        return messages
+    raise RequestError(f"messages do not end with a text: put the marker {marker!r} where the context ends.")
+
+
+TOUCHES = (
+    Touch(
+        "sglang.srt.managers.io_struct.GetInternalStateReq",
+        "call",
+        "its rid carries our operations to the schedulers",
+        ("rid",),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.managers.io_struct.GetInternalStateReqOutput",
+        "read",
+        "internal_state: a scheduler's answer to an operation",
+        ("internal_state",),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.init_communicators",
+        "read",
+        "makes get_internal_state_communicator, which sends to every data-parallel rank",
+        (),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop",
+        "call",
+        "starts reading answers, before the first request",
+        (),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "call",
+        "serves compressions",
+        ("obj", "request"),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.managers.io_struct.GenerateReqInput",
+        "call",
+        "a compression is a request of no new tokens",
+        ("text", "input_ids", "sampling_params", "routed_dp_rank", "cache_salt", "extra_key", "lora_path"),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.runtime_context.get_parallel",
+        "call",
+        "num_dp_ranks: a context is compressed on every rank",
+        (),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.entrypoints.openai.protocol.ChatCompletionRequest",
+        "call",
+        "messages of POST /obcache/compress",
+        ("messages", "model", "tools", "chat_template_kwargs"),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
+        "call",
+        "renders messages exactly as the chat endpoint does",
+        ("request",),
+        "tokenizer",
+    ),
+)

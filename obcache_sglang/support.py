@@ -1,0 +1,186 @@
+"""What compression does not support, and what to change. Checked at start-up: nothing is dropped silently."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from obcache_sglang.config import ServerSettings
+from obcache_sglang.errors import HostError
+from obcache_sglang.host import TESTED_SGLANG, Touch, installed_sglang
+
+TOUCHES = (
+    Touch(
+        "sglang.srt.arg_groups.overrides.resolving_view",
+        "call",
+        "server options as SGLang resolved them, to refuse those we do not support",
+        ("server_args",),
+        "launcher",
+    ),
+    Touch(
+        "sglang.srt.arg_groups.model_override_base.model_config_of",
+        "call",
+        "the model's architecture, to refuse those we do not support",
+        ("server_args",),
+        "launcher",
+    ),
+    Touch(
+        "sglang.srt.configs.model_config.ModelConfig",
+        "read",
+        "attention_arch, is_multimodal, is_generation, is_encoder_decoder, is_hybrid_swa, attention_chunk_size, model_is_mrope, "
+        "sliding_window_size, hf_text_config",
+        (),
+        "launcher",
+    ),
+    Touch(
+        "sglang.srt.configs.hybrid_arch.mambaish_config",
+        "call",
+        "finds state-space layers",
+        ("model_config",),
+        "launcher",
+    ),
+)
+
+# Server options (SGLang's field names) that must have the given value, and what to change.
+_REQUIRED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("disable_radix_cache", (False,), "compressed contexts live in the radix tree: leave out --disable-radix-cache"),
+    (
+        "enable_hierarchical_cache",
+        (False,),
+        "host copies of compressed contexts are not supported yet: leave out --enable-hierarchical-cache",
+    ),
+    (
+        "hicache_storage_backend",
+        (None,),
+        "external KV storage does not know compressed contexts: leave out --hicache-storage-backend",
+    ),
+    (
+        "enable_unified_cache_external_linker",
+        (False,),
+        "external KV caches do not know compressed contexts: leave it out",
+    ),
+    ("enable_lmcache", (False,), "LMCache does not know compressed contexts: leave out --enable-lmcache"),
+    ("enable_flexkv", (False,), "FlexKV does not know compressed contexts: leave out --enable-flexkv"),
+    ("enable_hisparse", (False,), "HiSparse manages the KV pool itself: leave out --enable-hisparse"),
+    (
+        "enable_unified_memory",
+        (False,),
+        "the unified memory pool has another KV layout: leave out --enable-unified-memory",
+    ),
+    (
+        "enable_page_major_kv_layout",
+        (False,),
+        "scores read a token-major KV pool: leave out --enable-page-major-kv-layout",
+    ),
+    (
+        "enable_kv_cache_sharding",
+        (False,),
+        "scores need each rank's whole KV cache: leave out --enable-kv-cache-sharding",
+    ),
+    ("speculative_algorithm", (None,), "draft models have KV caches of their own: leave out --speculative-algorithm"),
+    ("disaggregation_mode", ("null",), "prefill and decode must share one KV pool: leave out --disaggregation-mode"),
+    (
+        "decoupled_spec_role",
+        ("null", None),
+        "draft models have KV caches of their own: leave out --decoupled-spec-role",
+    ),
+    ("pp_size", (1,), "a context's layers must be in one scheduler: use --tp-size instead of --pp-size"),
+    ("dcp_size", (1,), "decode-context parallelism splits a sequence's KV over ranks: leave out --dcp-size"),
+    ("attn_cp_size", (1,), "context parallelism splits a prompt over ranks: leave out --attn-cp-size"),
+    ("enable_pdmux", (False,), "PD multiplexing runs prefill in another stream: leave out --enable-pdmux"),
+    (
+        "tokenizer_worker_num",
+        (1,),
+        "the marker is registered in one tokenizer process: leave out --tokenizer-worker-num",
+    ),
+    ("encoder_only", (False,), "an encoder server has no KV cache: leave out --encoder-only"),
+    ("language_only", (False,), "multimodal inputs are not supported: leave out --language-only"),
+    ("grpc_mode", (False,), "the gRPC front end bypasses the marker: use the HTTP server"),
+    ("smg_grpc_mode", (False,), "the gRPC front end bypasses the marker: use the HTTP server"),
+    ("grpc_port", (None,), "the Rust gRPC front end bypasses the marker: leave out --grpc-port"),
+    ("use_ray", (False,), "Ray actors do not inherit the settings: leave out --use-ray"),
+    ("dllm_algorithm", (None,), "diffusion language models rewrite their cache: leave out --dllm-algorithm"),
+    (
+        "prefill_only_disable_kv_cache",
+        (False,),
+        "there is no KV cache to compress: leave out --prefill-only-disable-kv-cache",
+    ),
+)
+
+
+def check_supported(server: ServerSettings, server_args: Any, model_config: Any | None = None) -> None:
+    """Raises HostError with every reason why this server cannot run with compression, and what to change.
+
+    server_args: SGLang's ServerArgs. model_config: its ModelConfig, or None while the model is not looked at yet.
+    """
+    problems = []
+    if installed_sglang() != TESTED_SGLANG and not server.allow_untested_sglang:
+        problems.append(
+            f"SGLang {installed_sglang()} is installed, this package is tested with {TESTED_SGLANG}: install that, or insist with "
+            "--obcache-allow-untested-sglang"
+        )
+    problems += unsupported_features(server_args, model_config)
+    if problems:
+        raise HostError("--obcache cannot be used here:\n" + "\n".join(f"  - {problem}." for problem in problems))
+
+
+def unsupported_features(server_args: Any, model_config: Any | None = None) -> list[str]:
+    """Reasons why these server options and this model cannot run with compression; empty if they can."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    problems = [
+        f"{name}={value!r}: {what}"
+        for name, allowed, what in _REQUIRED_OPTIONS
+        if (value := getattr(view, name, allowed[0])) not in allowed
+    ]
+    if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
+        problems.append("SGLANG_RUST_SERVER: the Rust front end bypasses the marker: unset it")
+    if model_config is not None:
+        problems += [f"the model {problem}" for problem in _unsupported_model(model_config)]
+    return problems
+
+
+def _unsupported_model(model_config: Any) -> list[str]:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
+
+    text = model_config.hf_text_config
+    problems = []
+    if not model_config.is_generation:
+        problems.append("does not generate text: serve a generative model")
+    if model_config.is_multimodal:
+        problems.append(
+            "takes images, audio or video: serve a text model, or a text-only load of it (--language-model-only)"
+        )
+    if model_config.is_encoder_decoder:
+        problems.append("is an encoder-decoder: serve a decoder-only model")
+    if model_config.attention_arch == AttentionArch.MLA:
+        problems.append(
+            "uses multi-head latent attention (MLA), whose cache holds no keys and values: serve an MHA, GQA or MQA model"
+        )
+    if model_config.attention_arch == AttentionArch.SSM or mambaish_config(model_config) is not None:
+        problems.append(
+            "has state-space or linear-attention layers, whose state cannot be cut: serve a pure attention model"
+        )
+    sliding = model_config.sliding_window_size if getattr(text, "use_sliding_window", True) else None
+    layer_types = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if model_config.is_hybrid_swa or sliding or layer_types or model_config.attention_chunk_size:
+        problems.append("has sliding-window or chunked attention layers: serve one with full attention in every layer")
+    if model_config.model_is_mrope:
+        problems.append("uses M-RoPE, whose positions are not one number per token: serve one with plain RoPE")
+    if (rope_type := _length_dependent_rope(text)) is not None:
+        problems.append(
+            f"uses {rope_type} RoPE, which changes old keys with the length of the prompt: serve one with another RoPE"
+        )
+    return problems
+
+
+def _length_dependent_rope(text_config: Any) -> str | None:
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    # Per layer type in newer configurations, else one dictionary.
+    for parameters in rope.values() if all(isinstance(value, dict) for value in rope.values()) else (rope,):
+        rope_type = parameters.get("rope_type", parameters.get("type"))
+        if rope_type in ("dynamic", "longrope", "su"):
+            return str(rope_type)
+    return None

@@ -1,0 +1,21 @@
+"""Fixtures shared by all tests. A real server comes from `launch.server.serve`; it starts in 20 s, so share it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.model import ensure_model
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """SmolLM2-135M-Instruct in float32, where equal computations give equal greedy tokens."""
+    return ensure_model("float32")
+
+
+@pytest.fixture(scope="session")
+def model_dir_bf16() -> Path:
+    """The same model in bfloat16, as a user would serve it."""
+    return ensure_model("bfloat16")

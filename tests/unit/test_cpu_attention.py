@@ -1,0 +1,180 @@
+"""The CPU attention backend against attention written out in float64, on SGLang's own pools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+from obcache_sglang.cpu.attention import QUERY_BLOCK, CpuAttentionBackend
+
+HEAD_DIM = 32
+POOL_TOKENS = 4096
+# Of values of order 1 in the dtype's own rounding (float32 2^-24, bfloat16 2^-9), summed over up to 1000 keys.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class Batch:
+    """One batch in SGLang's form, and what attention over it must give."""
+
+    forward_batch: ForwardBatch
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    expected: torch.Tensor
+
+
+class Engine:
+    """The parts of a model runner that an attention backend reads: two pools, with slots in random order."""
+
+    device = "cpu"
+
+    def __init__(self, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.req_to_token_pool = ReqToTokenPool(8, 2048, "cpu", enable_memory_saver=False)
+        self.token_to_kv_pool = MHATokenToKVPool(
+            POOL_TOKENS, 1, dtype, num_kv_heads, HEAD_DIM, layer_num=2, device="cpu", enable_memory_saver=False
+        )
+        self.layer = RadixAttention(num_heads, HEAD_DIM, HEAD_DIM**-0.5, num_kv_heads, layer_id=1)
+
+    def batch(self, mode: ForwardMode, prefix_lens: list[int], new_lens: list[int]) -> Batch:
+        """Random requests: prefixes lie in the pool, new tokens are in k and v. Unused slots hold NaN."""
+        layer = self.layer
+        generator = torch.Generator().manual_seed(sum(prefix_lens) + 7 * sum(new_lens))
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(self.dtype)
+
+        key_pool = self.token_to_kv_pool.get_key_buffer(layer.layer_id).fill_(float("nan"))
+        value_pool = self.token_to_kv_pool.get_value_buffer(layer.layer_id).fill_(float("nan"))
+        free = torch.randperm(POOL_TOKENS, generator=generator).int() + 1
+        q, k, v, new_slots, expected = [], [], [], [], []
+        for row, (prefix_len, new_len) in enumerate(zip(prefix_lens, new_lens, strict=True), start=1):
+            length = prefix_len + new_len
+            slots, free = free[:length], free[length:]
+            self.req_to_token_pool.req_to_token[row, :length] = slots
+            keys = random(length, layer.tp_k_head_num, HEAD_DIM)
+            values = random(length, layer.tp_k_head_num, HEAD_DIM)
+            queries = random(new_len, layer.tp_q_head_num, HEAD_DIM)
+            key_pool[slots[:prefix_len].long()] = keys[:prefix_len]
+            value_pool[slots[:prefix_len].long()] = values[:prefix_len]
+            q.append(queries)
+            k.append(keys[prefix_len:])
+            v.append(values[prefix_len:])
+            new_slots.append(slots[prefix_len:])
+            expected.append(attention(queries, keys, values, layer.scaling))
+        forward_batch = ForwardBatch(
+            forward_mode=mode,
+            batch_size=len(new_lens),
+            input_ids=torch.zeros(sum(new_lens), dtype=torch.int64),
+            req_pool_indices=torch.arange(1, len(new_lens) + 1),
+            seq_lens=torch.tensor(prefix_lens) + torch.tensor(new_lens),
+            out_cache_loc=torch.cat(new_slots).long(),
+            seq_lens_sum=sum(prefix_lens) + sum(new_lens),
+        )
+        if mode.is_extend():
+            forward_batch.extend_prefix_lens = torch.tensor(prefix_lens)
+            forward_batch.extend_seq_lens = torch.tensor(new_lens)
+        return Batch(forward_batch, torch.cat(q).flatten(1), torch.cat(k), torch.cat(v), torch.cat(expected).flatten(1))
+
+    def attend(self, backend: TorchNativeAttnBackend, batch: Batch) -> torch.Tensor:
+        backend.init_forward_metadata(batch.forward_batch)
+        return backend.forward(batch.q, batch.k, batch.v, self.layer, batch.forward_batch)
+
+
+def attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention in float64: queries [n, heads, d] are the last n positions of keys and values [length, kv_heads, d]."""
+    group = queries.shape[1] // keys.shape[1]
+    q, k, v = queries.double(), keys.double().repeat_interleave(group, 1), values.double().repeat_interleave(group, 1)
+    logits = torch.einsum("ihd,jhd->hij", q, k) * scale
+    position = torch.arange(len(keys))
+    logits.masked_fill_(position > position[-len(queries) :, None], float("-inf"))
+    return torch.einsum("hij,jhd->ihd", logits.softmax(-1), v)
+
+
+HEADS = [(3, 3), (9, 3), (7, 1), (16, 2)]
+heads = pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS, ids=lambda n: f"heads{n}")
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def lens(pairs: list[tuple[int, int]]) -> str:
+    return "_".join(f"{prefix}+{new}" for prefix, new in pairs)
+
+
+@heads
+@dtypes
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(0, 1)],
+        [(0, 63), (0, 500), (0, 1)],
+        [(1, 1), (500, 63), (63, 500)],
+        [(0, 63), (500, 1), (1, 500)],
+        [(300, 2 * QUERY_BLOCK + 1)],
+    ],
+    ids=lens,
+)
+def test_extend(num_heads: int, num_kv_heads: int, dtype: torch.dtype, lengths: list[tuple[int, int]]) -> None:
+    engine = Engine(num_heads, num_kv_heads, dtype)
+    batch = engine.batch(ForwardMode.EXTEND, [p for p, _ in lengths], [n for _, n in lengths])
+    output = engine.attend(CpuAttentionBackend(engine), batch)
+    torch.testing.assert_close(output.double(), batch.expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@heads
+@dtypes
+@pytest.mark.parametrize("prefixes", [[0], [62, 499, 1000, 1]], ids=lambda lens: "prefix" + "-".join(map(str, lens)))
+def test_decode(num_heads: int, num_kv_heads: int, dtype: torch.dtype, prefixes: list[int]) -> None:
+    engine = Engine(num_heads, num_kv_heads, dtype)
+    batch = engine.batch(ForwardMode.DECODE, prefixes, [1] * len(prefixes))
+    output = engine.attend(CpuAttentionBackend(engine), batch)
+    torch.testing.assert_close(output.double(), batch.expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_one_backend_serves_long_and_short_prefixes_in_turn() -> None:
+    """The mask is kept between batches: it must follow a longer prefix and a shorter one."""
+    engine = Engine(9, 3, torch.float32)
+    backend = CpuAttentionBackend(engine)
+    for prefix_len, new_len in [(10, 5), (1000, 300), (3, 2), (1200, 64), (700, QUERY_BLOCK)]:
+        batch = engine.batch(ForwardMode.EXTEND, [prefix_len], [new_len])
+        torch.testing.assert_close(
+            engine.attend(backend, batch).double(), batch.expected, atol=TOLERANCE[torch.float32], rtol=0
+        )
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.DECODE], ids=lambda mode: mode.name.lower())
+def test_sliding_windows_are_left_to_torch_native(mode: ForwardMode) -> None:
+    engine = Engine(9, 3, torch.float32)
+    engine.layer.sliding_window_size = 16
+    batch = engine.batch(mode, [50, 3], [1, 1])
+    ours = engine.attend(CpuAttentionBackend(engine), batch)
+    torch.testing.assert_close(ours, engine.attend(TorchNativeAttnBackend(engine), batch), atol=0, rtol=0)
+    engine.layer.sliding_window_size = -1
+    assert not torch.allclose(ours, engine.attend(CpuAttentionBackend(engine), batch))
+
+
+def test_new_tokens_are_written_to_the_pool_unless_told_not_to() -> None:
+    engine = Engine(9, 3, torch.float32)
+    backend = CpuAttentionBackend(engine)
+    batch = engine.batch(ForwardMode.EXTEND, [5], [4])
+    slots = batch.forward_batch.out_cache_loc
+    keys = engine.token_to_kv_pool.get_key_buffer(1)
+    backend.init_forward_metadata(batch.forward_batch)
+    backend.forward(batch.q, batch.k, batch.v, engine.layer, batch.forward_batch, save_kv_cache=False)
+    assert keys[slots].isnan().all()
+    backend.forward(batch.q, batch.k, batch.v, engine.layer, batch.forward_batch)
+    torch.testing.assert_close(keys[slots], batch.k, atol=0, rtol=0)
+
+
+def test_an_idle_batch_gives_no_rows() -> None:
+    engine = Engine(9, 3, torch.float32)
+    forward_batch = SimpleNamespace(forward_mode=ForwardMode.IDLE)
+    output = CpuAttentionBackend(engine).forward(torch.empty(0, 9 * HEAD_DIM), None, None, engine.layer, forward_batch)
+    assert output.shape == (0, 9 * HEAD_DIM)
