@@ -40,6 +40,8 @@ install_environment() {
 }
 
 install_environment || exit 1
+# Threads of a test or client that wait by spinning starve the server's (see obcache_sglang/cpu/platform.py).
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 # shellcheck disable=SC1091
 source "$VENV/bin/activate"
 cd "$REPOSITORY"

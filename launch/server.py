@@ -54,9 +54,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(
-    model_dir: Path, log_file: Path, flags: Sequence[str] = (), env: Mapping[str, str] | None = None
-) -> Iterator[Server]:
+def serve(model_dir: Path, log_file: Path, flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Iterator[Server]:
     """A server on a free port, ready for requests; its whole process group is gone afterwards.
 
     flags: for `python -m sglang.launch_server`; env: on top of this process's environment. Raises RuntimeError with the

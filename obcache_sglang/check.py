@@ -55,14 +55,10 @@ def _check_entry_points() -> list[str]:
         found = any(point.name == name for point in entry_points(group=group))
         print(f"entry point {group}: {name} {'found' if found else 'MISSING'}")
         if not found:
-            problems.append(
-                f"the entry point {name} of {group} is missing: install the package (pip install obcache-sglang)."
-            )
+            problems.append(f"the entry point {name} of {group} is missing: install the package (pip install obcache-sglang).")
     allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
     if allowed and PLUGIN_NAME not in allowed:
-        problems.append(
-            f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} excludes this plugin: add {PLUGIN_NAME}, or unset it."
-        )
+        problems.append(f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} excludes this plugin: add {PLUGIN_NAME}, or unset it.")
     platform = os.environ.get("SGLANG_PLATFORM")
     if platform and platform != PLATFORM_NAME:
         # SGLang skips all plugins of packages that offer another platform, and this package offers one.
@@ -76,9 +72,7 @@ def _check_table() -> list[str]:
     print(f"\n{len(states)} SGLang names:")
     for state in states:
         touch = state.touch
-        verdict = (
-            "found" if state.ok else "MISSING" if not state.found else f"LACKS {', '.join(state.missing_parameters)}"
-        )
+        verdict = "found" if state.ok else "MISSING" if not state.found else f"LACKS {', '.join(state.missing_parameters)}"
         print(f"  {touch.target:{width}}  {touch.kind:8}  {verdict:6}  {touch.why}")
     missing = [state.touch.target for state in states if not state.ok]
     return [f"this SGLang lacks what we rely on: {', '.join(missing)}."] if missing else []

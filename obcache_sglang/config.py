@@ -78,9 +78,7 @@ class CompressionSettings:
                 "window", "all", f"is for method h2o only; {self.method} needs a number of last queries, 1 or more."
             )
         if self.method == "tova" and self.window != 1:
-            raise InvalidValue(
-                "window", self.window, "is not allowed with method tova: it scores with the last query only."
-            )
+            raise InvalidValue("window", self.window, "is not allowed with method tova: it scores with the last query only.")
         if self.pooling == "none" and self.kernel_size != 1:
             raise InvalidValue(
                 "kernel_size",
@@ -259,9 +257,7 @@ def _one_of(choices: Iterable[str]) -> Check:
     return check
 
 
-def _whole_number(
-    minimum: int, what: str, *, optional: bool = False, odd: bool = False, all_word: bool = False
-) -> Check:
+def _whole_number(minimum: int, what: str, *, optional: bool = False, odd: bool = False, all_word: bool = False) -> Check:
     def check(name: str, value: Any) -> int | None:
         if value is None and optional:
             return None
@@ -448,9 +444,7 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
         if option.check is _switch:
             group.add_argument(option.flag, action="store_true", default=None, help=option.help)
         else:
-            group.add_argument(
-                option.flag, type=option.cli_type, default=None, metavar=option.metavar, help=option.help
-            )
+            group.add_argument(option.flag, type=option.cli_type, default=None, metavar=option.metavar, help=option.help)
 
 
 def settings_from_cli(args: argparse.Namespace) -> ServerSettings | None:
@@ -459,9 +453,7 @@ def settings_from_cli(args: argparse.Namespace) -> ServerSettings | None:
     if not getattr(args, "obcache", None):
         if given:
             flags = ", ".join(OPTIONS[name].flag for name in given)
-            raise ConfigError(
-                f"{flags} given without --obcache, which turns compression on: add --obcache, or leave it out."
-            )
+            raise ConfigError(f"{flags} given without --obcache, which turns compression on: add --obcache, or leave it out.")
         return None
     try:
         return ServerSettings.resolve(given)

@@ -49,9 +49,7 @@ class Engine(SGLangEngine):
 
     def context(self, context_id: str, *, positions: bool = False, cache_salt: str | None = None) -> dict[str, Any]:
         """One context, with `positions` the kept ones, `[layer][kv_head][kept]`. Raises ContextNotFound."""
-        return self._run(
-            service.get_context(self.tokenizer_manager, context_id, positions=positions, cache_salt=cache_salt)
-        )
+        return self._run(service.get_context(self.tokenizer_manager, context_id, positions=positions, cache_salt=cache_salt))
 
     def delete_context(
         self, context_id: str, *, cache_salt: str | None = None, wait_seconds: float = service.DELETE_WAIT_SECONDS

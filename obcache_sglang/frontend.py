@@ -12,7 +12,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from sglang.srt.managers.io_struct import GenerateReqInput
+
 from obcache_sglang.config import ServerSettings
+from obcache_sglang.control import expire_after
 from obcache_sglang.errors import HostError, RequestError
 from obcache_sglang.host import Touch
 from obcache_sglang.marker import register_marker
@@ -20,7 +23,10 @@ from obcache_sglang.plan import PARAM, Action, make_plan, parse_wish, split_mark
 
 _FRONTEND = "obcache_frontend"  # attribute of a TokenizerManager that serves with compression
 ACTION = "obcache_action"  # attribute of a GenerateReqInput made by POST /obcache/compress
-_PLANNED = "obcache_planned"  # attribute of a GenerateReqInput whose responses carry a report
+_PLAN = "obcache_plan"  # attribute of a GenerateReqInput that was sent with a plan
+
+# A context lives from the last stamp a scheduler saw; its expiry is announced safely after that.
+_EXPIRY_MARGIN_SECONDS = 0.2
 
 
 @dataclass
@@ -128,11 +134,11 @@ def _attach(result: None, tokenizer_manager: Any) -> None:
 def _validate(original: Callable[..., None], tokenizer_manager: Any, obj: Any, input_ids: list[int] | None) -> None:
     """Around TokenizerManager._validate_one_request: SGLang checks (or truncates) the prompt that the model will read."""
     frontend = Frontend.of(tokenizer_manager)
-    if frontend is None or not _is_generate_request(obj):
+    if frontend is None or not isinstance(obj, GenerateReqInput):
         original(tokenizer_manager, obj, input_ids)
         return
     if input_ids is None:
-        _refuse_embeds(obj, frontend)
+        _refuse_embeds(obj)
         original(tokenizer_manager, obj, input_ids)
         return
     prepared = frontend.prepare(obj, input_ids)
@@ -154,15 +160,16 @@ def _create(
 ) -> Any:
     """Around TokenizerManager._create_tokenized_object: what goes to the scheduler has no marker and carries the plan."""
     frontend = Frontend.of(tokenizer_manager)
-    if frontend is None or input_ids is None or not _is_generate_request(obj):
+    if frontend is None or input_ids is None or not isinstance(obj, GenerateReqInput):
         return original(tokenizer_manager, obj, input_text, input_ids, *args, **kwargs)
     prepared = frontend.take(obj, input_ids)
     tokenized = original(tokenizer_manager, obj, input_text, prepared.sent_ids, *args, **kwargs)
-    assert frontend.marker_id not in tokenized.input_ids, "a context marker would reach the model"
+    if prepared.sent_ids is not input_ids:
+        assert frontend.marker_id not in tokenized.input_ids, "a context marker would reach the model"
     params = tokenized.sampling_params
     if prepared.plan is not None:
         params.custom_params = {**(params.custom_params or {}), PARAM: prepared.plan}
-        setattr(obj, _PLANNED, True)
+        setattr(obj, _PLAN, prepared.plan)
     elif params.custom_params and PARAM in params.custom_params:
         params.custom_params = {key: value for key, value in params.custom_params.items() if key != PARAM} or None
     return tokenized
@@ -171,12 +178,13 @@ def _create(
 def _report(original: Callable[..., Any], tokenizer_manager: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
     """Around TokenizerManager._wait_one_response: every output of a planned request carries its report, as one object."""
     stream = original(tokenizer_manager, obj, *args, **kwargs)
-    if not getattr(obj, _PLANNED, False):
+    plan = getattr(obj, _PLAN, None)
+    if plan is None:
         return stream
-    return _with_report(stream, tokenizer_manager.rid_to_state[obj.rid])
+    return _with_report(stream, tokenizer_manager, tokenizer_manager.rid_to_state[obj.rid], plan)
 
 
-async def _with_report(stream: Any, state: Any) -> AsyncIterator[dict[str, Any]]:
+async def _with_report(stream: Any, tokenizer_manager: Any, state: Any, plan: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     # SGLang collects a request's extra information in lists, one entry per token or one per request, and repeats
     # them in some chunks of a stream only.
     async with aclosing(stream):
@@ -184,21 +192,15 @@ async def _with_report(stream: Any, state: Any) -> AsyncIterator[dict[str, Any]]
             reports = state.customized_info_accumulated.get(PARAM)
             if reports:
                 output["meta_info"][PARAM] = reports[-1]
+            if plan["ttl_seconds"] is not None and output["meta_info"]["finish_reason"] is not None:
+                expire_after(tokenizer_manager, plan["ttl_seconds"] + _EXPIRY_MARGIN_SECONDS)
             yield output
 
 
-def _is_generate_request(obj: Any) -> bool:
-    from sglang.srt.managers.io_struct import GenerateReqInput
-
-    return isinstance(obj, GenerateReqInput)
-
-
-def _refuse_embeds(request: Any, frontend: Frontend) -> None:
+def _refuse_embeds(request: Any) -> None:
     custom_params = (request.sampling_params or {}).get("custom_params")
     if isinstance(custom_params, dict) and parse_wish(custom_params.get(PARAM)).asked:
-        raise RequestError(
-            "input_embeds cannot be compressed: a context is known by its tokens; send text or input_ids."
-        )
+        raise RequestError("input_embeds cannot be compressed: a context is known by its tokens; send text or input_ids.")
 
 
 TOUCHES = (

@@ -18,7 +18,7 @@ TESTED_SGLANG = "0.5.23"
 """The SGLang release this package is written for and tested with."""
 
 Kind = Literal["before", "after", "around", "replace", "call", "read", "subclass"]
-Process = Literal["launcher", "tokenizer", "scheduler", "all"]
+Process = Literal["launcher", "tokenizer", "scheduler", "controller", "all"]
 
 HOOK_KINDS: frozenset[str] = frozenset({"before", "after", "around", "replace"})
 
@@ -26,6 +26,7 @@ HOOK_KINDS: frozenset[str] = frozenset({"before", "after", "around", "replace"})
 _DECLARED_IN = (
     ("obcache_sglang.plugin", "TOUCHES"),
     ("obcache_sglang.support", "TOUCHES"),
+    ("obcache_sglang.control", "TOUCHES"),
     ("obcache_sglang.frontend", "TOUCHES"),
     ("obcache_sglang.openai_reports", "TOUCHES"),
     ("obcache_sglang.service", "TOUCHES"),
@@ -45,8 +46,8 @@ class Touch:
         call | read: we use it; subclass: a class of ours extends it.
     why: one line.
     parameters: names of its parameters that we pass or read by name.
-    process: where we touch it. launcher and tokenizer are one process in the servers we support; scheduler stands for the
-        schedulers and the data-parallel controller, the launcher's children.
+    process: where we touch it. launcher and tokenizer are one process in the servers we support; controller is the
+        data-parallel controller.
     hook: the hook function, for hook kinds only.
     """
 
@@ -59,9 +60,7 @@ class Touch:
 
     def __post_init__(self) -> None:
         if (self.kind in HOOK_KINDS) != (self.hook is not None):
-            raise TypeError(
-                f"{self.target}: a hook function belongs to the kinds {sorted(HOOK_KINDS)}, and only to them"
-            )
+            raise TypeError(f"{self.target}: a hook function belongs to the kinds {sorted(HOOK_KINDS)}, and only to them")
 
     @property
     def is_hook(self) -> bool:
@@ -94,8 +93,8 @@ def host_table() -> tuple[Touch, ...]:
 
 
 def hook_rows(process: Literal["launcher", "scheduler"]) -> tuple[Touch, ...]:
-    """The hooks of the launcher (with its tokenizer), or of the scheduler and the other child processes."""
-    processes = {"launcher": ("launcher", "tokenizer", "all"), "scheduler": ("scheduler", "all")}[process]
+    """The hooks of the launcher (with its tokenizer), or of the processes it starts: schedulers and their controller."""
+    processes = {"launcher": ("launcher", "tokenizer", "all"), "scheduler": ("scheduler", "controller", "all")}[process]
     return tuple(touch for touch in host_table() if touch.is_hook and touch.process in processes)
 
 

@@ -50,9 +50,7 @@ def make_router(tokenizer_manager: Any) -> APIRouter:
     @router.post("/compress")
     async def compress(request: Request) -> dict[str, Any]:
         body = await _json_object(request)
-        return await service.compress_context(
-            tokenizer_manager, lambda: request.app.state.openai_serving_chat, body, request
-        )
+        return await service.compress_context(tokenizer_manager, lambda: request.app.state.openai_serving_chat, body, request)
 
     @router.get("/contexts")
     async def list_contexts(request: Request) -> dict[str, Any]:
@@ -69,9 +67,7 @@ def make_router(tokenizer_manager: Any) -> APIRouter:
         """200 once it is gone, 202 if it still has readers after `wait_seconds`."""
         if not 0 <= wait_seconds <= 600:
             raise RequestError(f"wait_seconds={wait_seconds} is outside [0, 600].")
-        state = await service.delete_context(
-            tokenizer_manager, context_id, cache_salt=_salt(request), wait_seconds=wait_seconds
-        )
+        state = await service.delete_context(tokenizer_manager, context_id, cache_salt=_salt(request), wait_seconds=wait_seconds)
         if state == "deleting":
             response.status_code = 202
         return {"id": context_id, "state": state}

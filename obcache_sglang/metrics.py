@@ -83,19 +83,15 @@ class _Prometheus:
             return PrometheusCounter(f"sglang:obcache_{name}", text, labelnames=names).labels(**labels)
 
         def gauge(name: str, text: str) -> Any:
-            return Gauge(f"sglang:obcache_{name}", text, labelnames=names, multiprocess_mode="mostrecent").labels(
-                **labels
-            )
+            return Gauge(f"sglang:obcache_{name}", text, labelnames=names, multiprocess_mode="mostrecent").labels(**labels)
 
         self.compressions = counter("compressions_total", "Contexts compressed.")
         self.reuses = counter("reuses_total", "Requests that used a resident compressed context.")
-        self.tokens_saved = counter(
-            "tokens_saved_total", "Prompt tokens not prefilled again thanks to a compressed context."
-        )
+        self.tokens_saved = counter("tokens_saved_total", "Prompt tokens not prefilled again thanks to a compressed context.")
         self.slots_saved = counter("slots_saved_total", "KV slots given back by compressions.")
         self.contexts = gauge("contexts", "Compressed contexts resident now.")
         self.slots_saved_now = gauge(
-            "slots_saved", "KV slots that the resident contexts hold less than their exact caches would."
+            "resident_slots_saved", "KV slots that the resident contexts hold less than their exact caches would."
         )
         self.seconds = Histogram(
             "sglang:obcache_compression_seconds",

@@ -15,18 +15,14 @@ from typing import Any
 from obcache_sglang.host import Touch
 from obcache_sglang.plan import PARAM
 
-_REPORTS = (
-    "obcache_reports"  # attribute of a GenerateReqInput whose stream's reports are wanted: {choice index: report}
-)
+_REPORTS = "obcache_reports"  # attribute of a GenerateReqInput whose stream's reports are wanted: {choice index: report}
 
 _DATA = "data: "
 # In a text, the quotes of this would be escaped.
 _FINISHED = '"finish_reason":"'
 
 
-def _add_to_response(
-    response: Any, serving: Any, request: Any, ret: list[dict[str, Any]], *args: Any, **kwargs: Any
-) -> None:
+def _add_to_response(response: Any, serving: Any, request: Any, ret: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
     """After _build_completion_response and _build_chat_response. ret: what the engine answered, one per choice."""
     reports = [answer["meta_info"].get(PARAM) for answer in ret]
     if any(reports) and hasattr(response, "metadata"):

@@ -86,9 +86,7 @@ def split_marker(token_ids: Sequence[int], marker_id: int | None) -> tuple[Seque
     if marker_id is None or count == 0:
         return token_ids, None
     if count > 1:
-        raise RequestError(
-            f"The prompt holds the context marker {count} times; it may hold it once, where the context ends."
-        )
+        raise RequestError(f"The prompt holds the context marker {count} times; it may hold it once, where the context ends.")
     position = token_ids.index(marker_id)
     return [*token_ids[:position], *token_ids[position + 1 :]], position
 
@@ -119,9 +117,7 @@ def make_plan(
             if given is not None:
                 raise _wrong("context_id", wish.context_id, f"stands for the whole context: leave out {other}.")
         if wish.overrides:
-            raise _wrong(
-                "context_id", wish.context_id, f"brings its own settings: leave out {', '.join(wish.overrides)}."
-            )
+            raise _wrong("context_id", wish.context_id, f"brings its own settings: leave out {', '.join(wish.overrides)}.")
     context_len = _boundary(wish, num_tokens, marker_position, mode, action)
     if context_len is None:
         return None
@@ -155,9 +151,7 @@ def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, mode: st
         return marker_position
     if wish.context_len is not None:
         if wish.context_len > num_tokens:
-            raise _wrong(
-                "context_len", wish.context_len, f"is outside [1, {num_tokens}]: the prompt has {num_tokens} tokens."
-            )
+            raise _wrong("context_len", wish.context_len, f"is outside [1, {num_tokens}]: the prompt has {num_tokens} tokens.")
         return wish.context_len
     if mode == "prompt":
         return num_tokens - 1 if num_tokens > 1 else None
@@ -179,9 +173,7 @@ def _context_len(value: object) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _wrong(
-            "context_len", value, "is not a whole number, 1 or more: it is the number of prompt tokens in the context."
-        )
+        raise _wrong("context_len", value, "is not a whole number, 1 or more: it is the number of prompt tokens in the context.")
     return value
 
 
@@ -189,9 +181,7 @@ def _context_id(value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not value:
-        raise _wrong(
-            "context_id", value, "is not the id of a context, as /obcache/compress and /obcache/contexts give it."
-        )
+        raise _wrong("context_id", value, "is not the id of a context, as /obcache/compress and /obcache/contexts give it.")
     return value
 
 

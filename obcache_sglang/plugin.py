@@ -190,7 +190,7 @@ TOUCHES = (
         "after",
         "with data parallelism the controller reports in its schedulers' place",
         (),
-        "scheduler",
+        "controller",
         _forward_init_info,
     ),
     Touch(

@@ -13,14 +13,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from obcache_sglang import __version__
+from obcache_sglang import __version__, control
 from obcache_sglang.errors import ContextNotFound, ObcacheError, RequestError
 from obcache_sglang.frontend import ACTION, Frontend
-from obcache_sglang.host import Touch, check_host, installed_sglang
+from obcache_sglang.host import Touch, TouchState, check_host, installed_sglang
 from obcache_sglang.plan import PARAM, REQUEST_KEYS
-
-CONTROL_PREFIX = "obcache:"
-"""Start of the `rid` of a GetInternalStateReq that carries one of our operations to the schedulers, as JSON."""
 
 DELETE_WAIT_SECONDS = 30.0
 """How long `delete_context` waits for a context's readers unless told otherwise."""
@@ -64,7 +61,7 @@ async def compress_context(
 
 async def list_contexts(tokenizer_manager: Any, *, cache_salt: str | None = None) -> list[dict[str, Any]]:
     """The contexts made under `cache_salt`, or under none; each with its `dp_rank`."""
-    answers = await _control(tokenizer_manager, {"op": "list", "cache_salt": cache_salt})
+    answers = await control.call(tokenizer_manager, {"op": "list", "cache_salt": cache_salt})
     return [context | {"dp_rank": rank} for rank, answer in answers for context in _checked(answer)["contexts"]]
 
 
@@ -76,7 +73,7 @@ async def get_context(
     positions: also the kept token positions, `[layer][kv_head][kept]`, ascending.
     """
     operation = {"op": "get", "id": context_id, "positions": positions, "cache_salt": cache_salt}
-    found = _found(await _control(tokenizer_manager, operation), context_id)
+    found = _found(await control.call(tokenizer_manager, operation), context_id)
     return found[0][1]["context"] | {"dp_ranks": [rank for rank, _ in found]}
 
 
@@ -88,7 +85,7 @@ async def delete_context(
     Returns "deleted", or "deleting" if it still has readers after `wait_seconds`. Raises ContextNotFound.
     """
     operation = {"op": "delete", "id": context_id, "cache_salt": cache_salt}
-    found = _found(await _control(tokenizer_manager, operation), context_id)
+    found = _found(await control.call(tokenizer_manager, operation), context_id)
     deadline = time.monotonic() + wait_seconds
     state = "deleted" if all(answer["state"] == "deleted" for _, answer in found) else "deleting"
     while state == "deleting" and time.monotonic() < deadline:
@@ -100,11 +97,6 @@ async def delete_context(
     return state
 
 
-async def expire(tokenizer_manager: Any) -> None:
-    """Lets the schedulers forget contexts whose time to live has passed; any other operation or request does so too."""
-    await _control(tokenizer_manager, {"op": "expire"})
-
-
 async def status(tokenizer_manager: Any) -> dict[str, Any]:
     """Whether compression is active, with every hook of every process, the settings and the counters.
 
@@ -113,25 +105,13 @@ async def status(tokenizer_manager: Any) -> dict[str, Any]:
     frontend = Frontend.of(tokenizer_manager)
     if frontend is None:
         raise RequestError("This engine was started without compression: pass obcache=True.")
-    ranks = [
-        {"dp_rank": rank} | _checked(answer) for rank, answer in await _control(tokenizer_manager, {"op": "status"})
+    ranks = [{"dp_rank": rank} | _checked(answer) for rank, answer in await control.call(tokenizer_manager, {"op": "status"})]
+    states = [state for state in check_host() if state.touch.is_hook]
+    hooks = [
+        {"target": touch.target, "kind": touch.kind, "process": touch.process, "in_place": in_place, "why": touch.why}
+        for touch, in_place in ((state.touch, _in_place(state, ranks)) for state in states)
+        if in_place is not None
     ]
-    hooks = []
-    for state in check_host():
-        touch = state.touch
-        if touch.is_hook:
-            here = bool(state.in_place)
-            there = all(rank["hooks"].get(touch.target) for rank in ranks)
-            in_place = {"scheduler": there, "all": here and there}.get(touch.process, here)
-            hooks.append(
-                {
-                    "target": touch.target,
-                    "kind": touch.kind,
-                    "process": touch.process,
-                    "in_place": in_place,
-                    "why": touch.why,
-                }
-            )
     return {
         "active": all(hook["in_place"] for hook in hooks),
         "version": __version__,
@@ -146,28 +126,6 @@ async def status(tokenizer_manager: Any) -> dict[str, Any]:
 # --- internals ---------------------------------------------------------------------------------------------------------
 
 
-async def _control(tokenizer_manager: Any, operation: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    """Sends one operation to every data-parallel rank; (rank, answer) in order of rank.
-
-    operation: {"op": "status" | "list" | "get" | "delete" | "expire", ...}, JSON-safe. Answers hold `ok`, `status_code`, `error`, `dp_rank`.
-    """
-    from sglang.srt.managers.io_struct import GetInternalStateReq
-
-    tokenizer_manager.auto_create_handle_loop()
-    # One clock for all ranks, which have to agree on what has expired.
-    request = GetInternalStateReq(rid=CONTROL_PREFIX + json.dumps(operation | {"now": time.time()}))
-    # Shielded: SGLang pairs answers with questions by order alone, so a client that hangs up must not leave one unread.
-    call = asyncio.ensure_future(tokenizer_manager.get_internal_state_communicator(request))
-    outputs = await asyncio.shield(call)
-    return sorted(
-        (
-            (output.internal_state.get("dp_rank") or index, output.internal_state)
-            for index, output in enumerate(outputs)
-        ),
-        key=lambda pair: pair[0],
-    )
-
-
 def _checked(answer: Mapping[str, Any]) -> dict[str, Any]:
     """An answer without its envelope. Raises the error it carries."""
     if not answer.get("ok"):
@@ -180,10 +138,23 @@ def _checked(answer: Mapping[str, Any]) -> dict[str, Any]:
 def _found(answers: list[tuple[int, dict[str, Any]]], context_id: str) -> list[tuple[int, dict[str, Any]]]:
     found = [(rank, _checked(answer)) for rank, answer in answers if answer.get("status_code") != 404]
     if not found:
-        raise ContextNotFound(
-            f"There is no context {context_id!r} under this cache salt; GET /obcache/contexts lists them."
-        )
+        raise ContextNotFound(f"There is no context {context_id!r} under this cache salt; GET /obcache/contexts lists them.")
     return found
+
+
+def _in_place(state: TouchState, ranks: list[dict[str, Any]]) -> bool | None:
+    """Whether a hook is called in its process; None where the server has no such process."""
+    there = all(rank["hooks"].get(state.touch.target) for rank in ranks)
+    match state.touch.process:
+        case "scheduler":
+            return there
+        case "controller":
+            # It has no channel of its own; but without this hook the launcher would have refused to serve.
+            return True if len(ranks) > 1 else None
+        case "all":
+            return there and bool(state.in_place)
+        case _:
+            return bool(state.in_place)
 
 
 def _summed(counters: list[dict[str, Any]]) -> dict[str, Any]:
@@ -239,9 +210,7 @@ def _render(tokenizer_manager: Any, serving_chat: Any, body: Mapping[str, Any]) 
 
     frontend = Frontend.of(tokenizer_manager)
     if frontend is None or frontend.marker_id is None:
-        raise RequestError(
-            "messages need a tokenizer, and this server was started with --skip-tokenizer-init: send input_ids."
-        )
+        raise RequestError("messages need a tokenizer, and this server was started with --skip-tokenizer-init: send input_ids.")
     chat = {key: body[key] for key in _CHAT_KEYS if body.get(key) is not None}
     messages = _with_marker(body["messages"], frontend.settings.marker)
     try:
@@ -257,51 +226,18 @@ def _with_marker(messages: Any, marker: str) -> Any:
     if marker in json.dumps(messages, ensure_ascii=False):
         return messages
     messages = copy.deepcopy(messages)
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    content = last.get("content") if isinstance(last, dict) else None
-    if isinstance(content, str):
-        last["content"] = content + marker
-        return messages
-    if (
-        isinstance(content, list)
-        and content
-        and isinstance(content[-1], dict)
-        and isinstance(content[-1].get("text"), str)
-    ):
-        content[-1]["text"] += marker
-        return messages
-    raise RequestError(f"messages do not end with a text: put the marker {marker!r} where the context ends.")
+    try:
+        last = messages[-1]
+        if isinstance(last["content"], str):
+            last["content"] += marker
+        else:
+            last["content"][-1]["text"] += marker
+    except (LookupError, TypeError) as error:
+        raise RequestError(f"messages do not end with a text: put the marker {marker!r} where the context ends.") from error
+    return messages
 
 
 TOUCHES = (
-    Touch(
-        "sglang.srt.managers.io_struct.GetInternalStateReq",
-        "call",
-        "its rid carries our operations to the schedulers",
-        ("rid",),
-        "tokenizer",
-    ),
-    Touch(
-        "sglang.srt.managers.io_struct.GetInternalStateReqOutput",
-        "read",
-        "internal_state: a scheduler's answer to an operation",
-        ("internal_state",),
-        "tokenizer",
-    ),
-    Touch(
-        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.init_communicators",
-        "read",
-        "makes get_internal_state_communicator, which sends to every data-parallel rank",
-        (),
-        "tokenizer",
-    ),
-    Touch(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop",
-        "call",
-        "starts reading answers, before the first request",
-        (),
-        "tokenizer",
-    ),
     Touch(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
         "call",

@@ -150,9 +150,7 @@ def _unsupported_model(model_config: Any) -> list[str]:
     if not model_config.is_generation:
         problems.append("does not generate text: serve a generative model")
     if model_config.is_multimodal:
-        problems.append(
-            "takes images, audio or video: serve a text model, or a text-only load of it (--language-model-only)"
-        )
+        problems.append("takes images, audio or video: serve a text model, or a text-only load of it (--language-model-only)")
     if model_config.is_encoder_decoder:
         problems.append("is an encoder-decoder: serve a decoder-only model")
     if model_config.attention_arch == AttentionArch.MLA:
@@ -160,9 +158,7 @@ def _unsupported_model(model_config: Any) -> list[str]:
             "uses multi-head latent attention (MLA), whose cache holds no keys and values: serve an MHA, GQA or MQA model"
         )
     if model_config.attention_arch == AttentionArch.SSM or mambaish_config(model_config) is not None:
-        problems.append(
-            "has state-space or linear-attention layers, whose state cannot be cut: serve a pure attention model"
-        )
+        problems.append("has state-space or linear-attention layers, whose state cannot be cut: serve a pure attention model")
     sliding = model_config.sliding_window_size if getattr(text, "use_sliding_window", True) else None
     layer_types = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
     if model_config.is_hybrid_swa or sliding or layer_types or model_config.attention_chunk_size:

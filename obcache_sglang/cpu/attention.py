@@ -122,9 +122,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             location = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
 
-    def _gather(
-        self, sequence: _Sequence, layer: RadixAttention, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, sequence: _Sequence, layer: RadixAttention, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a sequence as [1, KV heads, tokens, head_dim], in the queries' dtype."""
         keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id).index_select(0, sequence.slots)
         values = self.token_to_kv_pool.get_value_buffer(layer.layer_id).index_select(0, sequence.slots)
@@ -136,9 +134,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         """One request: queries [1, heads, n, head_dim] are the last n of the sequence's positions; writes `output`."""
         num_new, length = queries.shape[2], keys.shape[2]
         if num_new == length:
-            output.copy_(
-                scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
-            )
+            output.copy_(scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True))
             return
         for start in range(0, num_new, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, num_new))

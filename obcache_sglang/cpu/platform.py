@@ -10,6 +10,7 @@ backend and sampling backend follow from the platform.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +86,12 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.max_total_tokens = DEFAULT_POOL_TOKENS
         if server_args.max_running_requests is None:
             server_args.max_running_requests = DEFAULT_RUNNING_REQUESTS
+        # The scheduler shares the cores with the tokenizer, the clients and its own compute threads. Polling for requests
+        # would take one of them from all the others ...
+        server_args.sleep_on_idle = True
+        # ... and threads that wait by spinning starve those they wait for, once more of them run than there are cores (10
+        # times slower was seen). The workers inherit the environment, and OpenMP reads it when they start.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def init_backend(self) -> None:
         """In each worker, before its model runner is made: registers the attention backend."""
@@ -143,5 +150,33 @@ TOUCHES: tuple[Touch, ...] = (
         "subclass",
         "what our attention backend does not do itself",
         process="scheduler",
+    ),
+    Touch(
+        "sglang.srt.layers.radix_attention.RadixAttention",
+        "read",
+        "attn_type, is_cross_attention, sliding_window_size, scaling, head counts and dimensions, layer_id",
+        process="scheduler",
+    ),
+    Touch(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch",
+        "read",
+        "req_pool_indices, seq_lens, extend_seq_lens, out_cache_loc, forward_mode",
+        process="scheduler",
+    ),
+    Touch("sglang.srt.mem_cache.memory_pool.KVWriteLoc", "call", "where new K and V go", process="scheduler"),
+    Touch("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer", "call", "writes K and V", process="scheduler"),
+    Touch(
+        "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer",
+        "call",
+        "[slots, KV heads, head_dim]",
+        ("layer_id",),
+        "scheduler",
+    ),
+    Touch(
+        "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_value_buffer",
+        "call",
+        "[slots, KV heads, head_dim]",
+        ("layer_id",),
+        "scheduler",
     ),
 )

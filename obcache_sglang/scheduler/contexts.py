@@ -183,7 +183,7 @@ class ContextCache:
 
     def is_resident(self, context: Context) -> bool:
         """Whether the tree still holds all of the context's slots. Counts as a use for the tree's eviction order."""
-        if context.state is ContextState.COMPRESSING:
+        if context.state in (ContextState.COMPRESSING, ContextState.DELETING):
             return False
         held = self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).device_prefix_len == context.num_slots
         if held and context.state is ContextState.ABSENT:

@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from obcache_sglang.config import ServerSettings
 from obcache_sglang.errors import HostError, RequestError
-from obcache_sglang.host import Touch, hook_in_place
+from obcache_sglang.host import Touch, hook_in_place, hook_rows
 from obcache_sglang.metrics import Metrics
 from obcache_sglang.scheduler.contexts import FIRST_VIRTUAL_ID
 from obcache_sglang.scheduler.forward import ForwardPlan, score_after
@@ -83,7 +83,7 @@ def after_get_init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
 
 def hooks_in_place() -> dict[str, bool]:
     """Of this process: each hook's target, and whether it is really called."""
-    return {touch.target: hook_in_place(touch) for touch in SCHEDULER_TOUCHES if touch.is_hook}
+    return {touch.target: hook_in_place(touch) for touch in hook_rows("scheduler")}
 
 
 def around_create_generation_req(create: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Req:

@@ -371,15 +371,14 @@ class CompressionManager:
                 self.cache.is_resident(context)
             held = [c for c in visible if c.state is not ContextState.ABSENT or c.job is not None]
             return {"ok": True, "contexts": [c.describe() | {"readers": readers.get(c.id, 0)} for c in held]}
-        context = next((c for c in visible if c.id == call.get("id")), None)
-        if context is not None:
-            self.cache.is_resident(context)
-        if context is None or (context.state is ContextState.ABSENT and context.job is None):
+        named = [c for c in visible if c.id == call.get("id")]
+        if not named or not (self.cache.is_resident(named[0]) or named[0].job or named[0].state is ContextState.DELETING):
             return {
                 "ok": False,
                 "status_code": 404,
                 "error": f"no context {call.get('id')!r} is held under this cache_salt; GET /obcache/contexts lists them",
             }
+        context = named[0]
         if op == "get":
             described = context.describe() | {"readers": self.readers().get(context.id, 0)}
             if call.get("positions"):

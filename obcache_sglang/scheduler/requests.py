@@ -60,6 +60,7 @@ class ContextReq(Req):
     def __init__(self, *args: Any, plan: Plan, count_exact: Callable[[str], None], **kwargs: Any) -> None:
         """count_exact: told the reason, once, when the request is served exactly."""
         super().__init__(*args, **kwargs)
+        self.origin_input_ids: array[int]
         self.plan = plan
         self.context: Context | None = None
         self.position_offset = 0
@@ -100,7 +101,7 @@ class ContextReq(Req):
 
     def use_real_ids(self) -> None:
         """Back to the prompt as it was sent."""
-        if not self.is_virtual:
+        if self.real_ids is None:
             return
         assert not self.kv.holds_kv, "the ids of a request cannot change while it holds KV"
         self.origin_input_ids = self.real_ids

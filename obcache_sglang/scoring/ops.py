@@ -14,14 +14,15 @@ and the sum over i of ``w_ij v_j.o_i`` is ``v_j . (w^T o)_j``, one more matrix p
 
 import torch
 
-SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
+from obcache_sglang.config import SCORES
 
 # Logit of a token the query cannot see. Finite, so that A z is 0 there (0 * -inf would be NaN), and low enough that
 # its softmax weight is exactly 0 in float32.
 _MASKED_LOGIT = -1e30
 
-# Elements of one [queries, tokens] buffer, as long as one query's row fits: 4 MiB of float32 stay near the last-level cache.
-_TILE_ELEMENTS = 1 << 20
+# Elements of one [queries, tokens] buffer (8 MiB of float32), as long as one query's row fits. Smaller tiles make thinner
+# matrix products, which cost more than the better cache use gains.
+_TILE_ELEMENTS = 1 << 21
 
 
 def accumulate_scores(
@@ -42,13 +43,13 @@ def accumulate_scores(
     k, v: [start + rows, num_kv_heads, head_dim], any float dtype and strides: the tokens at positions
         ``0 .. start + rows - 1``, keys after RoPE. Attention is causal: the query at position p sees tokens 0 .. p.
     scale: factor of the logits ``q.k``, usually ``head_dim ** -0.5``.
-    score: one of ``SCORES``.
+    score: one of ``config.SCORES``.
 
     Every query's contribution is complete, so a window that spans prefill chunks is one call per chunk. q, k and v are
     read only and computed with in float32.
 
     Scratch, whatever the number of queries: float32 copies of one KV head's K and V, and two buffers (three for
-    obcache-kv) of about ``max(2**20, group * (start + rows))`` float32, group = num_q_heads / num_kv_heads.
+    obcache-kv) of about ``max(2**21, group * (start + rows))`` float32, group = num_q_heads / num_kv_heads.
 
     Raises ValueError when score is unknown or the shapes do not fit together.
     """
@@ -72,7 +73,7 @@ def accumulate_scores(
 
     for head in range(num_kv_heads):
         k_head = k[:, head].float()
-        v_head = v[:, head].T.to(torch.float32, memory_format=torch.contiguous_format)  # [head_dim, num_tokens]
+        v_head = torch.empty(head_dim, num_tokens, dtype=torch.float32, device=q.device).copy_(v[:, head].T)
         v_sq = v_head.square().sum(0)
         total = torch.zeros(num_tokens, dtype=torch.float32, device=q.device)
         for first in range(0, rows, tile_rows):
@@ -82,7 +83,7 @@ def accumulate_scores(
             stride = _row_stride(visible)
             logits, weights = buffers[:, : num_queries * stride].view(2, num_queries, stride).unbind()
 
-            queries = q[first:last, head * group : (head + 1) * group].float().mul(scale).view(num_queries, head_dim)
+            queries = q[first:last, head * group : (head + 1) * group].float().mul(scale).reshape(num_queries, head_dim)
             torch.mm(queries, k_head[:visible].T, out=logits[:, :visible])
             _mask_unseen(logits.view(last - first, group, stride), visible)
             torch.softmax(logits, dim=-1, out=weights)
@@ -110,12 +111,10 @@ def _mask_unseen(logits: torch.Tensor, visible: int) -> None:
     own.masked_fill_(unseen.unsqueeze(1), _MASKED_LOGIT)
 
 
-def _tile_scores(
-    logits: torch.Tensor, weights: torch.Tensor, v: torch.Tensor, v_sq: torch.Tensor, score: str
-) -> torch.Tensor:
+def _tile_scores(logits: torch.Tensor, weights: torch.Tensor, v: torch.Tensor, v_sq: torch.Tensor, score: str) -> torch.Tensor:
     """Scores [visible] summed over the queries of one tile.
 
-    logits, weights: [queries, stride], stride >= visible, 0 weight behind what a query sees; both are overwritten.
+    logits, weights: [queries, stride], stride >= visible; weights are 0 behind what a query sees. Both are overwritten.
     v: [head_dim, visible]; v_sq: [visible], the squared norms of its columns.
     """
     visible = v.shape[1]

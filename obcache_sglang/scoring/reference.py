@@ -17,8 +17,6 @@ The output error ``E = sum_i ||o_i - o'_i||^2`` is zero and flat at the unpruned
 
 import torch
 
-from obcache_sglang.scoring.ops import SCORES
-
 
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, start: int, scale: float
@@ -35,35 +33,37 @@ def attention(
     return z.masked_fill(~visible, 0.0), weights, weights @ v
 
 
-def score_tokens(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, start: int, scale: float, score: str
-) -> torch.Tensor:
+def pair_scores(z: torch.Tensor, weights: torch.Tensor, o: torch.Tensor, v: torch.Tensor, score: str) -> torch.Tensor:
+    """Score [rows, tokens] that each query gives each token. z, weights, o: from :func:`attention`; v: [tokens, head_dim]."""
+    if score == "attention":
+        return weights
+    v_sq = v.square().sum(-1)  # ||v_j||^2, [tokens]
+    value = weights.square() * v_sq
+    if score == "obcache-v":
+        return value
+    distance_sq = (v[None] - o[:, None]).square().sum(-1)  # ||v_j - o_i||^2, [rows, tokens]
+    key = (weights * z).square() * distance_sq
+    if score == "obcache-k":
+        return key
+    if score == "obcache-kv":
+        return value + key + 2 * weights.square() * z * (v_sq - o @ v.T)
+    raise ValueError(f"score {score!r} is unknown")
+
+
+def score_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, start: int, scale: float, score: str) -> torch.Tensor:
     """Scores of all tokens for all KV heads, in float64.
 
     q: [rows, num_q_heads, head_dim], the queries at positions ``start .. start + rows - 1``, after RoPE.
     k, v: [start + rows, num_kv_heads, head_dim], the tokens at positions ``0 .. start + rows - 1``.
-    scale: factor of the logits, usually ``head_dim ** -0.5``. score: one of ``ops.SCORES``.
+    scale: factor of the logits, usually ``head_dim ** -0.5``. score: one of ``config.SCORES``.
     Returns [num_kv_heads, start + rows]: summed over queries, averaged over the query heads of a KV head.
     """
     q, k, v = q.double(), k.double(), v.double()
     num_kv_heads = k.shape[1]
     group = q.shape[1] // num_kv_heads
     result = torch.zeros(num_kv_heads, k.shape[0], dtype=torch.float64, device=q.device)
-    for kv_head in range(num_kv_heads):
-        v_h = v[:, kv_head]
-        for q_head in range(kv_head * group, (kv_head + 1) * group):
-            z, weights, o = attention(q[:, q_head], k[:, kv_head], v_h, start=start, scale=scale)
-            v_sq = v_h.square().sum(-1)  # ||v_j||^2, [n]
-            v_dot_o = o @ v_h.T  # v_j . o_i, [rows, n]
-            distance_sq = (v_h[None] - o[:, None]).square().sum(-1)  # ||v_j - o_i||^2, [rows, n]
-            value = weights.square() * v_sq
-            key = (weights * z).square() * distance_sq
-            per_query = {
-                "attention": weights,
-                "obcache-v": value,
-                "obcache-k": key,
-                "obcache-kv": value + key + 2 * weights.square() * z * (v_sq - v_dot_o),
-            }
-            assert per_query.keys() == set(SCORES)
-            result[kv_head] += per_query[score].sum(0) / group
+    for q_head in range(q.shape[1]):
+        head = q_head // group
+        z, weights, o = attention(q[:, q_head], k[:, head], v[:, head], start=start, scale=scale)
+        result[head] += pair_scores(z, weights, o, v[:, head], score).sum(0) / group
     return result

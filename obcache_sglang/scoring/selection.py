@@ -3,26 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-POOLINGS = ("none", "average", "max")
-HEADS = ("per-head", "shared")
-STATIC_METHODS = ("streaming", "random")
-
-
-def kept_count(context_len: int, compression_ratio: float, max_kept_tokens: int | None = None) -> int:
-    """Tokens kept per KV head of a context of context_len tokens, computed as KVPress does.
-
-    compression_ratio: the fraction removed, in [0, 1). max_kept_tokens: an absolute cap, None for no cap.
-    At least one token is kept.
-    """
-    n_kept = int(context_len * (1 - compression_ratio))
-    if max_kept_tokens is not None:
-        n_kept = min(n_kept, max_kept_tokens)
-    return max(1, n_kept)
-
-
-def slot_count(context_len: int, n_kept: int, page_size: int) -> int:
-    """KV slots a compressed context holds: n_kept in whole pages of page_size, and never more than the context."""
-    return min(context_len, -(-n_kept // page_size) * page_size)
+from obcache_sglang.config import HEADS, POOLINGS
 
 
 def effective_window(window: int, num_slots: int, shrink: bool) -> int:
@@ -34,9 +15,7 @@ def effective_window(window: int, num_slots: int, shrink: bool) -> int:
     return min(window, max(1, num_slots // 2)) if shrink else window
 
 
-def static_scores(
-    method: str, num_kv_heads: int, context_len: int, seed: int, device: torch.device | str
-) -> torch.Tensor:
+def static_scores(method: str, num_kv_heads: int, context_len: int, seed: int, device: torch.device | str) -> torch.Tensor:
     """Scores [num_kv_heads, context_len] float32 of the methods that look at no query.
 
     "streaming" prefers later tokens (StreamingLLM, arXiv 2309.17453, once sinks are protected). "random" draws uniformly
@@ -48,7 +27,7 @@ def static_scores(
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(num_kv_heads, context_len, generator=generator).to(device)
-    raise ValueError(f"method {method!r} needs queries; static scores exist for {', '.join(STATIC_METHODS)}")
+    raise ValueError(f"method {method!r} needs queries; static scores exist for streaming, random")
 
 
 def select_positions(

@@ -144,9 +144,7 @@ def test_one_backend_serves_long_and_short_prefixes_in_turn() -> None:
     backend = CpuAttentionBackend(engine)
     for prefix_len, new_len in [(10, 5), (1000, 300), (3, 2), (1200, 64), (700, QUERY_BLOCK)]:
         batch = engine.batch(ForwardMode.EXTEND, [prefix_len], [new_len])
-        torch.testing.assert_close(
-            engine.attend(backend, batch).double(), batch.expected, atol=TOLERANCE[torch.float32], rtol=0
-        )
+        torch.testing.assert_close(engine.attend(backend, batch).double(), batch.expected, atol=TOLERANCE[torch.float32], rtol=0)
 
 
 @pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.DECODE], ids=lambda mode: mode.name.lower())

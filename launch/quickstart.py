@@ -1,0 +1,211 @@
+"""Reads a real document with a real server, and asks the same questions with exact and with compressed cache.
+
+    python -m launch.quickstart [--tokens 3500] [--compression-ratio R] [--method M] [--score S]
+
+The document is the first pages of Newton's Opticks (1730) with eight facts hidden in it, which the questions ask for. Nothing
+of a question is known when the document is compressed: it is compressed once, by the first question, and reused by all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import random
+import signal
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.model import MODEL_NAME, cache_dir, ensure_model
+from launch.server import Server, serve
+from obcache_sglang.lang import context
+
+TOPICS = ["lighthouse", "violin", "glacier", "orchard", "compass", "harbour", "lantern", "meadow"]
+MAX_NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """topic: what is asked about; answer: what the document says of it; prompt: the document and the question."""
+
+    topic: str
+    answer: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of the server. seconds: to the first token; meta: SGLang's meta_info of the last chunk."""
+
+    text: str
+    seconds: float
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Round:
+    """All questions asked of one kind of cache. slots: KV slots the document holds; rate: questions per second, at once."""
+
+    answers: list[Answer]
+    slots: int
+    first_seconds: float
+    later_seconds: float
+    rate: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=3500, help="length of the document in tokens (default: 3500)")
+    parser.add_argument("--compression-ratio", type=float, default=0.5, help="fraction of the KV cache removed")
+    parser.add_argument("--method", default="tova", help="which queries score (--obcache-method)")
+    parser.add_argument("--score", default="attention", help="how they score (--obcache-score)")
+    arguments = parser.parse_args()
+    # End like on Ctrl-C, through the `with` block that stops the server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+    model_dir = ensure_model("bfloat16")
+    questions, num_tokens = make_questions(model_dir, arguments.tokens)
+    flags = [
+        "--obcache",
+        f"--obcache-compression-ratio={arguments.compression_ratio}",
+        f"--obcache-method={arguments.method}",
+        f"--obcache-score={arguments.score}",
+    ]
+    log_file = cache_dir() / "quickstart-server.log"
+    progress(f"starting: sglang serve --model-path {model_dir} {' '.join(flags)}")
+    progress(f"(its log: {log_file}; half a minute)")
+    with serve(model_dir, log_file, flags) as server:
+        progress("the server is ready; warming up")
+        ask(server, "Hello", compressed=False)
+        exact = ask_all(server, questions, compressed=False)
+        server.request("POST", "/flush_cache")
+        compressed = ask_all(server, questions, compressed=True)
+    print_tables(questions, num_tokens, arguments, exact, compressed)
+
+
+def make_questions(model_dir: Path, num_tokens: int) -> tuple[list[Question], int]:
+    """Questions about one document of about `num_tokens` tokens, and its real length in tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    rng = random.Random(1704)
+    codes = {topic: str(rng.randrange(1_000_000, 10_000_000)) for topic in TOPICS}
+    facts = [f"One of the special magic numbers for {topic} is: {code}." for topic, code in codes.items()]
+    prose_tokens = num_tokens - len(tokenizer("\n\n".join(facts)).input_ids)
+    # The tokenizer's own offsets cut the text at exactly that many tokens.
+    end = tokenizer(read_prose(), return_offsets_mapping=True).offset_mapping[prose_tokens - 1][1]
+    paragraphs = read_prose()[:end].split("\n\n")
+    # One fact in each eighth of the document, from the end, so that the places before stay what they are.
+    stretch = len(paragraphs) // len(facts)
+    for number, fact in reversed(list(enumerate(facts))):
+        paragraphs.insert(number * stretch + rng.randrange(stretch), fact)
+    document = "\n\n".join(paragraphs)
+
+    def prompt(topic: str) -> str:
+        messages = [
+            {
+                "role": "user",
+                "content": context(document) + f"\n\nWhat is the special magic number for {topic} mentioned in the text above?",
+            },
+            {"role": "assistant", "content": f"The special magic number for {topic} mentioned in the text above is"},
+        ]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True))
+
+    questions = [Question(topic, code, prompt(topic)) for topic, code in codes.items()]
+    return questions, len(tokenizer(document).input_ids)
+
+
+def read_prose() -> str:
+    """The text of Newton's Opticks, which comes inside a package that SGLang needs (apache-tvm-ffi)."""
+    spec = importlib.util.find_spec("tvm_ffi")
+    assert spec is not None and spec.origin is not None, "apache-tvm-ffi is not installed: SGLang depends on it"
+    path = Path(spec.origin).parent / "3rdparty" / "libbacktrace" / "Isaac.Newton-Opticks.txt"
+    text = path.read_text(encoding="utf-8")
+    return text[text.index("My Design in this Book") :]
+
+
+def ask(server: Server, prompt: str, *, compressed: bool) -> Answer:
+    body = {
+        "text": prompt,
+        "stream": True,
+        "sampling_params": {
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "temperature": 0,
+            "custom_params": {"obcache": compressed},
+        },
+    }
+    start = time.perf_counter()
+    seconds, last = 0.0, {}
+    with server.request("POST", "/generate", json=body, stream=True) as response:
+        for line in response.iter_lines():
+            if not line.startswith(b"data: {"):
+                continue
+            last = json.loads(line.removeprefix(b"data: "))
+            if "error" in last:
+                raise RuntimeError(f"the server answered: {last['error']}")
+            seconds = seconds or time.perf_counter() - start
+    return Answer(last["text"].strip(), seconds, last["meta_info"])
+
+
+def ask_all(server: Server, questions: list[Question], *, compressed: bool) -> Round:
+    """Asks one by one, which shows what each waits for, and then all at once, which shows how many a second."""
+    kind = "compressed" if compressed else "exact"
+    answers = []
+    for number, question in enumerate(questions, start=1):
+        answers.append(ask(server, question.prompt, compressed=compressed))
+        progress(f"{kind} cache: question {number} of {len(questions)}, {answers[-1].seconds:.2f} s to the first token")
+    progress(f"{kind} cache: all {len(questions)} questions at once")
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(questions)) as pool:
+        list(pool.map(lambda question: ask(server, question.prompt, compressed=compressed), questions))
+    rate = len(questions) / (time.perf_counter() - start)
+    report = answers[-1].meta.get("obcache")
+    if compressed and (report is None or report["status"] != "reused"):
+        raise RuntimeError(f"the last question was not answered from the compressed context: {report}")
+    # Of an exact cache, a later question finds as many tokens in the tree as the document holds slots there.
+    slots = report["kept_tokens"] if compressed else answers[-1].meta["cached_tokens"]
+    later = statistics.median(answer.seconds for answer in answers[1:])
+    return Round(answers, slots, answers[0].seconds, later, rate)
+
+
+def print_tables(
+    questions: list[Question], num_tokens: int, arguments: argparse.Namespace, exact: Round, compressed: Round
+) -> None:
+    print()
+    print(
+        f"{MODEL_NAME}, bfloat16; a document of {num_tokens} tokens; {arguments.method}, {arguments.score}, "
+        f"{arguments.compression_ratio:.0%} of the KV cache removed"
+    )
+    print()
+    print(f"{'the number for':16} {'document':>10}   {'exact cache':24} {'compressed cache':24}")
+    for question, left, right in zip(questions, exact.answers, compressed.answers, strict=True):
+        cells = [f"{'right' if is_right(question, a) else 'WRONG'}  {a.text[:16]!r}" for a in (left, right)]
+        print(f"{question.topic:16} {question.answer:>10}   {cells[0]:24} {cells[1]:24}")
+    print()
+    rows: list[tuple[str, str, list[float]]] = [
+        ("right answers", "{:.0f}", [sum(map(is_right, questions, r.answers)) for r in (exact, compressed)]),
+        ("KV slots held by the document", "{:.0f}", [exact.slots, compressed.slots]),
+        ("first question, seconds to first token", "{:.2f}", [exact.first_seconds, compressed.first_seconds]),
+        ("later questions, seconds to first token", "{:.2f}", [exact.later_seconds, compressed.later_seconds]),
+        ("questions per second, all at once", "{:.2f}", [exact.rate, compressed.rate]),
+    ]
+    print(f"{'':40} {'exact':>10} {'compressed':>11}")
+    for name, form, (left_value, right_value) in rows:
+        print(f"{name:40} {form.format(left_value):>10} {form.format(right_value):>11}")
+
+
+def is_right(question: Question, answer: Answer) -> bool:
+    return answer.text.lstrip(": ").startswith(question.answer)
+
+
+def progress(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The host table against the installed SGLang: names, parameters, and that the hooks really take hold."""
+
+import subprocess
+import sys
+
+import pytest
+
+from obcache_sglang import check, host
+from obcache_sglang.host import Touch, check_touch, hook_in_place, host_table
+
+
+@pytest.mark.parametrize("touch", host_table(), ids=lambda touch: f"{touch.kind}-{touch.target.removeprefix('sglang.srt.')}")
+def test_sglang_has_every_name_and_parameter_we_rely_on(touch):
+    state = check_touch(touch)
+    assert state.found, f"SGLang {host.installed_sglang()} has no {touch.target}: {touch.why}"
+    assert not state.missing_parameters
+
+
+def test_the_installed_sglang_is_the_tested_one():
+    assert host.installed_sglang() == host.TESTED_SGLANG
+
+
+def test_no_hook_is_declared_twice_and_every_row_says_why():
+    hooks = [(touch.target, touch.hook) for touch in host_table() if touch.is_hook]
+    assert len(hooks) == len(set(hooks))
+    assert all(touch.why for touch in host_table())
+
+
+def test_a_name_or_parameter_that_is_gone_is_noticed():
+    gone = check_touch(Touch("sglang.srt.managers.scheduler.Scheduler.no_such_method", "call", "x"))
+    assert (gone.found, gone.ok) == (False, False)
+    renamed = check_touch(Touch("sglang.srt.plugins.hook_registry.HookRegistry.register", "call", "x", ("target", "no_such")))
+    assert (renamed.found, renamed.missing_parameters) == (True, ("no_such",))
+    assert not check_touch(Touch("no_such_module.name", "read", "x")).found
+
+
+def test_rows_with_a_hook_function_are_hooks_and_no_others():
+    with pytest.raises(TypeError, match="hook function"):
+        Touch("a.b", "after", "x")
+    with pytest.raises(TypeError, match="hook function"):
+        Touch("a.b", "call", "x", hook=print)
+
+
+# In a process of their own: a hook, once applied, stays.
+_IN_PLACE = """
+import sys, types
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from obcache_sglang.host import Touch, hook_in_place
+
+host = types.ModuleType("fake_host")
+class Thing:
+    def plain(self): return 1
+    @classmethod
+    def of_class(cls): return 1
+host.Thing = Thing
+sys.modules["fake_host"] = host
+
+def hook(original, *args): return original(*args) + 1
+def late(original, *args): return original(*args) + 10
+rows = [Touch(f"fake_host.Thing.{name}", "around", "x", hook=hook) for name in ("plain", "of_class")]
+assert [hook_in_place(row) for row in rows] == [False, False]
+for row in rows:
+    HookRegistry.register(row.target, row.hook, HookType.AROUND)
+HookRegistry.apply_hooks()
+assert [hook_in_place(row) for row in rows] == [True, True]
+assert (Thing().plain(), Thing.of_class()) == (2, 2)
+# SGLang skips a target it has patched: its record says "patched", but this hook is never called.
+HookRegistry.register("fake_host.Thing.plain", late, HookType.AROUND)
+HookRegistry.apply_hooks()
+assert not hook_in_place(Touch("fake_host.Thing.plain", "around", "x", hook=late))
+assert hook_in_place(rows[0])
+"""
+
+
+def test_a_hook_is_in_place_only_if_it_is_called():
+    subprocess.run([sys.executable, "-c", _IN_PLACE], check=True)
+
+
+_LAUNCHER = """
+import sys
+from obcache_sglang import host, plugin
+from obcache_sglang.config import settings_from_python
+plugin.register()
+launcher = [t for t in host.host_table() if t.is_hook and t.process in ("launcher", "tokenizer", "all")]
+cli = {t.target for t in plugin.CLI_TOUCHES}
+assert {t.target for t in launcher if host.hook_in_place(t)} == cli, "without --obcache only the flags are there"
+plugin.activate(settings_from_python(True))
+plugin.activate(settings_from_python(True))
+assert all(host.hook_in_place(t) for t in launcher)
+from sglang.srt.plugins.hook_registry import HookRegistry
+assert all(len(HookRegistry._hooks[t.target]) == 1 for t in launcher), "a second activation registered hooks again"
+"""
+
+
+def test_activation_puts_every_hook_of_the_launcher_in_place():
+    subprocess.run([sys.executable, "-c", _LAUNCHER], check=True)
+
+
+_MISSING = """
+from obcache_sglang import host, plugin
+from obcache_sglang.config import settings_from_python
+from obcache_sglang.errors import HostError
+import sglang.srt.managers.tokenizer_manager as module
+del module.TokenizerManager._wait_one_response
+try:
+    plugin.activate(settings_from_python(True))
+except HostError as error:
+    assert "1 hooks are not in place" in str(error) and "_wait_one_response" in str(error), error
+else:
+    raise AssertionError("a hook was missing and nothing was said")
+"""
+
+
+def test_a_missing_hook_stops_the_launcher():
+    subprocess.run([sys.executable, "-c", _MISSING], check=True)
+
+
+_FLAGS = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+
+def refused(*flags):
+    try:
+        prepare_server_args(["--model-path", "x", *flags])
+    except SystemExit as stop:
+        return str(stop)
+    raise AssertionError(f"{flags} were accepted")
+
+assert "--obcache-compression-ratio=1.2 is outside [0, 1)" in refused("--obcache", "--obcache-compression-ratio", "1.2")
+assert "given without --obcache" in refused("--obcache-method", "h2o")
+both = refused("--obcache", "--pp-size", "2", "--disable-radix-cache")
+assert "leave out --disable-radix-cache" in both and "use --tp-size" in both
+assert "leave out --tokenizer-worker-num" in refused("--obcache", "--tokenizer-worker-num", "2")
+prepare_server_args(["--model-path", "x"])
+"""
+
+
+def test_a_wrong_start_is_refused_with_the_reason():
+    subprocess.run([sys.executable, "-c", _FLAGS], check=True)
+
+
+def test_a_child_process_with_broken_settings_does_not_go_on():
+    code = (
+        "import multiprocessing, os\n"
+        "multiprocessing.parent_process = lambda: object()\n"
+        "os.environ['OBCACHE_SGLANG_SETTINGS'] = '{\"method\": 1}'\n"
+        "from sglang.srt.plugins import load_plugins\n"
+        "load_plugins()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "cannot run with compression" in result.stderr
+
+
+def test_check_says_ok_here(capsys, monkeypatch):
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
+    assert check.main([]) == 0
+    output = capsys.readouterr().out
+    assert "OK: this machine can serve" in output
+    for touch in host_table():
+        assert touch.target in output
+
+
+@pytest.mark.parametrize("name", ["SGLANG_PLUGINS", "SGLANG_PLATFORM"])
+def test_check_says_when_the_plugin_is_excluded(capsys, monkeypatch, name):
+    monkeypatch.setenv(name, "something_else")
+    assert check.main([]) == 1
+    assert f"{name}=something_else excludes" in capsys.readouterr().out
+
+
+def test_check_prints_the_flags(capsys):
+    assert check.main(["--flags"]) == 0
+    assert "--obcache-compression-ratio" in capsys.readouterr().out
+
+
+def test_hooks_of_this_process_are_untouched():
+    """The checks above look, they do not apply anything."""
+    assert not any(hook_in_place(touch) for touch in host_table() if touch.is_hook and touch.process == "scheduler")

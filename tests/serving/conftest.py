@@ -1,0 +1,53 @@
+"""Real servers for the tests of this folder. Each starts once: 20 s on an idle machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.server import Server, serve
+
+# The busy leak check runs every step, so that a slot lost or counted twice at any time ends the server.
+STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+COMMON = ("--dtype", "float32", "--sleep-on-idle", "--enable-cache-report")
+
+
+def checked(server: Server) -> Iterator[Server]:
+    """The server for its tests; afterwards it must have lost no slot and raised nothing."""
+    yield server
+    assert server.request("GET", "/health").status_code == 200
+    log = server.log()
+    assert not re.findall(r"leak|Traceback|panicked", log), log[-6000:]
+
+
+@pytest.fixture(scope="session")
+def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Compression on; page size 1, overlap scheduling, chunks of 512 tokens."""
+    flags = (*COMMON, "--max-total-tokens", "16384", "--chunked-prefill-size", "512", "--enable-metrics")
+    flags += ("--obcache", "--obcache-min-tokens", "32", "--obcache-compression-ratio", "0.5")
+    with serve(model_dir, tmp_path_factory.mktemp("server") / "log", flags, STRICT) as running:
+        yield from checked(running)
+
+
+@pytest.fixture(scope="session")
+def tight_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Compression on in a pool of 1536 slots; page size 16, no overlap scheduling, chunks of 256 tokens.
+
+    SGLang admits as if answers were a tenth as long as allowed, so that running requests must be retracted.
+    """
+    flags = (*COMMON, "--max-total-tokens", "1536", "--chunked-prefill-size", "256", "--page-size", "16")
+    flags += ("--disable-overlap-schedule", "--schedule-conservativeness", "0.05")
+    flags += ("--obcache", "--obcache-min-tokens", "32")
+    with serve(model_dir, tmp_path_factory.mktemp("tight") / "log", flags, STRICT) as running:
+        yield from checked(running)
+
+
+@pytest.fixture(scope="session")
+def stock_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The package is installed, and compression was not asked for."""
+    flags = (*COMMON, "--max-total-tokens", "16384", "--chunked-prefill-size", "512")
+    with serve(model_dir, tmp_path_factory.mktemp("stock") / "log", flags) as running:
+        yield from checked(running)

@@ -1,0 +1,181 @@
+"""Evicted, flushed, aborted, retracted, pinned, expired, deleted: nothing is lost, nothing hangs. On the real engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from launch.server import Server
+from tests.serving.client import (
+    compressions,
+    document,
+    flush,
+    generate,
+    generate_together,
+    question,
+    report,
+)
+
+L = 304  # whole pages of 16
+
+
+def wish(**more: object) -> dict[str, object]:
+    return {"context_len": L, **more}
+
+
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def waiting(server: Server) -> int:
+    return sum(load["num_waiting_reqs"] for load in server.get("/v1/loads")["loads"])
+
+
+def abort(server: Server, rid: str) -> None:
+    assert server.request("POST", "/abort_request", json={"rid": rid}).status_code == 200
+
+
+def test_flush_forgets_contexts_and_questions_make_them_again(server: Server, model_dir: Path) -> None:
+    prompt = document(model_dir, L, "booleans") + question(model_dir, "\n\nIn short,")
+    first = generate(server, prompt, obcache=wish())
+    flush(server)
+    assert server.get("/obcache/contexts")["contexts"] == []
+    again = generate(server, prompt, obcache=wish())
+    assert report(again)["status"] == "compressed"
+    assert again["output_ids"] == first["output_ids"]
+
+
+def test_aborting_the_question_that_compresses_leaves_the_others(server: Server, model_dir: Path) -> None:
+    flush(server)
+    context = document(model_dir, 3000)
+    asked = [
+        {"prompt": context + question(model_dir, f"\n\n{i}:"), "obcache": {"context_len": 3000}, "rid": f"aborts-{i}"}
+        for i in range(2)
+    ]
+    before = compressions(server)
+    with ThreadPoolExecutor(2) as pool:
+        futures: list[Future[dict[str, Any]]] = []
+        for request in asked:
+            futures.append(pool.submit(generate, server, **request))
+            wait_for(lambda: waiting(server) >= len(futures))
+        abort(server, "aborts-0")
+        answer = futures[1].result(timeout=120)
+    assert report(answer)["status"] in ("compressed", "reused")
+    assert compressions(server) == before + 1
+
+
+def test_aborting_everyone_who_waits_ends_the_compression(server: Server, model_dir: Path) -> None:
+    flush(server)
+    prompt = document(model_dir, 3001) + question(model_dir, "\n\nIn short,")
+    before = compressions(server)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(
+            server.request,
+            "POST",
+            "/generate",
+            json={
+                "input_ids": prompt,
+                "rid": "alone",
+                "sampling_params": {"custom_params": {"obcache": {"context_len": 3001}}},
+            },
+        )
+        wait_for(lambda: waiting(server) >= 1)
+        time.sleep(0.3)
+        abort(server, "alone")
+        future.result(timeout=120)
+    wait_for(lambda: server.get("/v1/loads")["loads"][0]["num_used_tokens"] == 0)
+    assert compressions(server) == before
+    assert server.get("/obcache/contexts")["contexts"] == []
+    assert report(generate(server, prompt, obcache={"context_len": 3001}))["status"] == "compressed"
+
+
+def test_deleting_a_context_waits_for_its_readers(server: Server, model_dir: Path) -> None:
+    prompt = document(model_dir, L, "typesseq") + question(model_dir, "\n\nIn short,")
+    expected = generate(server, prompt, obcache=wish(), max_new_tokens=60, sampling_params={"ignore_eos": True})
+    identity = report(expected)["context_id"]
+    answers: list[dict[str, Any]] = []
+    reader = threading.Thread(
+        target=lambda: answers.append(
+            generate(server, prompt, obcache=wish(), max_new_tokens=60, sampling_params={"ignore_eos": True})
+        )
+    )
+    reader.start()
+    wait_for(lambda: server.get(f"/obcache/contexts/{identity}")["readers"] == 1)
+    deleted = server.request("DELETE", f"/obcache/contexts/{identity}")
+    reader.join()
+    assert deleted.status_code == 200, deleted.text
+    assert answers[0]["output_ids"] == expected["output_ids"]
+    assert server.request("GET", f"/obcache/contexts/{identity}").status_code == 404
+    assert report(generate(server, prompt, obcache=wish()))["status"] == "compressed"
+
+
+def test_time_to_live(server: Server, model_dir: Path) -> None:
+    body = {"input_ids": document(model_dir, L, "typesmapping"), "ttl_seconds": 8.0, "pin": True}
+    made = server.post("/obcache/compress", body)
+    assert server.get(f"/obcache/contexts/{made['id']}")["pinned"]
+    wait_for(lambda: server.request("GET", f"/obcache/contexts/{made['id']}").status_code == 404, 30)
+
+
+def test_an_evicted_context_comes_back(tight_server: Server, model_dir: Path) -> None:
+    """Documents of 304 tokens at ratio 0.2 hold 244 slots each: the pool of 1536 cannot hold ten."""
+    topics = ["numbers", "class", "strings", "calls", "with", "try", "for", "function", "import", "subscriptions"]
+    prompts = [document(model_dir, L, topic) + question(model_dir, "\n\nIn short,") for topic in topics]
+    w = wish(compression_ratio=0.2)
+    first = [generate(tight_server, prompt, obcache=w) for prompt in prompts]
+    assert {report(answer)["kept_tokens"] for answer in first} == {256}  # int(304 * 0.8) = 243, in pages of 16
+    assert {report(answer)["status"] for answer in first} == {"compressed"}
+    resident = tight_server.get("/obcache/contexts")["contexts"]
+    assert 0 < len(resident) < len(prompts)
+    assert report(first[0])["context_id"] not in {context["id"] for context in resident}
+    again = generate(tight_server, prompts[0], obcache=w)
+    assert report(again)["status"] == "compressed"
+    assert again["output_ids"] == first[0]["output_ids"]
+
+
+def test_a_pool_too_small_for_the_compression_serves_exactly(tight_server: Server, model_dir: Path) -> None:
+    prompt = document(model_dir, 1000, "class") + question(model_dir, "\n\nIn short,")
+    w = {"context_len": 1000, "compression_ratio": 0.1}
+    exact = generate(tight_server, prompt)
+    answer = generate(tight_server, prompt, obcache=w)
+    assert report(answer)["status"] == "exact"
+    assert report(answer)["reason"] == "pool_too_small"
+    assert answer["output_ids"] == exact["output_ids"]
+
+
+def test_pinned_contexts_yield_before_anything_hangs(tight_server: Server, model_dir: Path) -> None:
+    flush(tight_server)
+    made = [
+        tight_server.post("/obcache/compress", {"input_ids": document(model_dir, L, t), "pin": True, "compression_ratio": 0.2})
+        for t in ("numbers", "class", "strings", "calls")
+    ]
+    assert [m["pinned"] for m in made] == [True, True, True, False]  # 3 x 256 slots are half of the pool
+    long = generate(tight_server, document(model_dir, 1300, "formatstrings"), max_new_tokens=4)
+    assert len(long["output_ids"]) == 4
+    flush(tight_server)
+
+
+def test_retracted_requests_answer_as_if_alone(tight_server: Server, model_dir: Path) -> None:
+    flush(tight_server)
+    context = document(model_dir, L, "exceptions")
+    asked = [
+        {
+            "prompt": context + question(model_dir, f"\n\nPoint {i}:"),
+            "obcache": wish(),
+            "max_new_tokens": 200,
+            "sampling_params": {"ignore_eos": True},
+        }
+        for i in range(10)
+    ]
+    together = generate_together(tight_server, asked)
+    retracted = [i for i, answer in enumerate(together) if answer["meta_info"]["num_retractions"] > 0]
+    assert retracted, "the pool was large enough; make it smaller"
+    for i in (retracted[0], retracted[-1], 0):
+        alone = generate(tight_server, **asked[i])
+        assert together[i]["output_ids"] == alone["output_ids"]
+        assert together[i]["meta_info"]["prompt_tokens"] == len(asked[i]["prompt"])

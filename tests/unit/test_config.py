@@ -1,0 +1,184 @@
+"""Settings: defaults, what is refused and in which words, and the way from a command line to a child process."""
+
+import argparse
+import json
+
+import pytest
+
+from obcache_sglang import config
+from obcache_sglang.config import (
+    EVERY_QUERY,
+    SETTINGS_ENV,
+    CompressionSettings,
+    ServerSettings,
+    add_cli_flags,
+    settings_from_cli,
+    settings_from_python,
+)
+from obcache_sglang.errors import ConfigError, InvalidValue
+
+
+def parse(*argv: str) -> ServerSettings | None:
+    parser = argparse.ArgumentParser()
+    add_cli_flags(parser)
+    return settings_from_cli(parser.parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    ("given", "window", "pooling", "kernel_size", "sink_tokens", "heads"),
+    [
+        ({}, 64, "average", 5, 4, "per-head"),
+        ({"preset": "kvpress"}, 64, "average", 5, 0, "per-head"),
+        ({"preset": "paper"}, 16, "max", 7, 4, "per-head"),
+        ({"method": "tova"}, 1, "none", 1, 4, "shared"),
+        ({"method": "tova", "preset": "kvpress"}, 1, "none", 1, 0, "shared"),
+        ({"method": "tova", "heads": "per-head"}, 1, "none", 1, 4, "per-head"),
+        ({"method": "h2o"}, 64, "none", 1, 4, "per-head"),
+        ({"method": "h2o", "window": "all"}, EVERY_QUERY, "none", 1, 4, "per-head"),
+        ({"method": "h2o", "pooling": "max"}, 64, "max", 5, 4, "per-head"),
+        ({"method": "random"}, 64, "none", 1, 4, "per-head"),
+        ({"pooling": "none"}, 64, "none", 1, 4, "per-head"),
+        ({"preset": "paper", "window": 32, "kernel_size": 3}, 32, "max", 3, 4, "per-head"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) or "defaults" if isinstance(value, dict) else None,
+)
+def test_method_and_preset_decide_what_is_not_given(given, window, pooling, kernel_size, sink_tokens, heads):
+    settings = CompressionSettings.resolve(given)
+    assert (settings.window, settings.pooling, settings.kernel_size) == (window, pooling, kernel_size)
+    assert (settings.sink_tokens, settings.heads) == (sink_tokens, heads)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"compression_ratio": 1.2}, "1.2 is outside [0, 1)"),
+        ({"compression_ratio": True}, "outside [0, 1)"),
+        ({"compression_ratio": float("nan")}, "outside [0, 1)"),
+        ({"method": "kvzip"}, "choose snapkv, h2o, tova, streaming or random"),
+        ({"budget": "adakv"}, "choose uniform"),
+        ({"window": "all"}, "h2o only"),
+        ({"window": 0, "method": "h2o", "score": None}, "choose attention"),
+        ({"window": 2, "method": "tova"}, "last query only"),
+        ({"window": 1.5}, 'a whole number, 1 or more, or "all"'),
+        ({"kernel_size": 4}, "an odd whole number"),
+        ({"kernel_size": 3, "pooling": "none"}, "no effect without pooling"),
+        ({"kernel_size": 3, "method": "h2o"}, "no effect without pooling"),
+        ({"sink_tokens": -1}, "0 or more"),
+        ({"max_kept_tokens": 0}, "1 or more"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_wrong_settings_are_refused_with_what_is_allowed(given, words):
+    with pytest.raises(InvalidValue) as refused:
+        CompressionSettings.resolve(given)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "max_kept", "context_tokens", "page_size", "kept", "slots"),
+    [
+        (0.7, None, 1000, 1, 300, 300),
+        (0.7, None, 1008, 16, 302, 304),  # 302 tokens need 19 pages
+        (0.0, None, 77, 1, 77, 77),
+        (0.9, None, 1000, 1, 99, 99),  # 1000 * (1 - 0.9) is 99.99..., as in KVPress
+        (0.5, 64, 1000, 1, 64, 64),
+        (0.99, None, 32, 16, 1, 16),  # int() gives 0; a context holds at least one token
+        (0.01, None, 48, 16, 47, 48),
+    ],
+)
+def test_kept_tokens_and_slots(ratio, max_kept, context_tokens, page_size, kept, slots):
+    settings = CompressionSettings.resolve({"compression_ratio": ratio, "max_kept_tokens": max_kept})
+    assert settings.kept_tokens(context_tokens) == kept
+    assert settings.kept_slots(context_tokens, page_size) == slots
+
+
+def test_settings_survive_json_and_identify_themselves():
+    settings = CompressionSettings.resolve({"method": "h2o", "window": "all", "max_kept_tokens": 50})
+    again = CompressionSettings.from_dict(json.loads(json.dumps(settings.to_dict())))
+    assert again == settings
+    assert again.fingerprint() == settings.fingerprint()
+    assert len(settings.fingerprint()) == 16
+    different = {CompressionSettings.resolve({"sink_tokens": n}).fingerprint() for n in range(8)}
+    assert len(different) == 8
+    # Contexts outlive a process: a fingerprint that changes makes every stored one unreachable.
+    assert CompressionSettings().fingerprint() == "42dfe72bffbfcb0f"
+
+
+def test_every_setting_has_an_option_and_every_option_a_setting():
+    of_compression = {option.name for option in config.COMPRESSION_OPTIONS}
+    assert of_compression == set(CompressionSettings.__dataclass_fields__)
+    of_server = {option.name for option in config.SERVER_OPTIONS}
+    assert of_server == set(ServerSettings.__dataclass_fields__) - {"compression", "given"}
+
+
+def test_flags_take_their_defaults_from_the_settings():
+    assert parse() is None
+    assert parse("--obcache") == ServerSettings()
+
+
+def test_flags_reach_the_settings():
+    settings = parse(
+        *"--obcache --obcache-compression-ratio 0.5 --obcache-method h2o --obcache-window all --obcache-mode prompt".split(),
+        *"--obcache-marker <|cut|> --obcache-min-tokens 10 --obcache-max-pinned-slots 0 --obcache-allow-untested-sglang".split(),
+    )
+    assert settings is not None
+    assert settings.compression.compression_ratio == 0.5
+    assert settings.compression.window == EVERY_QUERY
+    assert (settings.mode, settings.marker, settings.min_tokens, settings.max_pinned_slots) == ("prompt", "<|cut|>", 10, 0)
+    assert settings.allow_untested_sglang
+
+
+def test_wrong_flags_are_named_as_the_operator_wrote_them():
+    with pytest.raises(ConfigError) as error:
+        parse("--obcache", "--obcache-compression-ratio=1.2")
+    assert str(error.value) == (
+        "--obcache-compression-ratio=1.2 is outside [0, 1): it is the fraction of KV pairs removed; 0.7 keeps 30 %."
+    )
+    with pytest.raises(ConfigError, match="--obcache-window=many is not a whole number"):
+        parse("--obcache", "--obcache-window", "many")
+    with pytest.raises(ConfigError, match="--obcache-method, --obcache-window given without --obcache"):
+        parse("--obcache-method", "h2o", "--obcache-window", "8")
+
+
+def test_every_flag_is_explained_in_the_help():
+    parser = argparse.ArgumentParser()
+    add_cli_flags(parser)
+    text = " ".join(parser.format_help().split())
+    assert "0.7 keeps 30 %." in text
+    for option in config.OPTIONS.values():
+        assert option.flag in text
+
+
+def test_engine_settings_are_checked_like_flags():
+    assert settings_from_python(False) is None
+    assert settings_from_python(True) == ServerSettings()
+    assert settings_from_python({"compression_ratio": 0.5}).compression.compression_ratio == 0.5
+    with pytest.raises(ConfigError, match="obcache={'ratio': 0.5} is not a setting; the settings are compression_ratio"):
+        settings_from_python({"ratio": 0.5})
+    with pytest.raises(ConfigError, match="is not True, False or a dict"):
+        settings_from_python("yes")
+
+
+def test_settings_travel_through_the_environment(monkeypatch):
+    monkeypatch.delenv(SETTINGS_ENV, raising=False)
+    assert ServerSettings.from_environment() is None
+    settings = settings_from_python({"method": "tova", "mode": "prompt", "max_pinned_slots": 100, "marker": "¶"})
+    monkeypatch.setenv(SETTINGS_ENV, "")  # so that the variable set below is taken back
+    settings.publish()
+    received = ServerSettings.from_environment()
+    assert received == settings
+    assert received.given == {"method": "tova"}
+    monkeypatch.setenv(SETTINGS_ENV, '{"method": 3}')
+    with pytest.raises(ConfigError, match="It is set by --obcache"):
+        ServerSettings.from_environment()
+
+
+def test_a_request_that_names_another_method_gets_that_methods_window():
+    server = settings_from_python({"window": 32, "compression_ratio": 0.5, "sink_tokens": 8})
+    assert server.compression_for({}) is server.compression
+    assert server.compression_for({"score": "attention"}).window == 32
+    tova = server.compression_for({"method": "tova"})
+    assert (tova.window, tova.heads, tova.compression_ratio, tova.sink_tokens) == (1, "shared", 0.5, 8)
+    paper = server.compression_for({"preset": "paper"})
+    assert (paper.window, paper.pooling, paper.sink_tokens) == (16, "max", 4)
+    assert server.compression_for({"method": "snapkv"}).window == 32

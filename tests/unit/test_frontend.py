@@ -1,0 +1,479 @@
+"""Requests: from what a client writes to the plan for the scheduler, on a real tokenizer; and the report on its way back."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoTokenizer
+
+from obcache_sglang import lang, service
+from obcache_sglang.config import SETTINGS_ENV, settings_from_python
+from obcache_sglang.errors import ContextNotFound, HostError, RequestError
+from obcache_sglang.marker import register_marker
+from obcache_sglang.metrics import Metrics
+from obcache_sglang.openai_reports import with_report
+from obcache_sglang.plan import REQUEST_KEYS, make_plan, parse_wish, split_marker
+from obcache_sglang.plugin import register
+
+MARKER = "<|obcache|>"
+SERVER = settings_from_python({"min_tokens": 4, "compression_ratio": 0.5})
+
+
+def plan_of(value=None, *, num_tokens=100, marker_position=None, server=SERVER, **more):
+    return make_plan(parse_wish(value), num_tokens=num_tokens, marker_position=marker_position, server=server, **more)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir):
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture(scope="module")
+def marker_id(tokenizer):
+    return register_marker(tokenizer, MARKER)
+
+
+# --- the marker ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_marker_is_one_token_and_leaves_both_sides_alone(tokenizer, marker_id):
+    before, after = "The rain in Spain.\n\n", " stays mainly in the plain"
+    plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    sent, position = split_marker(tokenizer(before + MARKER + after)["input_ids"], marker_id)
+    assert sent == plain(before)["input_ids"] + plain(after)["input_ids"]
+    assert position == len(plain(before)["input_ids"])
+    assert tokenizer("nothing to see")["input_ids"] == plain("nothing to see")["input_ids"]
+
+
+def test_the_marker_survives_the_chat_template(tokenizer, marker_id):
+    messages = [{"role": "system", "content": "A document." + MARKER}, {"role": "user", "content": "A question?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    _, position = split_marker(tokenizer(text)["input_ids"], marker_id)
+    assert tokenizer.decode(tokenizer(text)["input_ids"][:position]).endswith("A document.")
+
+
+def test_registering_the_marker_again_gives_the_same_id(tokenizer, marker_id):
+    assert register_marker(tokenizer, MARKER) == marker_id
+
+
+def test_a_tokenizer_that_reads_the_marker_apart_is_refused(model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, split_special_tokens=True)
+    with pytest.raises(HostError, match="becomes 0 marker tokens"):
+        register_marker(tokenizer, "<|cut|>")
+
+
+def test_a_tokenizer_that_reads_the_right_side_differently_is_refused(model_dir):
+    class Wobbly:
+        """Splits off the first letter after the marker when the text before it ends with a blank."""
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __call__(self, text):
+            ids = self.inner(text)["input_ids"]
+            return {"input_ids": ids[:-1] if "tail " in text else ids}
+
+    with pytest.raises(HostError, match="becomes different tokens beside it"):
+        register_marker(Wobbly(AutoTokenizer.from_pretrained(model_dir)), "<|cut|>")
+
+
+def test_prompts_without_a_marker_are_the_same_object():
+    token_ids = [1, 2, 3]
+    sent, position = split_marker(token_ids, 9)
+    assert sent is token_ids
+    assert position is None
+    assert split_marker(token_ids, None) == (token_ids, None)
+    given = [1, 9, 2]
+    assert split_marker(given, 9) == ([1, 2], 1)
+    assert given == [1, 9, 2], "a client's list must not change: n > 1 tokenizes it again"
+    with pytest.raises(RequestError, match="holds the context marker 2 times"):
+        split_marker([9, 1, 9], 9)
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------------
+
+
+def test_requests_that_say_nothing_are_left_alone():
+    assert plan_of() is None
+    assert plan_of(False) is None
+    assert plan_of(False, marker_position=50) is None
+
+
+def test_the_marker_is_the_boundary():
+    plan = plan_of(marker_position=50)
+    assert plan["now"] > 1.7e9
+    assert {key: value for key, value in plan.items() if key != "now"} == {
+        "context_len": 50,
+        "settings": SERVER.compression.to_dict(),
+        "action": "ask",
+        "pin": False,
+        "ttl_seconds": None,
+        "context_id": None,
+        "exact": None,
+    }
+    assert json.loads(json.dumps(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("value", "position", "expected"),
+    [
+        ({"context_len": 60}, None, {"context_len": 60}),
+        ({"context_len": 100}, None, {"context_len": 100}),
+        (True, None, {"context_len": 0, "context_id": None}),
+        ({"context_id": "abc"}, None, {"context_len": 0, "context_id": "abc"}),
+        ({"mode": "prompt"}, None, {"context_len": 99}),
+        ({"mode": "prompt"}, 50, {"context_len": 50}),
+        ({"pin": True, "ttl_seconds": 60}, 50, {"pin": True, "ttl_seconds": 60.0}),
+        ({}, 3, {"exact": "below_min_tokens"}),
+        ({}, 4, {"exact": None}),
+        ({}, 0, {"exact": "marker_at_start"}),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict | bool) else None,
+)
+def test_plans(value, position, expected):
+    plan = plan_of(value, marker_position=position)
+    assert {key: plan[key] for key in expected} == expected
+
+
+def test_a_reason_to_be_exact_is_carried_on():
+    assert plan_of(marker_position=50, exact="session")["exact"] == "session"
+
+
+def test_mode_prompt_takes_all_but_the_last_token():
+    server = settings_from_python({"mode": "prompt", "min_tokens": 4})
+    assert plan_of(server=server)["context_len"] == 99
+    assert plan_of(server=server, num_tokens=1) is None
+    assert plan_of(False, server=server) is None
+    assert plan_of({"mode": "marked"}, server=server)["context_len"] == 0
+
+
+def test_compressing_ahead_takes_the_whole_prompt():
+    assert plan_of(action="compress")["context_len"] == 100
+
+
+def test_requests_override_the_servers_settings():
+    plan = plan_of({"compression_ratio": 0.9, "method": "tova", "score": "attention"}, marker_position=50)
+    assert (plan["settings"]["compression_ratio"], plan["settings"]["window"]) == (0.9, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "position", "words"),
+    [
+        ("yes", None, "give true, false or an object with any of context_len"),
+        ({"ratio": 0.5}, None, '["ratio"]=0.5 is not a key of it: allowed are context_len, context_id'),
+        ({"compression_ratio": 1.0}, 50, '["compression_ratio"]=1.0 is outside [0, 1)'),
+        ({"score": "v"}, 50, "choose attention, obcache-v, obcache-k or obcache-kv"),
+        ({"method": "tova", "window": 5}, 50, '["window"]=5 is not allowed with method tova'),
+        ({"mode": "both"}, 50, "choose marked or prompt"),
+        ({"context_len": 0}, None, "a whole number, 1 or more"),
+        ({"context_len": True}, None, "a whole number, 1 or more"),
+        ({"context_len": 101}, None, "outside [1, 100]"),
+        ({"context_len": 50}, 50, "beside the marker"),
+        ({"context_id": "a"}, 50, "leave out the marker"),
+        ({"context_id": "a", "context_len": 5}, None, "leave out context_len"),
+        ({"context_id": "a", "compression_ratio": 0.5}, None, "leave out compression_ratio"),
+        ({"context_id": 7}, None, "is not the id of a context"),
+        ({"pin": 1}, 50, "true or false"),
+        ({"ttl_seconds": 0}, 50, "seconds above 0"),
+        ({"ttl_seconds": float("inf")}, 50, "seconds above 0"),
+        ({"max_contexts": 5}, 50, "is not a key of it"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_wrong_requests_name_key_value_and_what_is_allowed(value, position, words):
+    with pytest.raises(RequestError) as refused:
+        plan_of(value, marker_position=position)
+    assert words in str(refused.value)
+    assert refused.value.status_code == 400
+    assert isinstance(refused.value, ValueError), "SGLang answers a ValueError with 400"
+
+
+# --- hooks on SGLang's TokenizerManager -----------------------------------------------------------------------------------
+
+
+class Manager:
+    """What our hooks touch of a TokenizerManager, with SGLang's own unbound methods where they do the work."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.sent = None
+
+    def init(self):
+        """Stands for init_tokenizer_and_processor, which has made the tokenizer."""
+
+    def validate(self, obj, input_ids):
+        self.validated = list(input_ids)
+        del input_ids[self.limit :]  # what --allow-auto-truncate does
+
+    limit = 10_000
+
+    def create(self, obj, input_text, input_ids, *args):
+        params = SimpleNamespace(custom_params=obj.sampling_params.get("custom_params"))
+        return SimpleNamespace(input_ids=list(input_ids), sampling_params=params)
+
+
+@pytest.fixture
+def serve_one(monkeypatch, model_dir):
+    """Takes one prompt through validation and creation as TokenizerManager does; returns (request, what was sent)."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    from obcache_sglang import frontend
+
+    monkeypatch.setenv(SETTINGS_ENV, json.dumps({"min_tokens": 4}))
+    manager = Manager(AutoTokenizer.from_pretrained(model_dir))
+    frontend._attach(None, manager)
+
+    def serve(text=None, custom=None, limit=10_000, **fields):
+        manager.limit = limit
+        params = {"custom_params": custom} if custom is not None else {}
+        request = GenerateReqInput(text=text, sampling_params=params, **fields)
+        request.normalize_batch_and_arguments()
+        token_ids = manager.tokenizer(text)["input_ids"] if text is not None else request.input_ids
+        frontend._validate(Manager.validate, manager, request, token_ids)
+        return request, frontend._create(Manager.create, manager, request, text, token_ids)
+
+    serve.manager = manager
+    serve.frontend = frontend.Frontend.of(manager)
+    return serve
+
+
+CONTEXT = "One two three four five six seven eight. "
+
+
+def test_the_marker_is_gone_before_lengths_are_checked(serve_one):
+    _, sent = serve_one(CONTEXT + MARKER + "Nine?")
+    assert serve_one.frontend.marker_id not in serve_one.manager.validated
+    assert sent.input_ids == serve_one.manager.validated
+    assert sent.sampling_params.custom_params["obcache"]["context_len"] == len(serve_one.manager.tokenizer(CONTEXT)["input_ids"])
+
+
+def test_other_custom_params_and_the_clients_request_stay_as_they_are(serve_one):
+    custom = {"thinking_budget": 5, "obcache": {"compression_ratio": 0.9}}
+    request, sent = serve_one(CONTEXT + MARKER + "Nine?", custom)
+    assert sent.sampling_params.custom_params["thinking_budget"] == 5
+    assert request.sampling_params["custom_params"] == {"thinking_budget": 5, "obcache": {"compression_ratio": 0.9}}
+
+
+def test_off_strips_the_marker_and_leaves_nothing_of_ours(serve_one):
+    _, sent = serve_one(CONTEXT + MARKER + "Nine?", {"obcache": False})
+    assert sent.sampling_params.custom_params is None
+    assert serve_one.frontend.marker_id not in sent.input_ids
+    _, sent = serve_one(CONTEXT, {"obcache": False, "x": 1})
+    assert sent.sampling_params.custom_params == {"x": 1}
+
+
+def test_token_ids_of_the_client_hold_the_marker_too(serve_one):
+    marker_id = serve_one.frontend.marker_id
+    given = [5, 6, 7, 8, 9, marker_id, 10]
+    request, sent = serve_one(input_ids=given)
+    assert sent.input_ids == [5, 6, 7, 8, 9, 10]
+    assert sent.sampling_params.custom_params["obcache"]["context_len"] == 5
+    assert request.input_ids == [5, 6, 7, 8, 9, marker_id, 10]
+
+
+def test_truncation_by_sglang_moves_the_boundary(serve_one):
+    _, sent = serve_one(CONTEXT + MARKER + "Nine?", limit=5)
+    assert len(sent.input_ids) == 5
+    assert sent.sampling_params.custom_params["obcache"]["context_len"] == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "custom", "reason"),
+    [
+        ({"session_params": {"id": "s"}}, None, "session"),
+        ({"custom_logit_processor": "x"}, None, "custom_logit_processor"),
+        ({"positional_embed_overrides": object()}, None, "embedding_overrides"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_requests_that_read_the_context_are_served_exactly(serve_one, fields, custom, reason):
+    _, sent = serve_one(CONTEXT + MARKER + "Nine?", custom, **fields)
+    assert sent.sampling_params.custom_params["obcache"]["exact"] == reason
+
+
+def test_log_probabilities_inside_the_context_are_refused(serve_one):
+    prompt = CONTEXT + MARKER + "Nine?"
+    num_context = len(serve_one.manager.tokenizer(CONTEXT)["input_ids"])
+    with pytest.raises(RequestError, match="logprob_start_len=3 lies inside the context"):
+        serve_one(prompt, return_logprob=True, logprob_start_len=3)
+    for allowed in (-1, num_context):
+        serve_one(prompt, return_logprob=True, logprob_start_len=allowed)
+    serve_one(prompt, {"obcache": False}, return_logprob=True, logprob_start_len=3)
+    serve_one(prompt, logprob_start_len=3)
+
+
+def test_a_manager_without_a_frontend_is_passed_through(monkeypatch, model_dir):
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    from obcache_sglang import frontend
+
+    monkeypatch.delenv(SETTINGS_ENV, raising=False)
+    manager = Manager(AutoTokenizer.from_pretrained(model_dir))
+    frontend._attach(None, manager)
+    assert frontend.Frontend.of(manager) is None
+    request = GenerateReqInput(text=MARKER, sampling_params={"custom_params": {"obcache": "left to others"}})
+    token_ids = manager.tokenizer(MARKER)["input_ids"]
+    assert len(token_ids) > 1, "without --obcache the marker is text like any other"
+    frontend._validate(Manager.validate, manager, request, token_ids)
+    sent = frontend._create(Manager.create, manager, request, MARKER, token_ids)
+    assert sent.input_ids == token_ids
+    assert sent.sampling_params.custom_params == {"obcache": "left to others"}
+
+
+def test_every_output_carries_the_report_as_one_object(serve_one):
+    from obcache_sglang import frontend
+
+    request, _ = serve_one(CONTEXT + MARKER + "Nine?")
+
+    async def outputs():
+        for finish_reason in (None, {"type": "length"}):
+            yield {"meta_info": {"finish_reason": finish_reason}}
+
+    state = SimpleNamespace(customized_info_accumulated={"obcache": [{"status": "reused"}]})
+    serve_one.manager.rid_to_state = {request.rid: state}
+
+    async def collect():
+        stream = frontend._report(lambda manager, obj: outputs(), serve_one.manager, request)
+        return [output["meta_info"]["obcache"] async for output in stream]
+
+    assert asyncio.run(collect()) == [{"status": "reused"}, {"status": "reused"}]
+    unplanned, _ = serve_one(CONTEXT)
+    stream = object()
+    assert frontend._report(lambda manager, obj: stream, serve_one.manager, unplanned) is stream
+
+
+# --- OpenAI streams, compress bodies, metrics, the frontend language -----------------------------------------------------
+
+
+def test_only_the_chunk_that_finishes_a_choice_gets_its_report():
+    reports = {1: {"status": "reused"}}
+    event = {"id": "x", "choices": [{"index": 1, "text": "é", "finish_reason": "stop"}]}
+    chunk = f"data: {json.dumps(event)}\n\n"
+    got = with_report(chunk, reports)
+    assert got.startswith("data: ") and got.endswith("\n\n")
+    assert json.loads(got[6:]) == event | {"metadata": {"obcache": {"status": "reused"}}}
+    other = f"data: {json.dumps(event | {'choices': [{'index': 0}]})}\n\n"
+    assert with_report(other, reports) == other
+    for unchanged in (
+        'data: {"error": {"message": "x"}}\n\n',
+        'data: {"choices":[]}\n\n',
+        "data: [DONE]\n\n"[:6] + "{}\n\n",
+        ": ping\n\n",
+    ):
+        assert with_report(unchanged, reports) == unchanged
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "needs one of text, messages, input_ids; given: none"),
+        ({"text": "a", "input_ids": [1]}, "given: text, input_ids"),
+        ({"text": ["a", "b"]}, "text is not a text"),
+        ({"text": ""}, "which is not empty"),
+        ({"input_ids": [True]}, "input_ids is not a list of token ids"),
+        ({"text": "a", "ratio": 0.5}, "'ratio' in the body of compress is not allowed: keys are text"),
+        ({"text": "a", "context_len": 5}, "'context_len' in the body"),
+        ({"text": "a", "cache_salt": 5}, "cache_salt=5 is not a text"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
+)
+def test_wrong_compress_bodies_are_refused(body, words):
+    with pytest.raises(RequestError) as refused:
+        service._compress_request(None, lambda: None, body)
+    assert words in str(refused.value)
+
+
+def test_a_compress_body_becomes_a_request_of_no_new_tokens():
+    request = service._compress_request(
+        None, lambda: None, {"text": "a", "pin": True, "compression_ratio": 0.5, "cache_salt": "s"}
+    )
+    assert request.sampling_params["max_new_tokens"] == 0
+    assert request.sampling_params["custom_params"] == {"obcache": {"pin": True, "compression_ratio": 0.5}}
+    assert request.cache_salt == "s"
+
+
+def test_compress_ends_the_context_of_messages_where_their_text_ends():
+    messages = [{"role": "system", "content": "A document."}]
+    assert service._with_marker(messages, MARKER) == [{"role": "system", "content": "A document." + MARKER}]
+    assert messages == [{"role": "system", "content": "A document."}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "A"}]}]
+    assert service._with_marker(parts, MARKER)[0]["content"][0]["text"] == "A" + MARKER
+    marked = [{"role": "system", "content": "A" + MARKER + "b"}]
+    assert service._with_marker(marked, MARKER) is marked
+    for wrong in ([], "text", [{"role": "user"}], [{"role": "user", "content": []}]):
+        with pytest.raises(RequestError, match="do not end with a text"):
+            service._with_marker(wrong, MARKER)
+
+
+def test_answers_of_the_schedulers_become_results_or_errors():
+    assert service._checked({"ok": True, "dp_rank": 0, "contexts": []}) == {"contexts": []}
+    with pytest.raises(RequestError, match="busy") as conflict:
+        service._checked({"ok": False, "status_code": 409, "error": "busy"})
+    assert conflict.value.status_code == 409
+    with pytest.raises(ContextNotFound):
+        service._found([(0, {"ok": False, "status_code": 404}), (1, {"ok": False, "status_code": 404})], "x")
+    found = service._found([(0, {"ok": False, "status_code": 404}), (1, {"ok": True, "state": "deleted"})], "x")
+    assert found == [(1, {"state": "deleted"})]
+
+
+def test_counters_of_ranks_add_up():
+    ranks = [{"reuses": 1, "exact": {"session": 2}}, {"reuses": 2, "exact": {"no_slots": 1, "session": 1}}]
+    assert service._summed(ranks) == {"reuses": 3, "exact": {"session": 3, "no_slots": 1}}
+
+
+def test_metrics_count_once_for_status_and_prometheus():
+    from prometheus_client import REGISTRY
+
+    labels = {"model_name": "m", "tp_rank": "0"}
+    metrics = Metrics.create(True, labels)
+    metrics.compressed(0.5, context_tokens=100, kept_slots=30)
+    metrics.reused(100)
+    metrics.reused(100)
+    metrics.exact("session")
+    metrics.resident(1, 70)
+    assert metrics.to_dict() == {
+        "compressions": 1,
+        "reuses": 2,
+        "context_tokens": 100,
+        "slots_saved": 70,
+        "tokens_saved": 200,
+        "compression_seconds": 0.5,
+        "exact": {"session": 1},
+        "contexts": 1,
+        "slots_saved_now": 70,
+    }
+    assert REGISTRY.get_sample_value("sglang:obcache_reuses_total", labels) == 2
+    assert REGISTRY.get_sample_value("sglang:obcache_exact_total", labels | {"reason": "session"}) == 1
+    assert REGISTRY.get_sample_value("sglang:obcache_compression_seconds_count", labels) == 1
+    silent = Metrics.create(False, labels)
+    silent.reused(5)
+    assert silent.to_dict()["tokens_saved"] == 5
+    assert REGISTRY.get_sample_value("sglang:obcache_reuses_total", labels) == 2
+
+
+def test_a_context_in_the_frontend_language_ends_with_the_marker():
+    assert lang.context("A document.") == "A document." + MARKER
+    assert lang.context("A document.", marker="¶") == "A document.¶"
+    with pytest.raises(ValueError, match="holds the marker"):
+        lang.context("A" + MARKER)
+
+
+def test_a_variable_left_in_a_shell_turns_nothing_on_in_a_launcher(monkeypatch):
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    monkeypatch.setenv(SETTINGS_ENV, "{}")
+    before = set(HookRegistry._hooks)
+    register()
+    assert set(HookRegistry._hooks) - before <= {
+        "sglang.srt.server_args.ServerArgs.add_cli_args",
+        "sglang.srt.server_args.ServerArgs.from_cli_args",
+    }
+
+
+def test_request_keys_are_the_documented_ones():
+    assert REQUEST_KEYS[:5] == ("context_len", "context_id", "mode", "pin", "ttl_seconds")
+    assert "compression_ratio" in REQUEST_KEYS and "budget" in REQUEST_KEYS

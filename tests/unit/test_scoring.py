@@ -1,0 +1,154 @@
+"""Token scores against the float64 reference."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from obcache_sglang.config import SCORES
+from obcache_sglang.scoring import ops
+from obcache_sglang.scoring.ops import accumulate_scores
+from obcache_sglang.scoring.reference import attention, score_tokens
+
+HEAD_DIM = 16
+SCALE = HEAD_DIM**-0.5
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from a second thread, and waiting for one on a busy machine costs seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_qkv(
+    num_tokens: int, window: int, *, num_kv_heads: int = 2, group: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """q of the last min(window, num_tokens) positions, k and v of all, and the first query's position.
+
+    Queries are scaled up so that logits reach about 15, as those of real models do, and attention is peaked.
+    """
+    rows = min(window, num_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    q = 4 * torch.randn(rows, num_kv_heads * group, HEAD_DIM, generator=generator)
+    k = torch.randn(num_tokens, num_kv_heads, HEAD_DIM, generator=generator)
+    v = torch.randn(num_tokens, num_kv_heads, HEAD_DIM, generator=generator)
+    return q.to(dtype), k.to(dtype), v.to(dtype), num_tokens - rows
+
+
+def computed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, score: str) -> torch.Tensor:
+    scores = torch.zeros(k.shape[1], k.shape[0])
+    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score)
+    return scores
+
+
+def assert_agrees(actual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, score: str) -> None:
+    """Within float32 noise of the float64 reference, token by token.
+
+    A logit of 15 summed in float32 is off by a few 1e-6, which the exponential turns into a relative error of the score;
+    squaring doubles it: 5e-5 of the score. Where o_i comes close to v_j, the expanded ||v_j - o_i||^2 cancels: 1e-6 of the
+    terms that cancel. bfloat16 inputs are exact in float32 and get no tolerance of their own.
+    """
+    expected = score_tokens(q, k, v, start=start, scale=SCALE, score=score)
+    tolerance = 5e-5 * expected
+    if score in ("obcache-k", "obcache-kv"):
+        group = q.shape[1] // k.shape[1]
+        for q_head in range(q.shape[1]):
+            v_head = v[:, q_head // group].double()
+            z, weights, o = attention(q[:, q_head].double(), k[:, q_head // group].double(), v_head, start=start, scale=SCALE)
+            norms = v_head.square().sum(-1) + o.square().sum(-1, keepdim=True)
+            tolerance[q_head // group] += 1e-6 * ((weights * (1 + z.abs())).square() * norms).sum(0) / group
+    excess = (actual - expected).abs() / tolerance.clamp_min(1e-30)
+    assert excess.max() <= 1, f"error is {excess.max():.2f} times the tolerance at [head, token] {excess.argmax().item()}"
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("group", [1, 3, 7, 8], ids=lambda group: f"group{group}")
+@pytest.mark.parametrize(
+    ("num_tokens", "window"), [(67, 1), (129, 63), (301, 64), (577, 500), (37, 64), (1, 64)], ids=lambda size: str(size)
+)
+def test_agrees_with_reference(num_tokens: int, window: int, group: int, dtype: torch.dtype, score: str) -> None:
+    q, k, v, start = make_qkv(num_tokens, window, group=group, dtype=dtype)
+    assert_agrees(computed(q, k, v, start, score), q, k, v, start, score)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_window_over_two_chunks_equals_one_call(score: str) -> None:
+    q, k, v, start = make_qkv(131, 63)
+    scores = torch.zeros(2, 131)
+    for first, last in ((0, 22), (22, 63)):
+        seen = start + last
+        accumulate_scores(scores, q[first:last], k[:seen], v[:seen], start=start + first, scale=SCALE, score=score)
+    assert_agrees(scores, q, k, v, start, score)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("tile_elements", [1, 5000], ids=lambda elements: f"tile{elements}")
+def test_tiles_do_not_change_the_sum(monkeypatch: pytest.MonkeyPatch, tile_elements: int, score: str) -> None:
+    monkeypatch.setattr(ops, "_TILE_ELEMENTS", tile_elements)  # one query row per tile, and a few with a ragged last one
+    q, k, v, start = make_qkv(259, 259)
+    assert_agrees(computed(q, k, v, start, score), q, k, v, start, score)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("score", SCORES)
+def test_any_strides(score: str, dtype: torch.dtype) -> None:
+    """Head-major tensors, and every other row of a pool that holds K and V side by side."""
+    q, k, v, start = make_qkv(97, 33, dtype=dtype)
+    expected = computed(q, k, v, start, score)
+    head_major = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (q, k, v)]
+    pool = torch.full((2 * 97, 2, 2, 2 * HEAD_DIM), float("nan"), dtype=dtype)
+    pool[::2, 0, :, ::2], pool[::2, 1, :, ::2] = k, v
+    for q_view, k_view, v_view in (head_major, (q, pool[::2, 0, :, ::2], pool[::2, 1, :, ::2])):
+        assert not k_view.is_contiguous()
+        torch.testing.assert_close(computed(q_view, k_view, v_view, start, score), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_adds_in_place_and_leaves_the_rest(score: str) -> None:
+    q, k, v, start = make_qkv(40, 9)
+    inputs = [tensor.clone() for tensor in (q, k, v)]
+    expected = computed(q, k, v, start, score)
+    scores = torch.full((2, 53), 2.0)
+    scores[:, 40:] = float("nan")  # tokens no query has come to: never read, never written
+    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score)
+    torch.testing.assert_close(scores[:, :40], expected + 2)
+    assert scores[:, 40:].isnan().all()
+    assert all(torch.equal(tensor, before) for tensor, before in zip((q, k, v), inputs, strict=True))
+
+
+def test_attention_of_each_query_sums_to_one() -> None:
+    q, k, v, start = make_qkv(211, 64)
+    torch.testing.assert_close(computed(q, k, v, start, "attention").sum(-1), torch.full((2,), 64.0))
+
+
+@pytest.mark.parametrize("score", ["obcache-k", "obcache-kv"])
+def test_a_token_with_all_the_attention(score: str) -> None:
+    """An attention sink: o_i is v_j to within 1e-9, and nearly all of ||v_j - o_i||^2 cancels."""
+    q, k, v, start = make_qkv(65, 16, num_kv_heads=1, group=1)
+    q[:] = q[0]
+    k[0] = 8 * q[0] / q[0].norm()
+    assert SCALE * (q[0, 0] @ k[0, 0]) > 25
+    assert_agrees(computed(q, k, v, start, score), q, k, v, start, score)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": "obcache"}, "score 'obcache' is unknown; choose one of attention, obcache-v"),
+        ({"start": 30}, r"start=30 do not fit: k and v need shape \[start \+ rows"),
+        ({"q": torch.zeros(9, 5, HEAD_DIM)}, "num_q_heads must be a multiple of num_kv_heads"),
+        ({"v": torch.zeros(40, 1, HEAD_DIM)}, "do not fit"),
+        ({"scores": torch.zeros(2, 39)}, r"must be float32 \[2, at least 40\]"),
+        ({"scores": torch.zeros(2, 40, dtype=torch.bfloat16)}, "must be float32"),
+    ],
+    ids=["score", "start", "q-heads", "v-shape", "short-scores", "scores-dtype"],
+)
+def test_refuses(change: dict, message: str) -> None:
+    q, k, v, start = make_qkv(40, 9)
+    arguments = {"scores": torch.zeros(2, 40), "q": q, "k": k, "v": v, "start": start, "scale": SCALE, "score": "attention"}
+    with pytest.raises(ValueError, match=message):
+        accumulate_scores(**(arguments | change))
