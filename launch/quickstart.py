@@ -1,6 +1,6 @@
 """Reads a real document with a real server, and asks the same questions with exact and with compressed cache.
 
-    python -m launch.quickstart [--tokens 3500] [--compression-ratio R] [--method M] [--score S]
+    python -m launch.quickstart [--tokens 3000] [--compression-ratio R] [--method M] [--score S]
 
 The document is the first pages of Newton's Opticks (1730) with eight facts hidden in it, which the questions ask for. Nothing
 of a question is known when the document is compressed: it is compressed once, by the first question, and reused by all.
@@ -25,16 +25,27 @@ from launch.model import MODEL_NAME, cache_dir, ensure_model
 from launch.server import Server, serve
 from obcache_sglang.lang import context
 
-TOPICS = ["lighthouse", "violin", "glacier", "orchard", "compass", "harbour", "lantern", "meadow"]
-MAX_NEW_TOKENS = 8
+# Facts are hidden in the document as "{subject} {answer}."; a question asks for the subject, and the model, which is small,
+# is given the beginning of the answer.
+FACTS = [
+    ("Who is the captain of the ship Aurora?", "The captain of the ship Aurora is called", "Margaret Olsen"),
+    ("When does the bakery in Milton Street open?", "The bakery in Milton Street opens at", "half past six"),
+    ("What is the code for the garden gate?", "The code for the garden gate is", "4827"),
+    ("Where does the train to Edinburgh leave from?", "The train to Edinburgh leaves from", "platform nine"),
+    ("What is the lighthouse keeper's dog named?", "The lighthouse keeper's dog is named", "Biscuit"),
+    ("What is the secret ingredient of the soup?", "The secret ingredient of the soup is", "ginger"),
+    ("Where was the oldest violin in the museum made?", "The oldest violin in the museum was made in", "Cremona"),
+    ("What is the favourite colour of Doctor Hale?", "The favourite colour of Doctor Hale is", "turquoise"),
+]
+MAX_NEW_TOKENS = 6
 
 
 @dataclass(frozen=True)
 class Question:
-    """topic: what is asked about; answer: what the document says of it; prompt: the document and the question."""
+    """text: the question; expected: what the document says; prompt: the document, the question and the answer's beginning."""
 
-    topic: str
-    answer: str
+    text: str
+    expected: str
     prompt: str
 
 
@@ -60,7 +71,7 @@ class Round:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=3500, help="length of the document in tokens (default: 3500)")
+    parser.add_argument("--tokens", type=int, default=3000, help="length of the document in tokens (default: 3000)")
     parser.add_argument("--compression-ratio", type=float, default=0.5, help="fraction of the KV cache removed")
     parser.add_argument("--method", default="tova", help="which queries score (--obcache-method)")
     parser.add_argument("--score", default="attention", help="how they score (--obcache-score)")
@@ -93,30 +104,27 @@ def make_questions(model_dir: Path, num_tokens: int) -> tuple[list[Question], in
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    rng = random.Random(1704)
-    codes = {topic: str(rng.randrange(1_000_000, 10_000_000)) for topic in TOPICS}
-    facts = [f"One of the special magic numbers for {topic} is: {code}." for topic, code in codes.items()]
+    facts = [f"{subject} {answer}." for _, subject, answer in FACTS]
+    prose = read_prose()
     prose_tokens = num_tokens - len(tokenizer("\n\n".join(facts)).input_ids)
     # The tokenizer's own offsets cut the text at exactly that many tokens.
-    end = tokenizer(read_prose(), return_offsets_mapping=True).offset_mapping[prose_tokens - 1][1]
-    paragraphs = read_prose()[:end].split("\n\n")
+    end = tokenizer(prose, return_offsets_mapping=True).offset_mapping[prose_tokens - 1][1]
+    paragraphs = prose[:end].split("\n\n")
     # One fact in each eighth of the document, from the end, so that the places before stay what they are.
+    rng = random.Random(1704)
     stretch = len(paragraphs) // len(facts)
     for number, fact in reversed(list(enumerate(facts))):
         paragraphs.insert(number * stretch + rng.randrange(stretch), fact)
     document = "\n\n".join(paragraphs)
 
-    def prompt(topic: str) -> str:
+    def prompt(question: str, subject: str) -> str:
         messages = [
-            {
-                "role": "user",
-                "content": context(document) + f"\n\nWhat is the special magic number for {topic} mentioned in the text above?",
-            },
-            {"role": "assistant", "content": f"The special magic number for {topic} mentioned in the text above is"},
+            {"role": "user", "content": context(document) + "\n\n" + question},
+            {"role": "assistant", "content": subject},
         ]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True))
 
-    questions = [Question(topic, code, prompt(topic)) for topic, code in codes.items()]
+    questions = [Question(question, answer, prompt(question, subject)) for question, subject, answer in FACTS]
     return questions, len(tokenizer(document).input_ids)
 
 
@@ -129,7 +137,7 @@ def read_prose() -> str:
     return text[text.index("My Design in this Book") :]
 
 
-def ask(server: Server, prompt: str, *, compressed: bool) -> Answer:
+def ask(server: Server, prompt: str, *, compressed: bool | dict[str, Any]) -> Answer:
     body = {
         "text": prompt,
         "stream": True,
@@ -182,10 +190,10 @@ def print_tables(
         f"{arguments.compression_ratio:.0%} of the KV cache removed"
     )
     print()
-    print(f"{'the number for':16} {'document':>10}   {'exact cache':24} {'compressed cache':24}")
+    print(f"{'question':48} {'exact cache':24} {'compressed cache':24}")
     for question, left, right in zip(questions, exact.answers, compressed.answers, strict=True):
         cells = [f"{'right' if is_right(question, a) else 'WRONG'}  {a.text[:16]!r}" for a in (left, right)]
-        print(f"{question.topic:16} {question.answer:>10}   {cells[0]:24} {cells[1]:24}")
+        print(f"{question.text:48} {cells[0]:24} {cells[1]:24}")
     print()
     rows: list[tuple[str, str, list[float]]] = [
         ("right answers", "{:.0f}", [sum(map(is_right, questions, r.answers)) for r in (exact, compressed)]),
@@ -200,7 +208,7 @@ def print_tables(
 
 
 def is_right(question: Question, answer: Answer) -> bool:
-    return answer.text.lstrip(": ").startswith(question.answer)
+    return answer.text.lower().startswith(question.expected.lower())
 
 
 def progress(text: str) -> None:

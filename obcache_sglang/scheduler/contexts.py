@@ -279,6 +279,7 @@ class ContextCache:
         if not context.suffixes_complete:
             return
         suffixes = [array("q", raw) for raw in context.suffixes] + [array("q")]
+        # Of each suffix, minus the depth at which it ends at the latest.
         heap = [(-(context.num_slots + len(suffix)), index) for index, suffix in enumerate(suffixes)]
         heapq.heapify(heap)
         while heap:
@@ -294,7 +295,7 @@ class ContextCache:
                 return
             if depth == context.num_slots:
                 return
-            heapq.heappush(heap, (-context.num_slots, index))
+            heapq.heappush(heap, (1 - depth, index))  # what is left of this suffix ends before
 
     def clear(self) -> None:
         """The tree was reset: every node and lock is gone."""

@@ -152,7 +152,9 @@ def offset_positions(forward_batch: ForwardBatch, reqs: list[Req], extend_lens: 
 def score_after(attention_forward: Callable[..., Any], plan: ForwardPlan) -> Callable[..., Any]:
     """The attention backend's `forward`, followed by our scoring: the one door of all backends, whichever class they are."""
 
-    def forward(q: torch.Tensor, k: Any, v: Any, layer: RadixAttention, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        q: torch.Tensor, k: Any, v: Any, layer: RadixAttention, forward_batch: ForwardBatch, *args: Any, **kwargs: Any
+    ) -> Any:
         output = attention_forward(q, k, v, layer, forward_batch, *args, **kwargs)
         plan.after_attention(q, layer, forward_batch)
         return output

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.runtime_context import get_parallel
 
 from obcache_sglang.config import ServerSettings
+from obcache_sglang.control import CONTROL_PREFIX
 from obcache_sglang.errors import HostError, RequestError
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
 from obcache_sglang.metrics import Metrics
@@ -22,9 +26,6 @@ from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.requests import REPORT_KEY
 
 logger = logging.getLogger(__name__)
-
-CONTROL_PREFIX = "obcache:"
-"""A GetInternalStateReq whose rid starts so carries one of our control calls, as JSON."""
 
 _manager: CompressionManager | None = None
 _plan: ForwardPlan | None = None
@@ -60,6 +61,7 @@ def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any
         Metrics.create(reporter.enable_metrics, labels),
         num_layers=pool.layer_num,
         agree=agree,
+        clock=time.time if group_size == 1 else None,
     )
 
 
@@ -96,7 +98,7 @@ def around_create_generation_req(create: Any, scheduler: Any, recv_req: Any, *ar
         return _manager.create_request(args, kwargs, plan)
     except RequestError as error:
         req = create(scheduler, recv_req, *args, **kwargs)
-        req.set_finish_with_abort(str(error), status_code=error.status_code)
+        req.set_finish_with_abort(str(error), status_code=HTTPStatus(error.status_code))
         return req
     except Exception:
         logger.exception("obcache: request %s is served exactly", recv_req.rid)
@@ -138,7 +140,7 @@ def after_abort_request(result: None, scheduler: Any, recv_req: Any) -> None:
 
 def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     if flushed and _manager is not None:
-        _manager.cache.clear()
+        _manager.after_flush()
 
 
 def around_get_internal_state(get_internal_state: Any, scheduler: Any, recv_req: Any) -> Any:
@@ -153,6 +155,7 @@ def around_get_internal_state(get_internal_state: Any, scheduler: Any, recv_req:
     except Exception as error:
         logger.exception("obcache: control call %s", rid)
         answer = {"ok": False, "status_code": 500, "error": f"{type(error).__name__}: {error}"}
+    answer["dp_rank"] = get_parallel().dp_rank or 0
     return GetInternalStateReqOutput(internal_state=answer)
 
 
@@ -218,7 +221,9 @@ SCHEDULER_TOUCHES: tuple[Touch, ...] = (
     ),
     _hook(f"{_SCHEDULER}.abort_request", "after", after_abort_request, "ends jobs nobody waits for", ("recv_req",)),
     _hook(f"{_SCHEDULER}.flush_cache", "after", after_flush_cache, "the tree was reset: every context is gone"),
-    _hook(f"{_SCHEDULER}.get_internal_state", "around", around_get_internal_state, "control calls of the endpoints", ("recv_req",)),
+    _hook(
+        f"{_SCHEDULER}.get_internal_state", "around", around_get_internal_state, "control calls of the endpoints", ("recv_req",)
+    ),
     _hook(
         f"{_SCHEDULER}.get_output_streamer_class",
         "around",
@@ -253,7 +258,9 @@ SCHEDULER_TOUCHES: tuple[Touch, ...] = (
     ),
     _hook(f"{_TREE}.take_events", "after", after_take_events, "KV events never carry virtual tokens"),
     _use(_REQ, "subclass", "ContextReq, CompressionJob; fields origin_input_ids, full_untruncated_fill_ids, kv, cached_tokens"),
-    _use(f"{_REQ}.init_next_round_input", "subclass", "the last check that virtual ids are resident", ("tree_cache", "cow_mamba")),
+    _use(
+        f"{_REQ}.init_next_round_input", "subclass", "the last check that virtual ids are resident", ("tree_cache", "cow_mamba")
+    ),
     _use(f"{_REQ}._compute_max_prefix_len", "subclass", "leaves the window to be computed", ("input_len",)),
     _use(f"{_REQ}.set_finish_with_abort", "call", "answers a wrong request", ("error_msg", "status_code")),
     _use(f"{_SCHEDULER}.collect_inflight_reqs", "call", "the readers of a context"),
@@ -270,6 +277,11 @@ SCHEDULER_TOUCHES: tuple[Touch, ...] = (
         "stream_output, is_request_level_customized_info_key",
     ),
     _use("sglang.srt.managers.schedule_batch.FINISH_LENGTH", "call", "ends a request that only compresses", ("length",)),
-    _use("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer", "call", "K of a layer, [slots, heads, dim]", ("layer_id",)),
+    _use(
+        "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer",
+        "call",
+        "K of a layer, [slots, heads, dim]",
+        ("layer_id",),
+    ),
     _use("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_value_buffer", "call", "V of a layer", ("layer_id",)),
 )

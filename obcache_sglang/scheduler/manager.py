@@ -1,7 +1,7 @@
 """The decisions of one scheduler: which context a waiting request uses, and when a compression starts and ends.
 
 Ranks of one tensor-parallel group run this in step: everything is decided from the requests and the pool, which they
-share, never from a clock of their own (time to live is measured by stamps that requests carry).
+share, never from clocks of their own.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class CompressionManager:
     """Compresses contexts for one SGLang scheduler.
 
     agree: whether all ranks of this scheduler's tensor-parallel group say True; called by all of them at the same point.
+    clock: seconds since the epoch; None with several ranks, whose clocks differ: then the stamps that requests carry tell the time.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class CompressionManager:
         *,
         num_layers: int,
         agree: Callable[[bool], bool],
+        clock: Callable[[], float] | None,
     ) -> None:
         self.scheduler = scheduler
         self.settings = settings
         self.metrics = metrics
         self.num_layers = num_layers
         self.agree = agree
+        self.clock = clock
         self.cache = ContextCache(scheduler.tree_cache, settings.max_contexts)
         self.pool_slots: int = scheduler.max_total_num_tokens
         self.max_pinned_slots = (
@@ -283,6 +286,7 @@ class CompressionManager:
             context.job_cached_tokens = job.cached_tokens
             self.cache.publish(context)
             self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
+            self._set_gauges()
             logger.info(
                 "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s ratio %g",
                 context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
@@ -328,22 +332,30 @@ class CompressionManager:
 
     def _set_ttl(self, context: Context, ttl_seconds: float) -> None:
         context.ttl_seconds = ttl_seconds
-        context.expires_at = self._now + ttl_seconds
+        context.expires_at = (self.clock() if self.clock else self._now) + ttl_seconds
 
     def advance_clock(self, now: float) -> None:
         """A stamp that a request carries: all ranks see the same. Contexts whose time to live has passed are deleted."""
         self._now = max(self._now, now)
         for context in list(self.cache):
-            if (
-                context.expires_at is not None
-                and context.expires_at <= self._now
-                and context.state is ContextState.RESIDENT
-            ):
+            if context.expires_at is not None and context.expires_at <= self._now and context.state is ContextState.RESIDENT:
                 self.cache.delete(context)
         self.sweep()
 
+    def after_flush(self) -> None:
+        """The tree was reset: every context is gone."""
+        self.cache.clear()
+        self._set_gauges()
+
     def sweep(self) -> None:
+        """Frees what was deleted and has no readers left."""
         self.cache.sweep({context_id for context_id, readers in self.readers().items() if readers})
+        self._set_gauges()
+
+    def _set_gauges(self) -> list[Context]:
+        resident = [context for context in self.cache if context.state is ContextState.RESIDENT]
+        self.metrics.resident(len(resident), sum(context.position_offset for context in resident))
+        return resident
 
     def readers(self) -> dict[str, int]:
         """Requests that use each context now, by context id."""
@@ -386,7 +398,11 @@ class CompressionManager:
             return {"ok": True, "context": described}
         if op == "delete":
             if context.job is not None:
-                return {"ok": False, "status_code": 409, "error": f"context {context.id} is being compressed; delete it afterwards"}
+                return {
+                    "ok": False,
+                    "status_code": 409,
+                    "error": f"context {context.id} is being compressed; delete it afterwards",
+                }
             if context.state is not ContextState.DELETING:
                 self.cache.delete(context)
             self.sweep()
@@ -394,8 +410,9 @@ class CompressionManager:
         return {"ok": False, "status_code": 400, "error": f"unknown op {op!r}"}
 
     def _status(self) -> dict[str, Any]:
-        resident = [c for c in self.cache if c.state is ContextState.RESIDENT and self.cache.is_resident(c)]
-        self.metrics.resident(len(resident), sum(context.position_offset for context in resident))
+        for context in self.cache:
+            self.cache.is_resident(context)
+        resident = self._set_gauges()
         return {
             "version": __version__,
             "settings": self.settings.to_dict(),

@@ -118,8 +118,26 @@ def test_flags_take_their_defaults_from_the_settings():
 
 def test_flags_reach_the_settings():
     settings = parse(
-        *"--obcache --obcache-compression-ratio 0.5 --obcache-method h2o --obcache-window all --obcache-mode prompt".split(),
-        *"--obcache-marker <|cut|> --obcache-min-tokens 10 --obcache-max-pinned-slots 0 --obcache-allow-untested-sglang".split(),
+        *[
+            "--obcache",
+            "--obcache-compression-ratio",
+            "0.5",
+            "--obcache-method",
+            "h2o",
+            "--obcache-window",
+            "all",
+            "--obcache-mode",
+            "prompt",
+        ],
+        *[
+            "--obcache-marker",
+            "<|cut|>",
+            "--obcache-min-tokens",
+            "10",
+            "--obcache-max-pinned-slots",
+            "0",
+            "--obcache-allow-untested-sglang",
+        ],
     )
     assert settings is not None
     assert settings.compression.compression_ratio == 0.5

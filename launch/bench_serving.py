@@ -1,0 +1,108 @@
+"""What compression costs and what a later question saves, on real servers:  python -m launch.bench_serving
+
+Prints three tables: the share of a context's compression that is spent on scoring, selecting and copying; time to the first
+token of a later question, exact radix hit against compressed hit, in turn; and plain requests (no compression asked for) on
+a server with --obcache against one without, burst by burst. Machines are noisy: medians, and ratios pair by pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from launch.model import cache_dir, ensure_model
+from launch.quickstart import read_prose
+from launch.server import Server, serve
+
+LENGTHS = (1024, 2048, 4096)
+COMMON = ("--max-total-tokens", "32768", "--chunked-prefill-size", "8192", "--sleep-on-idle")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each measurement (default: 5)")
+    parser.add_argument("--model", type=Path, help="model directory (default: SmolLM2-135M-Instruct in bfloat16)")
+    arguments = parser.parse_args()
+    model_dir = arguments.model or ensure_model("bfloat16")
+    ids = tokenize(model_dir, max(LENGTHS))
+    logs = cache_dir()
+    with serve(model_dir, logs / "bench-obcache.log", (*COMMON, "--obcache")) as server:
+        generate(server, ids[:200])
+        print("\ntokens  slots  compression s  scoring s   share", flush=True)
+        for length in LENGTHS:
+            print(compression_row(server, ids[:length], arguments.repeats), flush=True)
+        print("\ntokens  exact hit s  compressed hit s  exact / compressed, pair by pair (min median max)", flush=True)
+        for length in LENGTHS:
+            print(first_token_row(server, ids[:length], arguments.repeats), flush=True)
+        with serve(model_dir, logs / "bench-stock.log", COMMON) as stock:
+            print("\nplain requests, seconds per burst of 16: --obcache / stock, pair by pair (min median max)", flush=True)
+            print(plain_row(server, stock, ids, arguments.repeats), flush=True)
+
+
+def tokenize(model_dir: Path, num_tokens: int) -> list[int]:
+    from transformers import AutoTokenizer
+
+    return list(AutoTokenizer.from_pretrained(model_dir)(read_prose()[: 8 * num_tokens]).input_ids[:num_tokens])
+
+
+def generate(server: Server, ids: list[int], *, obcache: Any = False, max_new_tokens: int = 1) -> float:
+    """Seconds until the answer is complete."""
+    params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
+    if obcache is not None:
+        params["custom_params"] = {"obcache": obcache}
+    start = time.perf_counter()
+    server.post("/generate", {"input_ids": ids, "sampling_params": params})
+    return time.perf_counter() - start
+
+
+def compression_row(server: Server, ids: list[int], repeats: int) -> str:
+    runs = []
+    for repeat in range(repeats + 1):
+        server.request("POST", "/flush_cache", params={"timeout": 30})
+        made = server.post("/obcache/compress", {"input_ids": ids})
+        if repeat:  # the first warms up
+            runs.append(server.get(f"/obcache/contexts/{made['id']}"))
+    seconds = statistics.median(run["seconds"] for run in runs)
+    scoring = statistics.median(run["scoring_seconds"] for run in runs)
+    share = statistics.median(run["scoring_seconds"] / run["seconds"] for run in runs)
+    return f"{len(ids):6d} {runs[0]['slots']:6d} {seconds:14.3f} {scoring:10.3f} {share:7.1%}"
+
+
+def first_token_row(server: Server, ids: list[int], repeats: int) -> str:
+    wish = {"context_len": len(ids)}
+    generate(server, ids + [1], obcache=wish)
+    generate(server, ids + [1])
+    exact, compressed = [], []
+    for repeat in range(repeats):
+        question = ids[10 * repeat : 10 * repeat + 16]
+        exact.append(generate(server, ids + question))
+        compressed.append(generate(server, ids + question, obcache=wish))
+    return (
+        f"{len(ids):6d} {statistics.median(exact):12.3f} {statistics.median(compressed):17.3f}  "
+        f"{spread([a / b for a, b in zip(exact, compressed, strict=True)])}"
+    )
+
+
+def plain_row(server: Server, stock: Server, ids: list[int], repeats: int) -> str:
+    def burst(target: Server) -> float:
+        prompts = [ids[20 * i : 20 * i + 100] for i in range(16)]
+        target.request("POST", "/flush_cache", params={"timeout": 30})
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            list(pool.map(lambda prompt: generate(target, prompt, obcache=None, max_new_tokens=16), prompts))
+        return time.perf_counter() - start
+
+    burst(server), burst(stock)
+    return spread([burst(server) / burst(stock) for _ in range(repeats)])
+
+
+def spread(values: list[float]) -> str:
+    return f"{min(values):.3f} {statistics.median(values):.3f} {max(values):.3f}"
+
+
+if __name__ == "__main__":
+    main()
