@@ -30,10 +30,10 @@ from obcache_sglang.lang import context
 FACTS = [
     ("Who is the captain of the ship Aurora?", "The captain of the ship Aurora is called", "Margaret Olsen"),
     ("When does the bakery in Milton Street open?", "The bakery in Milton Street opens at", "half past six"),
-    ("What is the code for the garden gate?", "The code for the garden gate is", "4827"),
-    ("Where does the train to Edinburgh leave from?", "The train to Edinburgh leaves from", "platform nine"),
+    ("Who was the winner of the chess tournament?", "The winner of the chess tournament was", "Oscar Lindqvist"),
+    ("What does the painting in the dining hall show?", "The painting in the dining hall shows", "a white horse"),
+    ("Where was the wedding of Anna and Tomas held?", "The wedding of Anna and Tomas was held in", "Lisbon"),
     ("What is the lighthouse keeper's dog named?", "The lighthouse keeper's dog is named", "Biscuit"),
-    ("What is the secret ingredient of the soup?", "The secret ingredient of the soup is", "ginger"),
     ("Where was the oldest violin in the museum made?", "The oldest violin in the museum was made in", "Cremona"),
     ("What is the favourite colour of Doctor Hale?", "The favourite colour of Doctor Hale is", "turquoise"),
 ]

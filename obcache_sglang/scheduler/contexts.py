@@ -243,6 +243,11 @@ class ContextCache:
     def pinned_slots(self) -> int:
         return sum(context.num_slots for context in self if context.pinned)
 
+    @property
+    def has_deleted(self) -> bool:
+        """Whether `sweep` has anything to free."""
+        return bool(self._deleting)
+
     def delete(self, context: Context) -> None:
         """No new request finds the context; its slots go with `sweep`, once it has no readers."""
         self.unpin(context)

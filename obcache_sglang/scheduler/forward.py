@@ -83,7 +83,7 @@ class ForwardPlan:
         num_rows = end - first_position if job.context.settings.needs_queries else 0
         return ScoringRows(job, first_row + first_position - start, num_rows, first_position, end, slots, last)
 
-    def after_attention(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
+    def after_attention(self, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
         """Scores this layer for the jobs in the forward; in their last chunk also selects and copies. Never raises."""
         if not self._rows or forward_batch.rids != self._rids:
             return
@@ -93,27 +93,35 @@ class ForwardPlan:
                 continue
             started_at = time.perf_counter()
             try:
-                self._compress_layer(rows, q, layer)
+                self._compress_layer(rows, q, output, layer)
             except Exception:  # whatever it is, the context must be served exactly
                 job.error = "error"
                 logger.exception("obcache: context %s is served exactly", job.context.id)
             job.scoring_seconds += time.perf_counter() - started_at
 
-    def _compress_layer(self, rows: ScoringRows, q: torch.Tensor, layer: RadixAttention) -> None:
+    def _compress_layer(self, rows: ScoringRows, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention) -> None:
         job, context, settings = rows.job, rows.job.context, rows.job.context.settings
         if layer.logit_cap > 0 or layer.is_cross_attention:
             job.error = "unsupported_attention"
             return
         key_buffer = self.kv_pool.get_key_buffer(layer.layer_id)
         value_buffer = self.kv_pool.get_value_buffer(layer.layer_id)
-        k, v = key_buffer[rows.slots], value_buffer[rows.slots]
+        k, v = key_buffer.index_select(0, rows.slots), value_buffer.index_select(0, rows.slots)
         if settings.needs_queries:
             scores = job.scores.pop(layer.layer_id, None)
             if scores is None:
                 scores = torch.zeros(layer.tp_k_head_num, context.num_tokens, dtype=torch.float32, device=k.device)
-            queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[rows.first_row : rows.first_row + rows.num_rows]
-            # K and V of positions the window cannot see do not exist yet in an earlier chunk: `end` is where it ends.
-            accumulate_scores(scores, queries, k, v, start=rows.first_position, scale=layer.scaling, score=settings.score)
+            scoring = slice(rows.first_row, rows.first_row + rows.num_rows)
+            accumulate_scores(
+                scores,
+                q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[scoring],
+                k,
+                v,
+                start=rows.first_position,
+                scale=layer.scaling,
+                score=settings.score,
+                o=output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[scoring],
+            )
             if not rows.last:
                 job.scores[layer.layer_id] = scores
                 return
@@ -132,11 +140,21 @@ class ForwardPlan:
             heads=settings.heads,
             shrink_window=settings.preset != "kvpress",
         )
-        chosen = positions.t(), torch.arange(positions.shape[0], device=positions.device)
         assert job.slots is not None
-        key_buffer[job.slots] = k[chosen]
-        value_buffer[job.slots] = v[chosen]
+        _copy_chosen(k, positions, key_buffer, job.slots)
+        _copy_chosen(v, positions, value_buffer, job.slots)
         job.positions[layer.layer_id] = positions.to(torch.int32)
+
+
+def _copy_chosen(source: torch.Tensor, positions: torch.Tensor, buffer: torch.Tensor, slots: torch.Tensor) -> None:
+    """Row `slots[m]` of buffer [rows, heads, dim] becomes, in lane h, token `positions[h, m]` of source [tokens, heads, dim].
+
+    One flat index_select: several times faster on a CPU than indexing with tokens and heads.
+    """
+    num_heads, num_slots = positions.shape
+    cells = (positions.t() * num_heads + torch.arange(num_heads, device=positions.device)).reshape(-1)
+    chosen = source.reshape(-1, source.shape[-1]).index_select(0, cells).view(num_slots, num_heads, -1)
+    buffer.index_copy_(0, slots, chosen)
 
 
 def offset_positions(forward_batch: ForwardBatch, reqs: list[Req], extend_lens: list[int] | None) -> None:
@@ -156,7 +174,7 @@ def score_after(attention_forward: Callable[..., Any], plan: ForwardPlan) -> Cal
         q: torch.Tensor, k: Any, v: Any, layer: RadixAttention, forward_batch: ForwardBatch, *args: Any, **kwargs: Any
     ) -> Any:
         output = attention_forward(q, k, v, layer, forward_batch, *args, **kwargs)
-        plan.after_attention(q, layer, forward_batch)
+        plan.after_attention(q, output, layer, forward_batch)
         return output
 
     return forward

@@ -349,8 +349,9 @@ class CompressionManager:
 
     def sweep(self) -> None:
         """Frees what was deleted and has no readers left."""
-        self.cache.sweep({context_id for context_id, readers in self.readers().items() if readers})
-        self._set_gauges()
+        if self.cache.has_deleted:
+            self.cache.sweep(set(self.readers()))
+            self._set_gauges()
 
     def _set_gauges(self) -> list[Context]:
         resident = [context for context in self.cache if context.state is ContextState.RESIDENT]

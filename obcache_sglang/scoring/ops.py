@@ -34,6 +34,7 @@ def accumulate_scores(
     start: int,
     scale: float,
     score: str,
+    o: torch.Tensor | None = None,
 ) -> None:
     """Add the scores that the queries at positions ``start .. start + rows - 1`` give to the tokens they see.
 
@@ -44,8 +45,10 @@ def accumulate_scores(
         ``0 .. start + rows - 1``, keys after RoPE. Attention is causal: the query at position p sees tokens 0 .. p.
     scale: factor of the logits ``q.k``, usually ``head_dim ** -0.5``.
     score: one of ``config.SCORES``.
+    o: [rows, num_q_heads, head_dim], any float dtype: the attention outputs of these queries, if the caller has them. It
+        saves obcache-k and obcache-kv one of their three matrix products; the other scores do not read it.
 
-    Every query's contribution is complete, so a window that spans prefill chunks is one call per chunk. q, k and v are
+    Every query's contribution is complete, so a window that spans prefill chunks is one call per chunk. The inputs are
     read only and computed with in float32.
 
     Scratch, whatever the number of queries: float32 copies of one KV head's K and V, and two buffers (three for
@@ -62,6 +65,8 @@ def accumulate_scores(
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} and start={start} do not fit: k and v need shape "
             "[start + rows, num_kv_heads, head_dim], and num_q_heads must be a multiple of num_kv_heads"
         )
+    if o is not None and o.shape != q.shape:
+        raise ValueError(f"o {list(o.shape)} must have the shape of q, {list(q.shape)}")
     if scores.dtype != torch.float32 or scores.shape[0] != num_kv_heads or scores.shape[1] < num_tokens:
         raise ValueError(
             f"scores is {list(scores.shape)} {scores.dtype}; it must be float32 [{num_kv_heads}, at least {num_tokens}]"
@@ -83,11 +88,13 @@ def accumulate_scores(
             stride = _row_stride(visible)
             logits, weights = buffers[:, : num_queries * stride].view(2, num_queries, stride).unbind()
 
-            queries = q[first:last, head * group : (head + 1) * group].float().mul(scale).reshape(num_queries, head_dim)
+            heads = slice(head * group, (head + 1) * group)
+            queries = q[first:last, heads].float().mul(scale).reshape(num_queries, head_dim)
             torch.mm(queries, k_head[:visible].T, out=logits[:, :visible])
             _mask_unseen(logits.view(last - first, group, stride), visible)
             torch.softmax(logits, dim=-1, out=weights)
-            total[:visible] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:visible], score)
+            o_tile = None if o is None else o[first:last, heads].float().reshape(num_queries, head_dim)
+            total[:visible] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:visible], o_tile, score)
         scores[head, :num_tokens].add_(total, alpha=1.0 / group)
 
 
@@ -111,11 +118,13 @@ def _mask_unseen(logits: torch.Tensor, visible: int) -> None:
     own.masked_fill_(unseen.unsqueeze(1), _MASKED_LOGIT)
 
 
-def _tile_scores(logits: torch.Tensor, weights: torch.Tensor, v: torch.Tensor, v_sq: torch.Tensor, score: str) -> torch.Tensor:
+def _tile_scores(
+    logits: torch.Tensor, weights: torch.Tensor, v: torch.Tensor, v_sq: torch.Tensor, o: torch.Tensor | None, score: str
+) -> torch.Tensor:
     """Scores [visible] summed over the queries of one tile.
 
     logits, weights: [queries, stride], stride >= visible; weights are 0 behind what a query sees. Both are overwritten.
-    v: [head_dim, visible]; v_sq: [visible], the squared norms of its columns.
+    v: [head_dim, visible]; v_sq: [visible], the squared norms of its columns. o: [queries, head_dim], None to compute it.
     """
     visible = v.shape[1]
     if score == "attention":
@@ -123,7 +132,8 @@ def _tile_scores(logits: torch.Tensor, weights: torch.Tensor, v: torch.Tensor, v
     if score == "obcache-v":
         return weights.square_().sum(0)[:visible].mul_(v_sq)
 
-    o = weights[:, :visible] @ v.T
+    if o is None:
+        o = weights[:, :visible] @ v.T
     b = logits.mul_(weights)
     if score == "obcache-k":
         w_vv = w_vo = w_oo = b.square_()

@@ -120,6 +120,29 @@ def test_adds_in_place_and_leaves_the_rest(score: str) -> None:
     assert all(torch.equal(tensor, before) for tensor, before in zip((q, k, v), inputs, strict=True))
 
 
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_outputs_the_caller_has(dtype: torch.dtype, score: str) -> None:
+    """The engine's outputs, rounded to its dtype, take the place of computed ones. Rounding moves o_i by at most 2^-8 of
+    itself in bfloat16, and ||v_j - o_i||^2 by about twice that."""
+    q, k, v, start = make_qkv(129, 63, dtype=dtype)
+    o = torch.stack(
+        [
+            attention(q[:, head].double(), k[:, head // 3].double(), v[:, head // 3].double(), start=start, scale=SCALE)[2]
+            for head in range(6)
+        ],
+        dim=1,
+    )
+    scores = torch.zeros(2, 129)
+    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, o=o.to(dtype))
+    expected = computed(q, k, v, start, score)
+    if dtype == torch.float32 or score in ("attention", "obcache-v"):
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6 * expected.mean().item())
+    else:
+        torch.testing.assert_close(scores, expected, rtol=2e-2, atol=2e-3 * expected.mean().item())
+        assert not torch.equal(scores, expected)  # the rounded outputs were really used
+
+
 def test_attention_of_each_query_sums_to_one() -> None:
     q, k, v, start = make_qkv(211, 64)
     torch.testing.assert_close(computed(q, k, v, start, "attention").sum(-1), torch.full((2,), 64.0))
@@ -142,10 +165,11 @@ def test_a_token_with_all_the_attention(score: str) -> None:
         ({"start": 30}, r"start=30 do not fit: k and v need shape \[start \+ rows"),
         ({"q": torch.zeros(9, 5, HEAD_DIM)}, "num_q_heads must be a multiple of num_kv_heads"),
         ({"v": torch.zeros(40, 1, HEAD_DIM)}, "do not fit"),
+        ({"o": torch.zeros(9, 2, HEAD_DIM)}, r"o \[9, 2, 16\] must have the shape of q, \[9, 6, 16\]"),
         ({"scores": torch.zeros(2, 39)}, r"must be float32 \[2, at least 40\]"),
         ({"scores": torch.zeros(2, 40, dtype=torch.bfloat16)}, "must be float32"),
     ],
-    ids=["score", "start", "q-heads", "v-shape", "short-scores", "scores-dtype"],
+    ids=["score", "start", "q-heads", "v-shape", "o-shape", "short-scores", "scores-dtype"],
 )
 def test_refuses(change: dict, message: str) -> None:
     q, k, v, start = make_qkv(40, 9)
