@@ -9,7 +9,6 @@ of a question is known when the document is compressed: it is compressed once, b
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import signal
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.document import read_prose
 from launch.model import MODEL_NAME, cache_dir, ensure_model
 from launch.server import Server, serve
 from obcache_sglang.lang import context
@@ -34,9 +34,11 @@ FACTS = [
     ("What does the painting in the dining hall show?", "The painting in the dining hall shows", "a white horse"),
     ("Where was the wedding of Anna and Tomas held?", "The wedding of Anna and Tomas was held in", "Lisbon"),
     ("What is the lighthouse keeper's dog named?", "The lighthouse keeper's dog is named", "Biscuit"),
-    ("Where was the oldest violin in the museum made?", "The oldest violin in the museum was made in", "Cremona"),
+    ("What is the secret ingredient of the soup?", "The secret ingredient of the soup is", "ginger"),
     ("What is the favourite colour of Doctor Hale?", "The favourite colour of Doctor Hale is", "turquoise"),
 ]
+# The end of the context, since the last tokens decide what is kept: it says what kind of question will come, and no more.
+INSTRUCTION = "Answer a question about the text above: a name, a time, a place or a thing that it mentions."
 MAX_NEW_TOKENS = 6
 
 
@@ -72,9 +74,9 @@ class Round:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=3000, help="length of the document in tokens (default: 3000)")
-    parser.add_argument("--compression-ratio", type=float, default=0.5, help="fraction of the KV cache removed")
-    parser.add_argument("--method", default="tova", help="which queries score (--obcache-method)")
-    parser.add_argument("--score", default="attention", help="how they score (--obcache-score)")
+    parser.add_argument("--compression-ratio", type=float, default=0.3, help="fraction of the KV cache removed (0.3)")
+    parser.add_argument("--method", default="tova", help="which queries score (default: tova)")
+    parser.add_argument("--score", default="obcache-v", help="how they score (default: obcache-v)")
     arguments = parser.parse_args()
     # End like on Ctrl-C, through the `with` block that stops the server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -119,7 +121,7 @@ def make_questions(model_dir: Path, num_tokens: int) -> tuple[list[Question], in
 
     def prompt(question: str, subject: str) -> str:
         messages = [
-            {"role": "user", "content": context(document) + "\n\n" + question},
+            {"role": "user", "content": context(f"{document}\n\n{INSTRUCTION}") + f"\n\n{question}"},
             {"role": "assistant", "content": subject},
         ]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True))
@@ -128,16 +130,7 @@ def make_questions(model_dir: Path, num_tokens: int) -> tuple[list[Question], in
     return questions, len(tokenizer(document).input_ids)
 
 
-def read_prose() -> str:
-    """The text of Newton's Opticks, which comes inside a package that SGLang needs (apache-tvm-ffi)."""
-    spec = importlib.util.find_spec("tvm_ffi")
-    assert spec is not None and spec.origin is not None, "apache-tvm-ffi is not installed: SGLang depends on it"
-    path = Path(spec.origin).parent / "3rdparty" / "libbacktrace" / "Isaac.Newton-Opticks.txt"
-    text = path.read_text(encoding="utf-8")
-    return text[text.index("My Design in this Book") :]
-
-
-def ask(server: Server, prompt: str, *, compressed: bool | dict[str, Any]) -> Answer:
+def ask(server: Server, prompt: str, *, compressed: bool) -> Answer:
     body = {
         "text": prompt,
         "stream": True,
@@ -175,8 +168,9 @@ def ask_all(server: Server, questions: list[Question], *, compressed: bool) -> R
     report = answers[-1].meta.get("obcache")
     if compressed and (report is None or report["status"] != "reused"):
         raise RuntimeError(f"the last question was not answered from the compressed context: {report}")
-    # Of an exact cache, a later question finds as many tokens in the tree as the document holds slots there.
-    slots = report["kept_tokens"] if compressed else answers[-1].meta["cached_tokens"]
+    # An exact cache holds a slot for every token that any later question finds in the tree (besides words of its own that
+    # another question began with).
+    slots = report["kept_tokens"] if compressed else min(answer.meta["cached_tokens"] for answer in answers[1:])
     later = statistics.median(answer.seconds for answer in answers[1:])
     return Round(answers, slots, answers[0].seconds, later, rate)
 

@@ -34,14 +34,11 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="session")
 def tight_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Compression on in a pool of 1536 slots; page size 16, no overlap scheduling, chunks of 256 tokens.
-
-    SGLang admits as if answers were a tenth as long as allowed, so that running requests must be retracted.
-    """
+    """Compression on in a pool of 1536 slots; page size 16, no overlap scheduling, chunks of 256 tokens, forced retractions."""
     flags = (*COMMON, "--max-total-tokens", "1536", "--chunked-prefill-size", "256", "--page-size", "16")
-    flags += ("--disable-overlap-schedule", "--schedule-conservativeness", "0.05")
-    flags += ("--obcache", "--obcache-min-tokens", "32")
-    with serve(model_dir, tmp_path_factory.mktemp("tight") / "log", flags, STRICT) as running:
+    flags += ("--disable-overlap-schedule", "--obcache", "--obcache-min-tokens", "32")
+    env = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
+    with serve(model_dir, tmp_path_factory.mktemp("tight") / "log", flags, env) as running:
         yield from checked(running)
 
 
