@@ -239,6 +239,11 @@ class CompressionManager:
         self._num_jobs += 1
         context.job = job = CompressionJob(context, req, number=self._num_jobs)
         job.time_stats.set_wait_queue_entry_time()
+        if job.window < context.settings.window:
+            logger.warning(
+                "obcache: context %s keeps %d slots, so its window of %d tokens shrinks to %d",
+                context.id, context.num_slots, context.settings.window, job.window,
+            )  # fmt: skip
         return Verdict.HOLD, job
 
     def _is_alive(self, job: CompressionJob) -> bool:

@@ -1,0 +1,63 @@
+"""The ways to use it beside HTTP: the offline engine, the frontend language, and a server with tensor parallelism."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.server import Server, serve
+from tests.serving.client import compressions, document, generate_together, question, report
+from tests.serving.conftest import COMMON, STRICT
+
+# Engines start processes, which import the main module again: hence a file with a guard.
+ENGINE_PROGRAM = """
+import sys
+from obcache_sglang.engine import Engine
+
+if __name__ == "__main__":
+    engine = Engine(model_path=sys.argv[1], dtype="float32", max_total_tokens=4096, obcache={"min_tokens": 32})
+    document = "The quick brown fox jumps over the lazy dog. " * 20
+    made = engine.compress(text=document)
+    assert made["status"] == "compressed", made
+    prompts = [document + "<|obcache|>" + question for question in ("So", "But", "And")]
+    answers = engine.generate(prompts, {"temperature": 0, "max_new_tokens": 4})
+    assert [answer["meta_info"]["obcache"]["status"] for answer in answers] == ["reused"] * 3, answers
+    assert [context["id"] for context in engine.contexts()] == [made["id"]]
+    assert engine.obcache_status()["counters"]["compressions"] == 1
+    assert engine.delete_context(made["id"]) == "deleted"
+    engine.shutdown()
+    print("engine: all good")
+"""
+
+
+def test_the_offline_engine(model_dir: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(ENGINE_PROGRAM)
+    ran = subprocess.run([sys.executable, program, model_dir], capture_output=True, text=True, timeout=400, check=False)
+    assert "engine: all good" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-3000:]
+
+
+def test_the_frontend_language_example(server: Server) -> None:
+    before = compressions(server)
+    command = [sys.executable, "-m", "launch.many_questions", "--url", server.url]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    assert compressions(server) == before + 1
+
+
+@pytest.mark.long
+def test_three_tensor_parallel_ranks(model_dir: Path, tmp_path: Path) -> None:
+    """SmolLM2 has 9 query and 3 KV heads: each rank compresses its own, all hold the same slots."""
+    flags = (*COMMON, "--tp-size", "3", "--max-total-tokens", "4096", "--obcache", "--obcache-min-tokens", "32")
+    env = {**STRICT, "SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
+    with serve(model_dir, tmp_path / "log", flags, env) as server:
+        for method in ("snapkv", "tova"):
+            context = document(model_dir, 300, "binary")
+            wish = {"context_len": 300, "method": method}
+            asked = [{"prompt": context + question(model_dir, f"\n\nPoint {i}:"), "obcache": wish} for i in range(3)]
+            answers = generate_together(server, asked)
+            assert sorted(report(answer)["status"] for answer in answers) == ["compressed", "reused", "reused"]
+        assert "leak" not in server.log()
