@@ -9,6 +9,7 @@ machine only ever adds time; both see the same batches in turn, and must agree b
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -63,6 +64,18 @@ def make_batch(runner: Runner, cached: int, new: int, requests: int) -> ForwardB
     return batch
 
 
+def attend(
+    backend: TorchNativeAttnBackend,
+    layer: RadixAttention,
+    batch: ForwardBatch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> torch.Tensor:
+    backend.init_forward_metadata(batch)
+    return backend.forward(q, k, v, layer, batch)
+
+
 def milliseconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
@@ -84,13 +97,9 @@ def main() -> None:
         batch = make_batch(runner, cached, new, requests)
         q = torch.randn(requests * new, NUM_HEADS * HEAD_DIM, dtype=dtype)
         k, v = (torch.randn(requests * new, NUM_KV_HEADS, HEAD_DIM, dtype=dtype) for _ in "kv")
-
-        def attend(backend: TorchNativeAttnBackend) -> torch.Tensor:
-            backend.init_forward_metadata(batch)  # noqa: B023 (called before the next case)
-            return backend.forward(q, k, v, layer, batch)  # noqa: B023
-
-        torch.testing.assert_close(attend(backends[0]), attend(backends[1]), atol=1e-2, rtol=1e-2)
-        rounds = [[milliseconds(lambda b=b: attend(b)) for b in backends] for _ in range(arguments.repeats)]
+        calls = [partial(attend, backend, layer, batch, q, k, v) for backend in backends]
+        torch.testing.assert_close(calls[0](), calls[1](), atol=1e-2, rtol=1e-2)
+        rounds = [[milliseconds(call) for call in calls] for _ in range(arguments.repeats)]
         native, ours = (min(times) for times in zip(*rounds, strict=True))
         print(f"{what:8} {cached:6} {new:5} {requests:8} {native:12.2f} {ours:12.2f} {native / ours:6.1f}", flush=True)
 

@@ -33,7 +33,8 @@ install_environment() {
     # Without the stamp, an install that is interrupted here starts again next time.
     rm -f "$stamp"
     "$python" -m venv "$VENV" || return 1
-    "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
+    # --no-compile: Python compiles what is imported when it is, a small part of what is installed.
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-compile \
         --editable "$REPOSITORY[dev]" || return 1
     echo "$wanted" >"$stamp"
     echo "environment: ready in $VENV"

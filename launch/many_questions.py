@@ -21,9 +21,9 @@ from obcache_sglang.lang import context
 
 QUESTIONS = [
     "What is this text about?",
-    "Who wrote this text?",
     "What does the first sentence say?",
-    "Which word in the text is the hardest to understand?",
+    "What is a ray of light?",
+    "What is the angle of incidence?",
 ]
 
 

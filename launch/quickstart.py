@@ -165,12 +165,15 @@ def ask_all(server: Server, questions: list[Question], *, compressed: bool) -> R
     with ThreadPoolExecutor(len(questions)) as pool:
         list(pool.map(lambda question: ask(server, question.prompt, compressed=compressed), questions))
     rate = len(questions) / (time.perf_counter() - start)
-    report = answers[-1].meta.get("obcache")
-    if compressed and (report is None or report["status"] != "reused"):
-        raise RuntimeError(f"the last question was not answered from the compressed context: {report}")
-    # An exact cache holds a slot for every token that any later question finds in the tree (besides words of its own that
-    # another question began with).
-    slots = report["kept_tokens"] if compressed else min(answer.meta["cached_tokens"] for answer in answers[1:])
+    if compressed:
+        report = answers[-1].meta.get("obcache") or {}
+        if report.get("status") != "reused":
+            raise RuntimeError(f"the last question was not answered from the compressed context: {report}")
+        slots = report["kept_tokens"]
+    else:
+        # A slot for every token that any later question finds in the tree; the smallest number, since a question may find
+        # words of its own that another one began with.
+        slots = min(answer.meta["cached_tokens"] for answer in answers[1:])
     later = statistics.median(answer.seconds for answer in answers[1:])
     return Round(answers, slots, answers[0].seconds, later, rate)
 

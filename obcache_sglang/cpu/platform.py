@@ -63,7 +63,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         if ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
             add_attention_backend_choices([ATTENTION_BACKEND])
 
-    def get_device(self, device_id: int | None = 0) -> str:  # type: ignore[override]
+    def get_device(self, device_id: int | None = 0) -> str:
         # SGLang takes this for the --device it was not given, and splits it as a string.
         return "cpu"
 

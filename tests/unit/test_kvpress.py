@@ -47,12 +47,14 @@ def kept_by_kvpress(bits: str) -> set[int]:
     return {position for position in range(CONTEXT_LEN) if number >> position & 1}
 
 
-def kept_by_us(layers: list[Layer], press: str, ratio: float) -> list[list[set[int]]]:
-    """Per layer and KV head, the positions our preset ``kvpress`` keeps."""
-    settings = CompressionSettings.resolve(
-        {"preset": "kvpress", "method": METHODS[press], "score": "attention", "compression_ratio": ratio}
-    )
-    start = CONTEXT_LEN - settings.window
+def kvpress_settings(press: str, ratio: float) -> CompressionSettings:
+    given = {"preset": "kvpress", "method": METHODS[press], "score": "attention", "compression_ratio": ratio}
+    return CompressionSettings.resolve(given)
+
+
+def kept_by_us(layers: list[Layer], settings: CompressionSettings) -> list[list[set[int]]]:
+    """Per layer and KV head, the positions that settings of the preset ``kvpress`` keep."""
+    start = CONTEXT_LEN - settings.window if settings.window else 0
     kept = []
     for q, k, v, scale in layers:
         scores = torch.zeros(k.shape[1], CONTEXT_LEN)
@@ -86,7 +88,7 @@ def share_in_common(ours: list[list[set[int]]], run: dict[str, Any]) -> float:
 def test_keeps_what_kvpress_keeps(layers: list[Layer], run: dict[str, Any]) -> None:
     """Both sides compute in float32, with different releases of torch and orders of summation, so two scores that differ by
     float32 noise may swap places at the edge of the kept set: 0.6 % of the positions are left for that (measured: none)."""
-    share = share_in_common(kept_by_us(layers, run["press"], run["compression_ratio"]), run)
+    share = share_in_common(kept_by_us(layers, kvpress_settings(run["press"], run["compression_ratio"])), run)
     print(f"{run['press']} at {run['compression_ratio']}: {share:.2%} of the kept positions are the same")
     assert share >= 0.994
 
@@ -94,4 +96,4 @@ def test_keeps_what_kvpress_keeps(layers: list[Layer], run: dict[str, Any]) -> N
 def test_the_comparison_can_fail(layers: list[Layer]) -> None:
     """Another method keeps clearly different tokens, so agreement above says something."""
     run = next(run for run in FIXTURE["runs"] if run["press"] == "SnapKVPress" and run["compression_ratio"] == 0.8)
-    assert share_in_common(kept_by_us(layers, "TOVAPress", 0.8), run) < 0.9
+    assert share_in_common(kept_by_us(layers, kvpress_settings("TOVAPress", 0.8)), run) < 0.9
