@@ -91,7 +91,7 @@ def main() -> None:
     ]
     log_file = cache_dir() / "quickstart-server.log"
     progress(f"starting: sglang serve --model-path {model_dir} {' '.join(flags)}")
-    progress(f"(its log: {log_file}; half a minute)")
+    progress(f"(its log: {log_file}; half a minute, the first time in a new environment two)")
     with serve(model_dir, log_file, flags) as server:
         progress("the server is ready; warming up")
         ask(server, "Hello", compressed=False)
