@@ -18,6 +18,6 @@ echo "== ruff"
 ruff check .
 ruff format --check .
 echo "== mypy"
-mypy
+mypy obcache_sglang launch
 echo "== pytest"
 exec python -m pytest -m "$markers" --durations=10
