@@ -33,7 +33,7 @@ install_environment() {
     # Without the stamp, an install that is interrupted here starts again next time.
     rm -f "$stamp"
     "$python" -m venv "$VENV" || return 1
-    # --no-compile: Python compiles what is imported when it is, a small part of what is installed.
+    # --no-compile: Python compiles what is imported when it is first imported, a small part of what is installed.
     "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-compile \
         --editable "$REPOSITORY[dev]" || return 1
     echo "$wanted" >"$stamp"
@@ -41,6 +41,8 @@ install_environment() {
 }
 
 install_environment || exit 1
+# Compiled modules must be kept: a server is three processes, and each start would compile SGLang again, for a minute or more.
+unset PYTHONDONTWRITEBYTECODE
 # Threads of a test or client that wait by spinning starve the server's (see obcache_sglang/cpu/platform.py).
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 # shellcheck disable=SC1091
