@@ -206,8 +206,7 @@ class ContextCache:
             return None
         slots = slots.to(torch.int64)
         self.tree.insert(InsertParams(key=self.key(context), value=slots))
-        node = self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).last_device_node
-        context.tree_lock = self.tree.lock(node)
+        self._lock(context)
         context.state = ContextState.COMPRESSING
         return slots
 
@@ -227,13 +226,16 @@ class ContextCache:
         """Keeps a resident context from being evicted."""
         context.pinned = True
         if context.tree_lock is None and context.state is ContextState.RESIDENT:
-            node = self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).last_device_node
-            context.tree_lock = self.tree.lock(node)
+            self._lock(context)
 
     def unpin(self, context: Context) -> None:
         context.pinned = False
         if context.state is not ContextState.COMPRESSING:
             self.unlock(context)
+
+    def _lock(self, context: Context) -> None:
+        node = self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).last_device_node
+        context.tree_lock = self.tree.lock(node)
 
     def unlock(self, context: Context) -> None:
         self.tree.unlock(context.tree_lock)
@@ -296,7 +298,7 @@ class ContextCache:
             if -depth != bound:
                 heapq.heappush(heap, (-depth, index))
                 continue
-            if not self._drop_leaf(match.last_device_node, depth):
+            if not self._drop_leaf(match.last_device_node):
                 return
             if depth == context.num_slots:
                 return
@@ -311,7 +313,7 @@ class ContextCache:
                 self._mark_absent(context)
         self._deleting.clear()
 
-    def _drop_leaf(self, node: int, depth: int) -> bool:
+    def _drop_leaf(self, node: int) -> bool:
         before = self.tree.evictable_size()
         lock = self.tree.lock(node)
         unlocked = self.tree.evictable_size() < before

@@ -191,8 +191,8 @@ class CompressionManager:
             )
             return Verdict.ADMIT
         if req.plan.pin:
-            self._pin(context, req.plan.ttl_seconds)
-        elif req.plan.ttl_seconds is not None:
+            self._pin(context)
+        if req.plan.ttl_seconds is not None:
             self._set_ttl(context, req.plan.ttl_seconds)
         if not req.is_virtual:
             compressed_now = req.compressions_started > 0
@@ -329,11 +329,9 @@ class CompressionManager:
 
     # --- pins, time to live, deletion -------------------------------------------------------------------------------
 
-    def _pin(self, context: Context, ttl_seconds: float | None) -> None:
+    def _pin(self, context: Context) -> None:
         if not context.pinned and self.cache.pinned_slots + context.num_slots <= self.max_pinned_slots:
             self.cache.pin(context)
-        if ttl_seconds is not None:
-            self._set_ttl(context, ttl_seconds)
 
     def _set_ttl(self, context: Context, ttl_seconds: float) -> None:
         context.ttl_seconds = ttl_seconds
