@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from obcache_sglang.config import HEADS, POOLINGS
+from obcache_sglang.config import POOLINGS
 
 
 def effective_window(window: int, num_slots: int, shrink: bool) -> int:
@@ -30,7 +30,7 @@ def static_scores(method: str, num_kv_heads: int, context_len: int, seed: int, d
     raise ValueError(f"method {method!r} needs queries; static scores exist for streaming, random")
 
 
-def select_positions(
+def rank_positions(
     scores: torch.Tensor,
     num_slots: int,
     *,
@@ -38,66 +38,105 @@ def select_positions(
     sink_tokens: int,
     pooling: str,
     kernel_size: int,
-    heads: str,
     shrink_window: bool,
 ) -> torch.Tensor:
-    """Positions to keep, per KV head.
+    """The scores that `keep_per_head` and `keep_across_heads` choose by: pooled, with what is always kept above all others.
 
     scores: [num_kv_heads, context_len] float32, higher is kept; not modified.
-    num_slots: positions kept per head, window and sinks included; 1 <= num_slots <= context_len.
+    num_slots: positions that a head keeps of an even share, 1 <= num_slots <= context_len.
     window: the last positions, always kept; shrink_window applies :func:`effective_window` first.
     sink_tokens: the first positions, always kept (attention sinks, arXiv 2309.17453). If sinks and window exceed
         num_slots, the sinks come first and the window keeps its latest positions.
     pooling: "none", "average" or "max" over kernel_size (odd) neighbouring scores, before the window only. "average" is
         SnapKV in KVPress (zeros beyond the ends count); "max" is the OBCache paper's.
-    heads: "per-head", or "shared": all heads keep the positions chosen by the mean score over heads.
 
-    Returns [num_kv_heads, num_slots] int64 positions, ascending. Equal scores: the earlier position wins. No step waits
-    for the device.
+    Returns [num_kv_heads, context_len] float32: +inf for at most num_slots positions of a head, its sinks and its window;
+    -inf for window positions that lost their place. Raises ValueError. No step waits for the device.
     """
-    num_kv_heads, context_len = scores.shape
-    if not 1 <= num_slots <= context_len:
-        raise ValueError(f"num_slots={num_slots} is outside 1 .. {context_len}, the tokens of the context")
+    context_len = scores.shape[1]
+    _check("num_slots", num_slots, 1, context_len, "the tokens of the context")
     if pooling not in POOLINGS:
         raise ValueError(f"pooling {pooling!r} is unknown; choose one of {', '.join(POOLINGS)}")
-    if heads not in HEADS:
-        raise ValueError(f"heads {heads!r} is unknown; choose one of {', '.join(HEADS)}")
-    if num_slots == context_len:
-        return torch.arange(context_len, device=scores.device).repeat(num_kv_heads, 1)
 
     window = min(effective_window(window, num_slots, shrink_window), context_len)
     before_window = context_len - window
     num_sinks = min(sink_tokens, num_slots)
     num_recent = min(window, num_slots - num_sinks)
-    if heads == "shared":
-        scores = scores.mean(0, keepdim=True)
 
     # Window positions that lost their place to sinks rank last: then sinks and window fill all slots anyway.
     ranked = torch.full_like(scores, float("-inf"))
     if before_window:
-        ranked[:, :before_window] = _pool(scores[:, :before_window], pooling, kernel_size)
+        # A score that overflowed must not rank with what is always kept.
+        pooled = _pool(scores[:, :before_window], pooling, kernel_size).clamp(max=torch.finfo(scores.dtype).max)
+        ranked[:, :before_window] = pooled
     ranked[:, :num_sinks] = float("inf")
     ranked[:, context_len - num_recent :] = float("inf")
-    return _top_positions(ranked, num_slots).expand(num_kv_heads, -1).contiguous()
+    return ranked
 
 
-def _top_positions(ranked: torch.Tensor, count: int) -> torch.Tensor:
-    """Ascending positions [rows, count] of the count highest of each row of ranked [rows, tokens]; the earlier of equals.
+def keep_per_head(ranked: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """The num_slots highest positions of each head: a uniform budget.
+
+    ranked: [num_kv_heads, context_len], of :func:`rank_positions`. Returns [num_kv_heads, num_slots] int64, ascending.
+    Equal ranks: the earlier position; NaN ranks last. Raises ValueError. No step waits for the device.
+    """
+    num_kv_heads, context_len = ranked.shape
+    _check("num_slots", num_slots, 1, context_len, "the tokens of the context")
+    keep = _highest(_comparable(ranked), num_slots)
+    return torch.nonzero_static(keep, size=num_kv_heads * num_slots)[:, 1].view(num_kv_heads, num_slots)
+
+
+def keep_across_heads(ranked: torch.Tensor, total: int, *, safe_per_head: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The total highest tokens of all rows together: heads with higher ranks keep more of them.
+
+    ranked: [rows, context_len] float, of :func:`rank_positions`; one row is one KV head of one layer (adakv) or of all
+        layers (global). +inf is always kept where no row has more of them than total // rows, as `rank_positions` sees to.
+    safe_per_head: each row's own highest tokens that it keeps before any row competes (AdaKV's safeguard, arXiv 2407.11550).
+    total: tokens kept in all, from rows * safe_per_head to rows * context_len.
+
+    Returns positions [total] int32, row by row and ascending in each, and offsets [rows + 1] int64: row i keeps
+    ``positions[offsets[i]:offsets[i + 1]]``. Equal ranks: the earlier row, then the earlier position; NaN ranks last.
+    Raises ValueError. No step waits for the device.
+    """
+    rows, context_len = ranked.shape
+    _check("safe_per_head", safe_per_head, 0, context_len, "the tokens of the context")
+    _check("total", total, rows * safe_per_head, rows * context_len, "the safeguards and all tokens of all heads")
+    ranked = _comparable(ranked)
+    safe = _highest(ranked, safe_per_head)
+    others = _highest(ranked.reshape(1, -1), total - rows * safe_per_head, taken=safe.reshape(1, -1))
+    keep = safe | others.view(rows, context_len)
+    positions = torch.nonzero_static(keep, size=total)[:, 1].to(torch.int32)
+    return positions, F.pad(keep.sum(-1).cumsum(0), (1, 0))
+
+
+def _check(name: str, value: int, lowest: int, highest: int, bounds: str) -> None:
+    if not lowest <= value <= highest:
+        raise ValueError(f"{name}={value} is outside {lowest} .. {highest}, {bounds}")
+
+
+def _comparable(ranked: torch.Tensor) -> torch.Tensor:
+    """ranked with NaN, which compares with nothing, as -inf: it ranks last."""
+    return ranked.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+
+
+def _highest(ranked: torch.Tensor, count: int, taken: torch.Tensor | None = None) -> torch.Tensor:
+    """Which are the count highest of each row of ranked [rows, tokens] (no NaN), the earlier of equals: bool [rows, tokens].
+
+    taken: bool [rows, tokens], tokens that are not to be chosen; at least count of each row remain.
 
     A threshold and a running count do what two sorts would, several times as fast, and fixed shapes keep it free of
-    device synchronisation (nonzero would wait). NaN, which compares with nothing, ranks last.
+    device synchronisation (nonzero would wait).
     """
-    ranked = ranked.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    threshold = torch.topk(ranked, count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    above, equal = ranked > threshold, ranked == threshold
+    if count == 0:
+        return torch.zeros_like(ranked, dtype=torch.bool)
+    # As -inf, taken tokens do not raise the threshold; where that is -inf itself, only the mask tells them from the others.
+    free = ranked if taken is None else ranked.masked_fill(taken, float("-inf"))
+    threshold = torch.topk(free, count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = free > threshold, free == threshold
+    if taken is not None:
+        equal &= ~taken
     equal_wanted = count - above.sum(-1, keepdim=True)
-    keep = above | (equal & (equal.cumsum(-1) <= equal_wanted))
-
-    # Kept position -> its column; all others -> one column behind, which is cut off.
-    column = torch.where(keep, keep.cumsum(-1) - 1, count)
-    positions = torch.empty(ranked.shape[0], count + 1, dtype=torch.int64, device=ranked.device)
-    positions.scatter_(1, column, torch.arange(ranked.shape[1], device=ranked.device).expand_as(column))
-    return positions[:, :count]
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= equal_wanted))
 
 
 def _pool(scores: torch.Tensor, pooling: str, kernel_size: int) -> torch.Tensor:

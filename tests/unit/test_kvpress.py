@@ -1,4 +1,4 @@
-"""The positions KVPress keeps, for SnapKV and TOVA, from a real model's queries, keys and values.
+"""The positions KVPress keeps, for SnapKV, TOVA and AdaKV(SnapKV), from a real model's queries, keys and values.
 
 tests/fixtures/kvpress.json was recorded by tests/fixtures/record_kvpress.py; here transformers runs the same tokens through
 the same model, and our scores and selection, with the settings of the preset ``kvpress``, choose.
@@ -15,11 +15,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from obcache_sglang.config import CompressionSettings
 from obcache_sglang.scoring.ops import accumulate_scores
-from obcache_sglang.scoring.selection import select_positions
+from obcache_sglang.scoring.selection import keep_across_heads, keep_per_head, rank_positions
 
 FIXTURE = json.loads((Path(__file__).parent.parent / "fixtures" / "kvpress.json").read_text(encoding="utf-8"))
 CONTEXT_LEN = len(FIXTURE["token_ids"])
-METHODS = {"SnapKVPress": "snapkv", "TOVAPress": "tova"}
+PRESSES = {
+    "SnapKVPress": {"method": "snapkv", "budget": "uniform"},
+    "TOVAPress": {"method": "tova", "budget": "uniform"},
+    "AdaKVPress": {"method": "snapkv", "budget": "adakv"},
+}
 
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
 
@@ -47,53 +51,77 @@ def kept_by_kvpress(bits: str) -> set[int]:
     return {position for position in range(CONTEXT_LEN) if number >> position & 1}
 
 
-def kvpress_settings(press: str, ratio: float) -> CompressionSettings:
-    given = {"preset": "kvpress", "method": METHODS[press], "score": "attention", "compression_ratio": ratio}
-    return CompressionSettings.resolve(given)
+def as_asked(run: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a user gives to get what the recorded run kept."""
+    given = {"preset": "kvpress", "score": "attention", "compression_ratio": run["compression_ratio"], **PRESSES[run["press"]]}
+    return given | ({"adakv_safeguard": run["alpha_safeguard"]} if "alpha_safeguard" in run else {})
+
+
+def run_name(run: dict[str, Any]) -> str:
+    return "-".join(str(value) for name, value in run.items() if name != "kept")
 
 
 def kept_by_us(layers: list[Layer], settings: CompressionSettings) -> list[list[set[int]]]:
     """Per layer and KV head, the positions that settings of the preset ``kvpress`` keep."""
     start = CONTEXT_LEN - settings.window if settings.window else 0
+    num_kept = settings.kept_tokens(CONTEXT_LEN)
     kept = []
     for q, k, v, scale in layers:
         scores = torch.zeros(k.shape[1], CONTEXT_LEN)
         accumulate_scores(scores, q[start:], k, v, start=start, scale=scale, score=settings.score)
-        positions = select_positions(
+        if settings.heads == "shared":
+            scores = scores.mean(0, keepdim=True).expand_as(scores)
+        ranked = rank_positions(
             scores,
-            settings.kept_tokens(CONTEXT_LEN),
+            num_kept,
             window=settings.window,
             sink_tokens=settings.sink_tokens,
             pooling=settings.pooling,
             kernel_size=settings.kernel_size,
-            heads=settings.heads,
             shrink_window=False,
         )
-        kept.append([set(row) for row in positions.tolist()])
+        if settings.budget == "uniform":
+            heads = list(keep_per_head(ranked, num_kept))
+        else:
+            safe = settings.safeguarded_tokens(num_kept)
+            positions, offsets = keep_across_heads(ranked, num_kept * len(ranked), safe_per_head=safe)
+            heads = list(positions.tensor_split(offsets[1:-1]))
+        kept.append([set(head.tolist()) for head in heads])
     return kept
 
 
 def share_in_common(ours: list[list[set[int]]], run: dict[str, Any]) -> float:
-    """Share of KVPress's kept positions, over all layers and heads, that ours hold too. Both keep equally many."""
-    pairs = [
-        (head, kept_by_kvpress(bits))
-        for heads, recorded in zip(ours, run["kept"], strict=True)
-        for head, bits in zip(heads, recorded, strict=True)
-    ]
-    assert all(len(head) == len(wanted) for head, wanted in pairs)
-    return sum(len(head & wanted) for head, wanted in pairs) / sum(len(wanted) for _, wanted in pairs)
+    """Share of KVPress's kept positions, over all layers and heads, that ours hold too. Both keep equally many in a layer."""
+    in_both = in_all = 0
+    for heads, recorded in zip(ours, run["kept"], strict=True):
+        wanted = [kept_by_kvpress(bits) for bits in recorded]
+        in_layer = sum(map(len, wanted))
+        assert sum(map(len, heads)) == in_layer
+        in_both += sum(len(head & want) for head, want in zip(heads, wanted, strict=True))
+        in_all += in_layer
+    return in_both / in_all
 
 
-@pytest.mark.parametrize("run", FIXTURE["runs"], ids=lambda run: f"{run['press']}-{run['compression_ratio']}")
+@pytest.mark.parametrize("run", FIXTURE["runs"], ids=run_name)
 def test_keeps_what_kvpress_keeps(layers: list[Layer], run: dict[str, Any]) -> None:
     """Both sides compute in float32, with different releases of torch and orders of summation, so two scores that differ by
     float32 noise may swap places at the edge of the kept set: 0.6 % of the positions are left for that (measured: none)."""
-    share = share_in_common(kept_by_us(layers, kvpress_settings(run["press"], run["compression_ratio"])), run)
-    print(f"{run['press']} at {run['compression_ratio']}: {share:.2%} of the kept positions are the same")
+    share = share_in_common(kept_by_us(layers, CompressionSettings.resolve(as_asked(run))), run)
+    print(f"{run_name(run)}: {share:.2%} of the kept positions are the same")
     assert share >= 0.994
 
 
-def test_the_comparison_can_fail(layers: list[Layer]) -> None:
-    """Another method keeps clearly different tokens, so agreement above says something."""
-    run = next(run for run in FIXTURE["runs"] if run["press"] == "SnapKVPress" and run["compression_ratio"] == 0.8)
-    assert share_in_common(kept_by_us(layers, kvpress_settings("TOVAPress", 0.8)), run) < 0.9
+@pytest.mark.parametrize(
+    ("recorded", "ours"),
+    [
+        ("SnapKVPress-0.8", "TOVAPress-0.8"),
+        ("AdaKVPress-0.8-0.2", "SnapKVPress-0.8"),
+        ("AdaKVPress-0.5-0.6", "AdaKVPress-0.5-0.2"),
+    ],
+    ids=["method", "budget", "safeguard"],
+)
+def test_the_comparison_can_fail(layers: list[Layer], recorded: str, ours: str) -> None:
+    """Another method, budget or safeguard keeps other tokens than the comparison lets pass, so agreement says something."""
+    runs = {run_name(run): run for run in FIXTURE["runs"]}
+    kept = kept_by_us(layers, CompressionSettings.resolve(as_asked(runs[ours])))
+    assert share_in_common(kept, runs[recorded]) < 0.99
