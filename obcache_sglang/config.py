@@ -26,8 +26,10 @@ SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
 PRESETS = ("default", "kvpress", "paper")
 POOLINGS = ("none", "average", "max")
 HEADS = ("per-head", "shared")
-BUDGETS = ("uniform",)
+BUDGETS = ("uniform", "adakv", "global")
+NORMALIZATIONS = ("layer", "none")
 MODES = ("marked", "prompt")
+HEAD_ATTENTIONS = ("triton", "flashinfer")
 
 EVERY_QUERY = 0
 """`CompressionSettings.window` of a method that scores with every query of the context (h2o, written "all")."""
@@ -53,7 +55,12 @@ class CompressionSettings:
     sink_tokens: first positions that are always kept.
     heads: `per-head` keeps each KV head's own tokens, `shared` one selection (the mean over heads) for a layer.
     max_kept_tokens: upper bound of the kept tokens per KV head, beside the ratio; None for no bound.
-    budget: how the kept tokens are divided; `uniform`: the same number for each head of each layer.
+    budget: how the kept tokens are divided, as many in all under each. `uniform`: the same number for each head of each layer;
+        `adakv`: each layer's over its heads (AdaKV, arXiv 2407.11550, in KVPress's form); `global`: all over all heads of all
+        layers, of which each keeps at least its sinks and window.
+    adakv_safeguard: the part of an even share that each head keeps whatever the others score, in [0, 1]; for adakv.
+    normalization: `layer` divides the obcache scores by the mean squared norm of the layer's attention outputs, which makes
+        them relative errors, so that layers can be compared; for global. Attention weights need none.
     """
 
     compression_ratio: float = 0.7
@@ -66,7 +73,9 @@ class CompressionSettings:
     sink_tokens: int = 4
     heads: str = "per-head"
     max_kept_tokens: int | None = None
-    budget: str = "uniform"
+    budget: str = "adakv"
+    adakv_safeguard: float = 0.2
+    normalization: str = "layer"
 
     def __post_init__(self) -> None:
         """Raises InvalidValue on the first setting that is not allowed, alone or beside the others."""
@@ -85,6 +94,13 @@ class CompressionSettings:
                 self.kernel_size,
                 "has no effect without pooling: leave it out, or set pooling=average|max.",
             )
+        if self.heads == "shared" and self.budget != "uniform":
+            raise InvalidValue(
+                "heads",
+                "shared",
+                f"keeps the same tokens in every head of a layer, so budget={self.budget} could not divide them; "
+                "set budget=uniform, or heads=per-head.",
+            )
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any]) -> CompressionSettings:
@@ -94,15 +110,17 @@ class CompressionSettings:
         """
         method = given.get("method", cls.method)
         preset = given.get("preset", cls.preset)
-        decided: dict[str, Any] = {"window": 64, "pooling": "none", "kernel_size": 1}
+        decided: dict[str, Any] = {"window": 64, "pooling": "none", "kernel_size": 1, "budget": "uniform"}
         if method == "snapkv":
-            decided = {"window": 64, "pooling": "average", "kernel_size": 5}
+            decided |= {"pooling": "average", "kernel_size": 5}
             if preset == "paper":
-                decided = {"window": 16, "pooling": "max", "kernel_size": 7}
+                decided |= {"window": 16, "pooling": "max", "kernel_size": 7}
         elif method == "tova":
-            decided |= {"window": 1, "heads": "shared"}
+            decided |= {"window": 1, "heads": "shared" if given.get("budget", "uniform") == "uniform" else "per-head"}
         if preset == "kvpress":
             decided["sink_tokens"] = 0
+        elif preset == "default" and method in ("snapkv", "h2o") and given.get("heads") != "shared":
+            decided["budget"] = "adakv"
         if given.get("pooling") == "none":
             decided["kernel_size"] = 1
         elif given.get("pooling") is not None and decided["kernel_size"] == 1:
@@ -140,6 +158,10 @@ class CompressionSettings:
         pages = math.ceil(self.kept_tokens(context_tokens) / page_size)
         return min(context_tokens, pages * page_size)
 
+    def safeguarded_tokens(self, num_slots: int) -> int:
+        """Budget adakv: tokens that each head keeps whatever the others score, of an even share of num_slots; KVPress's count."""
+        return max(1, int(num_slots * self.adakv_safeguard)) if self.adakv_safeguard else 0
+
 
 @dataclass(frozen=True)
 class ServerSettings:
@@ -151,6 +173,7 @@ class ServerSettings:
     marker: the text that ends a context.
     max_contexts: contexts remembered at once.
     max_pinned_slots: KV slots that pinned contexts may hold together; None for half of the pool.
+    head_attention: whose kernels attend heads of different length on GPUs.
     allow_untested_sglang: start on another SGLang release than the tested one.
     given: the compression settings that were given explicitly, from which a request's overrides are resolved.
     """
@@ -161,6 +184,7 @@ class ServerSettings:
     marker: str = "<|obcache|>"
     max_contexts: int = 1024
     max_pinned_slots: int | None = None
+    head_attention: str = "triton"
     allow_untested_sglang: bool = False
     given: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -277,6 +301,12 @@ def _ratio(name: str, value: Any) -> float:
     return float(value)
 
 
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InvalidValue(name, value, "is outside [0, 1]: it is the part of an even share that every head keeps.")
+    return float(value)
+
+
 def _marker(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value or value != value.strip():
         raise InvalidValue(name, value, "is not a text without surrounding blanks; the default is <|obcache|>.")
@@ -359,7 +389,8 @@ COMPRESSION_OPTIONS = (
     Option(
         "heads",
         _one_of(HEADS),
-        "per-head: each KV head keeps its own tokens; shared: the KV heads of a layer keep the same ones. Default: per-head (tova: shared).",
+        "per-head: each KV head keeps its own tokens; shared: the KV heads of a layer keep the same ones. "
+        "Default: per-head (tova with budget uniform: shared).",
         metavar="|".join(HEADS),
     ),
     Option(
@@ -372,8 +403,24 @@ COMPRESSION_OPTIONS = (
     Option(
         "budget",
         _one_of(BUDGETS),
-        "How the kept tokens are divided over heads. uniform: the same number for every head of every layer. Default: uniform.",
+        "How the kept tokens are divided, the same number in all. uniform: evenly over all heads of all layers; adakv: each layer's "
+        "over its heads; global: over all heads of all layers. Default: adakv for snapkv and h2o (presets kvpress and paper, "
+        "heads=shared: uniform), else uniform.",
         metavar="|".join(BUDGETS),
+    ),
+    Option(
+        "adakv_safeguard",
+        _share,
+        "budget adakv: part of an even share that each head keeps whatever the other heads score, in [0, 1]. Default: 0.2.",
+        _number,
+        "SHARE",
+    ),
+    Option(
+        "normalization",
+        _one_of(NORMALIZATIONS),
+        "budget global: layer divides obcache scores by the mean squared norm of their layer's attention outputs, so that layers "
+        "can be compared. Default: layer.",
+        metavar="|".join(NORMALIZATIONS),
     ),
 )
 
@@ -415,6 +462,14 @@ SERVER_OPTIONS = (
         "KV slots that pinned contexts may hold together. Default: half of the pool.",
         _number,
         "SLOTS",
+        per_request=False,
+    ),
+    Option(
+        "head_attention",
+        _one_of(HEAD_ATTENTIONS),
+        "Kernels for heads of different length (budgets adakv and global) on GPUs; flashinfer plans on the host, layer by layer. "
+        "Default: triton.",
+        metavar="|".join(HEAD_ATTENTIONS),
         per_request=False,
     ),
     Option(

@@ -4,11 +4,16 @@ SGLang's ``torch_native`` pads the queries of an extend batch to the whole seque
 prefix of 4096 costs as much as a prompt of 4160. Here only the new tokens are computed. Three more things are cheaper:
 rows of the pool are gathered with index_select, query heads share their KV head's rows without copies of them, and the
 lengths are read once for a batch, not once for a layer and request.
+
+Behind a compressed context two more things differ. Its heads may keep different numbers of tokens (`obcache_sglang.cells`): each
+is then attended by itself. And requests that decode behind the same context read it together, once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +27,10 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+    from obcache_sglang.cells import KeptTokens
+    from obcache_sglang.scheduler.contexts import Context
+    from obcache_sglang.scheduler.forward import ForwardPlan
+
 # New tokens of a request with a cached prefix are attended in blocks of this many: a block sees no key behind its last
 # query, which skips the masked half, and bounds the mask. Smaller blocks keep SDPA from using its threads well.
 QUERY_BLOCK = 256
@@ -29,21 +38,46 @@ QUERY_BLOCK = 256
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One request of the batch. slots: [sequence length] int32, its rows of the KV pool; num_new: its query rows."""
+    """One request of the batch. slots: [sequence length] int32, its rows of the KV pool; num_new: its query rows.
+
+    kept: the kept tokens of the context before it, when its heads keep different numbers of them; suffix_rows, then:
+    [KV heads, tokens behind the context] int32, rows of those tokens in the first layer of the pool's `KVSpace`.
+    """
 
     slots: torch.Tensor
     num_new: int
+    kept: KeptTokens | None = None
+    suffix_rows: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Readers:
+    """The requests of a decode batch that stand behind one context: its K and V are read once for all of them.
+
+    rows: [requests] int64, their rows in the batch. kept: as in _Sequence; slots: [M] int32, the context's.
+    suffix_slots: [requests, longest suffix] int32, padded with slots of their own; suffix_mask: [requests, 1, 1, longest suffix],
+    0 where a token stands and -inf behind the end.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    kept: KeptTokens | None
+    suffix_slots: torch.Tensor
+    suffix_mask: torch.Tensor
 
 
 class CpuAttentionBackend(TorchNativeAttnBackend):
     """``torch_native`` with decoder self-attention of its own; everything else is inherited.
 
     Inherited: sliding windows, cross attention, encoders, and K and V of different head dimensions.
+    plan: tells which requests stand behind a compressed context; None without compression.
     """
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
-        self._sequences: list[_Sequence] = []
+        self._sequences: list[_Sequence | None] = []
+        self._readers: list[_Readers] = []
+        self.plan: ForwardPlan | None = None
         self._mask = _LowerRightCausalMask(model_runner.dtype)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -56,9 +90,38 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         else:
             num_new = forward_batch.extend_seq_lens.tolist()
         req_to_token = self.req_to_token_pool.req_to_token
-        self._sequences = [
-            _Sequence(req_to_token[row, :length], new) for row, length, new in zip(rows, lengths, num_new, strict=True)
-        ]
+        slots = [req_to_token[row, :length] for row, length in zip(rows, lengths, strict=True)]
+        contexts = (self.plan and self.plan.contexts(forward_batch)) or [None] * len(rows)
+        self._sequences = [self._sequence(*each) for each in zip(slots, num_new, contexts, strict=True)]
+        self._readers = []
+        if not forward_batch.forward_mode.is_decode():
+            return
+        together: dict[Context, list[int]] = {}
+        for row, context in enumerate(contexts):
+            if context is not None:
+                together.setdefault(context, []).append(row)
+        for context, group in together.items():
+            if len(group) > 1:
+                self._readers.append(self._group(context, group, [slots[row] for row in group]))
+                for row in group:
+                    self._sequences[row] = None
+
+    def _sequence(self, slots: torch.Tensor, num_new: int, context: Context | None) -> _Sequence:
+        if context is None or not context.is_uneven:
+            return _Sequence(slots, num_new)
+        assert self.plan is not None and self.plan.space is not None
+        lanes = torch.arange(self.plan.space.num_kv_heads, dtype=torch.int32)
+        return _Sequence(slots, num_new, context.kept, self.plan.space.rows(0, slots[context.num_slots :], lanes[:, None]))
+
+    def _group(self, context: Context, rows: list[int], slots: list[torch.Tensor]) -> _Readers:
+        suffixes = [each[context.num_slots :] for each in slots]
+        longest = max(len(suffix) for suffix in suffixes)
+        padded = torch.stack([torch.cat([suffix, suffix[-1:].expand(longest - len(suffix))]) for suffix in suffixes])
+        lengths = torch.tensor([len(suffix) for suffix in suffixes])
+        mask = torch.zeros(len(rows), 1, 1, longest, dtype=self._mask.dtype)
+        mask.masked_fill_(torch.arange(longest) >= lengths[:, None, None, None], float("-inf"))
+        kept = context.kept if context.is_uneven else None
+        return _Readers(torch.tensor(rows), slots[0][: context.num_slots], kept, padded, mask)
 
     def forward_extend(
         self,
@@ -81,11 +144,13 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         queries = q.view(1, -1, layer.tp_q_head_num, layer.qk_head_dim).transpose(1, 2)
         output = torch.empty_like(q)
         outputs = output.view(1, -1, layer.tp_q_head_num, layer.v_head_dim).transpose(1, 2)
-        first_row = 0
+        first_row, group = 0, layer.tp_q_head_num // layer.tp_k_head_num
         for sequence in self._sequences:
-            keys, values = self._gather(sequence, layer, q.dtype)
+            assert sequence is not None
             rows = slice(first_row, first_row + sequence.num_new)
-            self._extend_one(queries[:, :, rows], keys, values, layer.scaling, outputs[:, :, rows])
+            for kv_heads, keys, values in self._gather(sequence, layer, q.dtype):
+                heads = slice(kv_heads.start * group, kv_heads.stop * group)
+                self._extend_one(queries[:, heads, rows], keys, values, layer.scaling, outputs[:, heads, rows])
             first_row = rows.stop
         return output
 
@@ -106,8 +171,13 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         queries = q.view(-1, layer.tp_k_head_num, layer.tp_q_head_num // layer.tp_k_head_num, layer.qk_head_dim)
         outputs = torch.empty_like(queries)
         for row, sequence in enumerate(self._sequences):
-            keys, values = self._gather(sequence, layer, q.dtype)
-            outputs[row] = scaled_dot_product_attention(queries[row : row + 1], keys, values, scale=layer.scaling)[0]
+            if sequence is None:
+                continue
+            one = slice(row, row + 1)
+            for heads, keys, values in self._gather(sequence, layer, q.dtype):
+                outputs[one, heads] = scaled_dot_product_attention(queries[one, heads], keys, values, scale=layer.scaling)
+        for readers in self._readers:
+            outputs[readers.rows] = self._decode_behind_context(queries[readers.rows], readers, layer)
         return outputs.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _save(
@@ -122,11 +192,61 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             location = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
 
-    def _gather(self, sequence: _Sequence, layer: RadixAttention, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a sequence as [1, KV heads, tokens, head_dim], in the queries' dtype."""
-        keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id).index_select(0, sequence.slots)
-        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id).index_select(0, sequence.slots)
+    def _decode_behind_context(self, queries: torch.Tensor, readers: _Readers, layer: RadixAttention) -> torch.Tensor:
+        """Attention of one query for each reader over their context and its own suffix, merged by the log-sum-exps.
+
+        queries: [readers, KV heads, group, head_dim]; returns the same shape.
+        """
+        num_readers, _, group, head_dim = queries.shape
+        keys, values = self._gather_slots(readers.suffix_slots.reshape(-1), layer, queries.dtype)
+        keys, values = (kv[0].unflatten(1, (num_readers, -1)).transpose(0, 1) for kv in (keys, values))
+        output, lse = _attention_with_lse(queries, keys, values, layer.scaling, readers.suffix_mask)
+        context = _Sequence(readers.slots, 0, readers.kept)
+        for heads, keys, values in self._gather(context, layer, queries.dtype):
+            if keys.shape[2] == 0:
+                continue  # a head that keeps nothing
+            rows = queries[:, heads].transpose(0, 1).reshape(1, -1, num_readers * group, head_dim)
+            of_context, context_lse = _attention_with_lse(rows, keys, values, layer.scaling)
+            of_context = of_context.view(-1, num_readers, group, head_dim).transpose(0, 1)
+            context_lse = context_lse.view(-1, num_readers, group).transpose(0, 1)
+            share = torch.sigmoid(context_lse - lse[:, heads])[..., None].to(output.dtype)
+            output[:, heads] = torch.lerp(output[:, heads], of_context, share)
+        return output
+
+    def _gather_slots(self, slots: torch.Tensor, layer: RadixAttention, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of slots as [1, KV heads, tokens, head_dim], in the queries' dtype."""
+        keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id).index_select(0, slots)
+        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id).index_select(0, slots)
         return keys.to(dtype).transpose(0, 1)[None], values.to(dtype).transpose(0, 1)[None]
+
+    def _gather(
+        self, sequence: _Sequence, layer: RadixAttention, dtype: torch.dtype
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """K and V of a sequence for each run of KV heads that have as many tokens: (the heads, K, V), as `_gather_slots`."""
+        if sequence.kept is None:
+            yield slice(0, layer.tp_k_head_num), *self._gather_slots(sequence.slots, layer, dtype)
+            return
+        kept, suffix_rows = sequence.kept, sequence.suffix_rows
+        assert self.plan is not None and self.plan.space is not None and kept.rows is not None
+        space, num_heads = self.plan.space, layer.tp_k_head_num
+        layer_index = layer.layer_id - self.token_to_kv_pool.start_layer
+        bounds = kept.bounds[layer_index * num_heads : (layer_index + 1) * num_heads + 1]
+        num_suffix = 0
+        rows = kept.rows[bounds[0] : bounds[-1]]
+        if suffix_rows is not None:
+            # One gather for all heads, each head's context and suffix side by side.
+            num_suffix = suffix_rows.shape[1]
+            suffixes = suffix_rows + layer_index * space.layer_stride * num_heads
+            pieces = []
+            for head, (first, last) in enumerate(pairwise(bounds)):
+                pieces += [kept.rows[first:last], suffixes[head]]
+            rows = torch.cat(pieces)
+        keys, values = space.k.index_select(0, rows).to(dtype), space.v.index_select(0, rows).to(dtype)
+        start = 0
+        for head, (first, last) in enumerate(pairwise(bounds)):
+            tokens = slice(start, start + last - first + num_suffix)
+            yield slice(head, head + 1), keys[None, None, tokens], values[None, None, tokens]
+            start = tokens.stop
 
     def _extend_one(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, output: torch.Tensor
@@ -149,6 +269,15 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             )
 
 
+def _attention_with_lse(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SDPA on [batch, heads, tokens, head_dim], and each query's natural log-sum-exp, [batch, heads, queries] float32."""
+    # What scaled_dot_product_attention calls on a CPU; only this form returns the log-sum-exp.
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=mask, scale=scale)
+    return output, lse
+
+
 def _is_decoder_self_attention(layer: RadixAttention) -> bool:
     return (
         layer.attn_type == AttentionType.DECODER
@@ -165,6 +294,7 @@ class _LowerRightCausalMask:
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._triangle = torch.full((QUERY_BLOCK, QUERY_BLOCK), float("-inf"), dtype=dtype).triu(1)
         self._buffer = self._triangle
 

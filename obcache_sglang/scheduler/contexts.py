@@ -25,6 +25,7 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
+from obcache_sglang.cells import KeptTokens
 from obcache_sglang.config import CompressionSettings
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class Context:
     """One compressed context.
 
     id: 32 hexadecimal digits, from (namespace, settings, tokens). tokens: its L real token ids. num_slots: M.
-    positions: [num_layers, num_kv_heads, M] int32, the kept positions of this rank's heads, ascending; None when the node
-    was found in the tree without them. seconds: wall time of its compression; scoring_seconds: the part spent on scoring,
+    kept: which tokens this rank's heads keep, and where; None unless resident, and when the node of an even context was found
+    in the tree without it. seconds: wall time of its compression; scoring_seconds: the part spent on scoring,
     selecting and copying, as the host saw it; job_cached_tokens: its tokens found in the exact cache. tree_lock: held while it is compressed or pinned. suffixes: what requests left
     in the tree behind it, as token ids; suffixes_complete: whether that is all of it.
     """
@@ -80,7 +81,7 @@ class Context:
     pinned: bool = False
     ttl_seconds: float | None = None
     expires_at: float | None = None
-    positions: torch.Tensor | None = None
+    kept: KeptTokens | None = None
     created_at: float = field(default_factory=time.time)
     seconds: float | None = None
     scoring_seconds: float | None = None
@@ -97,6 +98,11 @@ class Context:
     def position_offset(self) -> int:
         """What must be added to the engine's positions behind the context: L - M."""
         return len(self.tokens) - self.num_slots
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether its heads may keep different numbers of tokens, so that only attention that knows of it can read them."""
+        return self.settings.budget != "uniform" and self.num_slots < len(self.tokens)
 
     def describe(self) -> dict[str, Any]:
         """JSON-safe facts for the control endpoints."""
@@ -123,7 +129,7 @@ def context_id(namespace: Namespace, settings: CompressionSettings, tokens: arra
 
 
 def virtual_ids(identity: str, count: int) -> array[int]:
-    """`count` consecutive ids that no tokenizer produces, unique to the context."""
+    """`count` consecutive ids that no tokenizer produces, unique to the identity (at least 16 hexadecimal digits)."""
     base = FIRST_VIRTUAL_ID + int(identity[:16], 16) % (1 << 62)
     return array("q", range(base, base + count))
 
@@ -138,6 +144,7 @@ class ContextCache:
         self.max_contexts = max_contexts
         self._contexts: OrderedDict[str, Context] = OrderedDict()
         self._deleting: dict[str, Context] = {}
+        self._num_uneven = 0
 
     def __iter__(self) -> Iterator[Context]:
         yield from self._contexts.values()
@@ -155,6 +162,12 @@ class ContextCache:
         if context is None:
             num_slots = settings.kept_slots(len(tokens), self.page_size)
             context = Context(identity, namespace, settings, tokens, num_slots, virtual_ids(identity, num_slots))
+            if context.is_uneven:
+                # What such a node holds can be read only with `kept`, which goes with this record: another record of the
+                # same context must not find it in the tree. All ranks count alike.
+                self._num_uneven += 1
+                node = hashlib.blake2b(f"{identity} {self._num_uneven}".encode()).hexdigest()
+                context.virtual_ids = virtual_ids(node, num_slots)
             self._contexts[identity] = context
             self._forget_oldest()
         self._contexts.move_to_end(identity)
@@ -185,6 +198,8 @@ class ContextCache:
         """Whether the tree still holds all of the context's slots. Counts as a use for the tree's eviction order."""
         if context.state in (ContextState.COMPRESSING, ContextState.DELETING):
             return False
+        if context.is_uneven and context.kept is None:
+            return False
         held = self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).device_prefix_len == context.num_slots
         if held and context.state is ContextState.ABSENT:
             # Made before its record was dropped: the same id is the same content.
@@ -210,8 +225,9 @@ class ContextCache:
         context.state = ContextState.COMPRESSING
         return slots
 
-    def publish(self, context: Context) -> None:
+    def publish(self, context: Context, kept: KeptTokens) -> None:
         """The content is in the slots: from now on requests may match the context."""
+        context.kept = kept
         context.state = ContextState.RESIDENT
         if not context.pinned:
             self.unlock(context)
@@ -325,7 +341,7 @@ class ContextCache:
 
     def _mark_absent(self, context: Context) -> None:
         context.state = ContextState.ABSENT
-        context.positions = None
+        context.kept = None
         context.suffixes.clear()
         context.suffixes_complete = True
         self.unlock(context)

@@ -9,20 +9,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
+from obcache_sglang.cells import KeptTokens, KVSpace
+from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, LayerScores
 from obcache_sglang.scoring.ops import accumulate_scores
-from obcache_sglang.scoring.selection import select_positions, static_scores
+from obcache_sglang.scoring.selection import keep_across_heads, keep_per_head, rank_positions, static_scores
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from obcache_sglang.scheduler.contexts import Context
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +49,33 @@ class ScoringRows:
 
 
 class ForwardPlan:
-    """What our hooks do in the current forward of this process."""
+    """What our hooks do in the current forward of this process.
 
-    def __init__(self, kv_pool: MHATokenToKVPool, req_to_token_pool: ReqToTokenPool, mean_over_ranks: Callable | None) -> None:
-        """mean_over_ranks: averages a tensor over the ranks that share the KV heads of a layer; None with one rank."""
+    space: where the heads of uneven contexts lie; None where the pool cannot hold such. attends_uneven_heads: whether the
+    attention backends read them. serial: of the current forward. mean_over_ranks: averages a tensor over
+    the ranks that share a layer's KV heads; None with one rank.
+    """
+
+    def __init__(self, kv_pool: MHATokenToKVPool, req_to_token_pool: ReqToTokenPool) -> None:
         self.kv_pool = kv_pool
         self.req_to_token_pool = req_to_token_pool
-        self.mean_over_ranks = mean_over_ranks
+        self.space = KVSpace.of(kv_pool)
+        self.attends_uneven_heads = False
+        self.mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.serial = 0
         self._rows: list[ScoringRows] = []
         self._rids: list[str] = []
+        self._contexts: dict[str, Context] = {}
 
     def plan_forward(self, forward_batch: ForwardBatch, batch: ScheduleBatch) -> None:
         """Offsets the positions of requests behind a context, and plans the scoring of jobs."""
-        offset_positions(forward_batch, batch.reqs, batch.extend_lens)
+        self.serial += 1
         self._rows = []
+        self._contexts = {
+            req.rid: req.context for req in batch.reqs if isinstance(req, ContextReq) and req.is_virtual and req.context
+        }
+        if self._contexts:
+            offset_positions(forward_batch, [self._contexts.get(req.rid) for req in batch.reqs], batch.extend_lens)
         if not forward_batch.forward_mode.is_extend():
             return
         first_row = 0
@@ -70,6 +86,13 @@ class ForwardPlan:
                     self._rows.append(rows)
             first_row += extend_len
         self._rids = [req.rid for req in batch.reqs]
+
+    def contexts(self, forward_batch: ForwardBatch) -> list[Context | None] | None:
+        """The compressed context before each request of the batch; None where there is none at all."""
+        if not self._contexts or forward_batch.rids is None:
+            return None
+        contexts = [self._contexts.get(rid) for rid in forward_batch.rids]
+        return contexts if any(contexts) else None
 
     def _scoring_rows(self, job: CompressionJob, first_row: int, start: int, end: int) -> ScoringRows | None:
         last = end == job.context.num_tokens
@@ -104,64 +127,133 @@ class ForwardPlan:
         if layer.logit_cap > 0 or layer.is_cross_attention:
             job.error = "unsupported_attention"
             return
-        key_buffer = self.kv_pool.get_key_buffer(layer.layer_id)
-        value_buffer = self.kv_pool.get_value_buffer(layer.layer_id)
-        k, v = key_buffer.index_select(0, rows.slots), value_buffer.index_select(0, rows.slots)
-        if settings.needs_queries:
-            scores = job.scores.pop(layer.layer_id, None)
-            if scores is None:
-                scores = torch.zeros(layer.tp_k_head_num, context.num_tokens, dtype=torch.float32, device=k.device)
-            scoring = slice(rows.first_row, rows.first_row + rows.num_rows)
-            accumulate_scores(
-                scores,
-                q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[scoring],
-                k,
-                v,
-                start=rows.first_position,
-                scale=layer.scaling,
-                score=settings.score,
-                o=output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[scoring],
-            )
-            if not rows.last:
-                job.scores[layer.layer_id] = scores
-                return
-        else:
-            seed = int(context.id[:8], 16) + layer.layer_id
-            scores = static_scores(settings.method, layer.tp_k_head_num, context.num_tokens, seed, k.device)
-        if settings.heads == "shared" and self.mean_over_ranks is not None:
-            scores = self.mean_over_ranks(scores.mean(0, keepdim=True)).expand(layer.tp_k_head_num, -1)
-        positions = select_positions(
-            scores,
+        scores = self._score_layer(rows, q, output, layer)
+        if not rows.last:
+            job.scores[layer.layer_id] = scores
+            return
+        tokens = scores.tokens
+        if settings.heads == "shared":
+            tokens = tokens.mean(0, keepdim=True)
+            tokens = (self.mean_over_ranks(tokens) if self.mean_over_ranks else tokens).expand(layer.tp_k_head_num, -1)
+        if settings.budget == "global" and settings.normalization == "layer" and settings.score != "attention":
+            tokens = tokens / scores.output_sq.clamp_min(torch.finfo(torch.float32).tiny)
+        ranked = rank_positions(
+            tokens,
             context.num_slots,
             window=settings.window,
             sink_tokens=settings.sink_tokens,
             pooling=settings.pooling,
             kernel_size=settings.kernel_size,
-            heads=settings.heads,
             shrink_window=settings.preset != "kvpress",
         )
-        assert job.slots is not None
-        _copy_chosen(k, positions, key_buffer, job.slots)
-        _copy_chosen(v, positions, value_buffer, job.slots)
-        job.positions[layer.layer_id] = positions.to(torch.int32)
+        if context.is_uneven and settings.budget == "global":
+            job.ranked.append(ranked)
+            if len(job.ranked) == self.kv_pool.layer_num:
+                self._keep_across_layers(rows)
+        elif context.is_uneven:
+            self._keep_across_heads(rows, ranked)
+        else:
+            self._keep_evenly(rows, ranked, layer)
+        if len(job.chosen) == self.kv_pool.layer_num:
+            job.kept = KeptTokens.of_layers(job.chosen)
+        if job.kept is not None and context.is_uneven and self.space is not None and job.slots is not None:
+            job.kept = replace(job.kept, rows=self.space.cell_rows(job.slots).to(torch.int32))
+
+    def _score_layer(self, rows: ScoringRows, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention) -> LayerScores:
+        """The scores of this layer from all queries so far, this forward's included."""
+        job, context, settings = rows.job, rows.job.context, rows.job.context.settings
+        if not settings.needs_queries:
+            seed = int(context.id[:8], 16) + layer.layer_id
+            tokens = static_scores(settings.method, layer.tp_k_head_num, context.num_tokens, seed, q.device)
+            return LayerScores(tokens, torch.ones((), device=q.device))
+        scores = job.scores.pop(layer.layer_id, None)
+        if scores is None:
+            tokens = torch.zeros(layer.tp_k_head_num, context.num_tokens, dtype=torch.float32, device=q.device)
+            scores = LayerScores(tokens, torch.zeros((), device=q.device))
+        scoring = slice(rows.first_row, rows.first_row + rows.num_rows)
+        outputs = output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[scoring]
+        accumulate_scores(
+            scores.tokens,
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[scoring],
+            self.kv_pool.get_key_buffer(layer.layer_id).index_select(0, rows.slots),
+            self.kv_pool.get_value_buffer(layer.layer_id).index_select(0, rows.slots),
+            start=rows.first_position,
+            scale=layer.scaling,
+            score=settings.score,
+            o=outputs,
+        )
+        if settings.budget == "global":
+            scores.output_sq += outputs.float().square().sum()
+        return scores
+
+    def _keep_evenly(self, rows: ScoringRows, ranked: torch.Tensor, layer: RadixAttention) -> None:
+        """Every head keeps as many tokens: each goes to a slot's own layer and lane, where any attention backend finds it."""
+        positions = keep_per_head(ranked, rows.job.context.num_slots)
+        assert rows.job.slots is not None
+        for buffer in (self.kv_pool.get_key_buffer(layer.layer_id), self.kv_pool.get_value_buffer(layer.layer_id)):
+            _copy_tokens(buffer, rows.slots, positions, rows.job.slots)
+        offsets = torch.arange(len(positions) + 1, device=positions.device) * positions.shape[1]
+        rows.job.chosen.append((positions.reshape(-1).to(torch.int32), offsets))
+
+    def _keep_across_heads(self, rows: ScoringRows, ranked: torch.Tensor) -> None:
+        """Budget adakv: the heads of this layer share its cells."""
+        num_slots = rows.job.context.num_slots
+        safe = rows.job.context.settings.safeguarded_tokens(num_slots)
+        chosen = keep_across_heads(ranked, num_slots * len(ranked), safe_per_head=safe)
+        first_head = len(rows.job.chosen) * len(ranked)
+        self._copy_cells(rows, *chosen, first_head=first_head, first_cell=first_head * num_slots)
+        rows.job.chosen.append(chosen)
+
+    def _keep_across_layers(self, rows: ScoringRows) -> None:
+        """Budget global: all heads of all layers share all cells. Called when the last layer's scores are known."""
+        job, num_slots = rows.job, rows.job.context.num_slots
+        ranked = torch.cat(job.ranked)
+        job.ranked = []
+        chosen = keep_across_heads(ranked, num_slots * len(ranked))
+        self._copy_cells(rows, *chosen, first_head=0, first_cell=0)
+        job.kept = KeptTokens(*chosen)
+
+    def _copy_cells(
+        self, rows: ScoringRows, positions: torch.Tensor, offsets: torch.Tensor, *, first_head: int, first_cell: int
+    ) -> None:
+        """Copies K and V of kept tokens, ordered as in KeptTokens, to the cells from `first_cell` on.
+
+        first_head: of all heads of all layers, the one that `offsets` begins with. The context's slots are other ones than
+        those its tokens were computed in: nothing is read after it was overwritten.
+        """
+        space = self.space
+        assert space is not None and rows.job.slots is not None
+        num_heads, num_cells = len(offsets) - 1, positions.numel()
+        heads = torch.arange(first_head, first_head + num_heads, device=positions.device)
+        heads = heads.repeat_interleave(offsets.diff(), output_size=num_cells)
+        # One layer's worth at a time bounds the scratch memory.
+        step = rows.job.context.num_slots * space.num_kv_heads
+        for first in range(0, num_cells, step):
+            part = slice(first, first + step)
+            layers, lanes = heads[part] // space.num_kv_heads, heads[part] % space.num_kv_heads
+            sources = space.rows(layers, rows.slots[positions[part]], lanes)
+            cells = space.cell_rows(rows.job.slots, first_cell + first, first_cell + min(first + step, num_cells))
+            for buffer in (space.k, space.v):
+                buffer.index_copy_(0, cells, buffer.index_select(0, sources))
 
 
-def _copy_chosen(source: torch.Tensor, positions: torch.Tensor, buffer: torch.Tensor, slots: torch.Tensor) -> None:
-    """Row `slots[m]` of buffer [rows, heads, dim] becomes, in lane h, token `positions[h, m]` of source [tokens, heads, dim].
-
-    One flat index_select: several times faster on a CPU than indexing with tokens and heads.
-    """
+def _copy_tokens(buffer: torch.Tensor, sources: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+    """Row `slots[m]` of buffer [rows, heads, dim] becomes, in lane h, row `sources[positions[h, m]]`."""
     num_heads, num_slots = positions.shape
-    cells = (positions.t() * num_heads + torch.arange(num_heads, device=positions.device)).reshape(-1)
-    chosen = source.reshape(-1, source.shape[-1]).index_select(0, cells).view(num_slots, num_heads, -1)
-    buffer.index_copy_(0, slots, chosen)
+    lanes = torch.arange(num_heads, device=positions.device)
+    # One flat index_select: several times faster on a CPU than indexing with rows and heads.
+    chosen = (sources[positions.t()] * num_heads + lanes).reshape(-1)
+    buffer.index_copy_(0, slots, buffer.view(-1, buffer.shape[-1]).index_select(0, chosen).view(num_slots, num_heads, -1))
 
 
-def offset_positions(forward_batch: ForwardBatch, reqs: list[Req], extend_lens: list[int] | None) -> None:
-    """Adds L - M to the positions of requests that stand behind a context; out of place, the tensor may be a graph's."""
-    if not any(isinstance(req, ContextReq) and req.position_offset for req in reqs) or forward_batch.positions is None:
+def offset_positions(forward_batch: ForwardBatch, contexts: list[Context | None], extend_lens: list[int] | None) -> None:
+    """Adds L - M to the positions of requests that stand behind a context; out of place, the tensor may be a graph's.
+
+    contexts: of each request of the batch.
+    """
+    if forward_batch.positions is None:
         return
-    offsets = torch.tensor([getattr(req, "position_offset", 0) for req in reqs], dtype=forward_batch.positions.dtype)
+    offsets = torch.tensor([c.position_offset if c else 0 for c in contexts], dtype=forward_batch.positions.dtype)
     if forward_batch.forward_mode.is_extend():  # mixed batches carry decode rows as extends of one token
         offsets = offsets.repeat_interleave(torch.tensor(extend_lens))
     forward_batch.positions = forward_batch.positions + offsets.to(forward_batch.positions.device, non_blocking=True)

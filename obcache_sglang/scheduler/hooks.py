@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.io_struct import GetInternalStateReqOutput
@@ -15,8 +15,10 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_parallel
 
+from obcache_sglang.cells import create_one_space
 from obcache_sglang.config import ServerSettings
 from obcache_sglang.control import CONTROL_PREFIX
+from obcache_sglang.cpu.attention import CpuAttentionBackend
 from obcache_sglang.errors import HostError, RequestError
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
 from obcache_sglang.metrics import Metrics
@@ -24,6 +26,9 @@ from obcache_sglang.scheduler.contexts import FIRST_VIRTUAL_ID
 from obcache_sglang.scheduler.forward import ForwardPlan, score_after
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.requests import REPORT_KEY
+
+if TYPE_CHECKING:
+    from obcache_sglang.gpu.overlay import HeadOverlay
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +47,11 @@ def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any
             f"--obcache needs SGLang's MHATokenToKVPool and UnifiedRadixCache, this server has {type(pool).__name__} and "
             f"{type(scheduler.tree_cache).__name__}; serve a model with ordinary attention, with the radix cache on."
         )
+    refusal = _uneven_refusal(scheduler.server_args)
+    if refusal is not None and settings.compression.budget != "uniform":
+        raise HostError(
+            f"--obcache-budget={settings.compression.budget} cannot be served here: {refusal}; set --obcache-budget uniform."
+        )
     cpu_group, group_size = scheduler.attn_tp_cpu_group, scheduler.attn_tp_group.world_size
 
     def agree(verdict: bool) -> bool:
@@ -59,10 +69,27 @@ def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any
         scheduler,
         settings,
         Metrics.create(reporter.enable_metrics, labels),
-        num_layers=pool.layer_num,
+        uneven_refusal=refusal,
         agree=agree,
         clock=time.time if group_size == 1 else None,
     )
+
+
+def _uneven_refusal(server_args: Any) -> str | None:
+    """Why heads of different length cannot be served in this process, or None."""
+    assert _plan is not None, "attention backends are made before the scheduler is complete"
+    if _plan.space is None:
+        return f"the KV pool (layout {_plan.kv_pool.kv_cache_layout}) does not hold all layers in one address space"
+    if _plan.space.k.dtype.itemsize < 2:
+        return f"a KV cache of {_plan.space.k.dtype} has scales that heads of different length are not attended with"
+    if not _plan.attends_uneven_heads:
+        return f"attention backend {server_args.attention_backend} on {_plan.kv_pool.device} has one length for all heads"
+    return None
+
+
+def around_create_buffers_normal(create: Any, pool: Any) -> None:
+    if type(pool) is not MHATokenToKVPool or not create_one_space(pool):
+        create(pool)
 
 
 def after_init_attention_backends(result: None, model_runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -70,9 +97,42 @@ def after_init_attention_backends(result: None, model_runner: Any, *args: Any, *
     global _plan
     if model_runner.is_draft_worker:
         return
-    _plan = ForwardPlan(model_runner.token_to_kv_pool, model_runner.req_to_token_pool, None)
-    for backend in {id(b): b for b in (model_runner.attn_backend, model_runner.decode_attn_backend) if b is not None}.values():
+    _plan = ForwardPlan(model_runner.token_to_kv_pool, model_runner.req_to_token_pool)
+    backends = {id(b): b for b in (model_runner.attn_backend, model_runner.decode_attn_backend) if b is not None}.values()
+    overlay = _head_overlay(_plan, model_runner)
+    for backend in backends:
+        if isinstance(backend, CpuAttentionBackend):
+            backend.plan = _plan
+        elif overlay is not None:
+            backend.forward = overlay.over(backend.forward)
         backend.forward = score_after(backend.forward, _plan)
+    _plan.attends_uneven_heads = overlay is not None or all(isinstance(b, CpuAttentionBackend) for b in backends)
+
+
+def _head_overlay(plan: ForwardPlan, model_runner: Any) -> HeadOverlay | None:
+    """Attention over heads of different length for a GPU; None where there is none, or no such heads can be."""
+    if plan.space is None or plan.space.k.device.type != "cuda":
+        return None
+    # These import kernels, which not every machine can.
+    from obcache_sglang.gpu.flashinfer_heads import FlashInferHeads
+    from obcache_sglang.gpu.overlay import HeadOverlay
+    from obcache_sglang.gpu.triton_heads import TritonHeads
+
+    settings = ServerSettings.from_environment()
+    table, space = model_runner.req_to_token_pool.req_to_token, plan.space
+    num_heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+    if settings is not None and settings.head_attention == "flashinfer":
+        workspace = torch.zeros(128 << 20, dtype=torch.uint8, device=space.k.device)
+        return HeadOverlay(plan, FlashInferHeads(space, table, num_heads, model_runner.dtype, workspace))
+    return HeadOverlay(plan, TritonHeads(space, table, num_heads))
+
+
+def around_can_run_graph(can_run_graph: Any, runner: Any, forward_batch: Any) -> bool:
+    """Decode graphs were captured with one length for all heads: batches that have others run eagerly."""
+    contexts = _plan.contexts(forward_batch) if _plan is not None else None
+    if contexts is not None and any(context is not None and context.is_uneven for context in contexts):
+        return False
+    return bool(can_run_graph(runner, forward_batch))
 
 
 def after_get_init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
@@ -191,6 +251,7 @@ def after_take_events(events: list[Any], tree_cache: Any) -> list[Any]:
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _REQ = "sglang.srt.managers.schedule_batch.Req"
+_POOL = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool"
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 
 
@@ -256,6 +317,19 @@ SCHEDULER_TOUCHES: tuple[Touch, ...] = (
         after_init_attention_backends,
         "scoring runs after the attention backend's forward",
     ),
+    _hook(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph",
+        "around",
+        around_can_run_graph,
+        "decode batches with heads of different length run eagerly",
+        ("forward_batch",),
+    ),
+    _hook(
+        f"{_POOL}._create_buffers_normal",
+        "around",
+        around_create_buffers_normal,
+        "all layers' K and V in one address space, for heads of different length",
+    ),
     _hook(f"{_TREE}.take_events", "after", after_take_events, "KV events never carry virtual tokens"),
     _use(_REQ, "subclass", "ContextReq, CompressionJob; fields origin_input_ids, full_untruncated_fill_ids, kv, cached_tokens"),
     _use(
@@ -277,11 +351,38 @@ SCHEDULER_TOUCHES: tuple[Touch, ...] = (
         "stream_output, is_request_level_customized_info_key",
     ),
     _use("sglang.srt.managers.schedule_batch.FINISH_LENGTH", "call", "ends a request that only compresses", ("length",)),
+    _use(f"{_POOL}.get_key_buffer", "call", "K of a layer, [slots, heads, dim]", ("layer_id",)),
+    _use(f"{_POOL}.get_value_buffer", "call", "V of a layer", ("layer_id",)),
+    _use(f"{_POOL}._kv_buffer_shapes", "call", "the shapes of a layer's K and V"),
     _use(
-        "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer",
+        f"{_POOL}.set_kv_buffer",
         "call",
-        "K of a layer, [slots, heads, dim]",
-        ("layer_id",),
+        "new K and V, where our attention is the only one",
+        ("layer", "loc_info", "cache_k", "cache_v"),
     ),
-    _use("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_value_buffer", "call", "V of a layer", ("layer_id",)),
+    _use("sglang.srt.mem_cache.memory_pool.KVWriteLoc", "call", "where new K and V go", ("loc", "swa_loc")),
+    _use(
+        "sglang.kernels.ops.attention.decode_attention.decode_attention_fwd",
+        "call",
+        "decode over heads of different length on GPUs",
+        (
+            "q",
+            "k_buffer",
+            "v_buffer",
+            "o",
+            "kv_indptr",
+            "kv_indices",
+            "attn_logits",
+            "attn_lse",
+            "num_kv_splits",
+            "max_kv_splits",
+        ),
+    ),
+    _use(
+        "sglang.kernels.ops.attention.extend_attention.extend_attention_fwd_unified",
+        "call",
+        "prefill over heads of different length on GPUs",
+        ("q", "o", "k_buffer", "v_buffer", "k_scale", "v_scale", "qo_indptr", "kv_indptr", "kv_indices", "prefix_lens"),
+    ),
+    _use("sglang.srt.constants.GPU_MEMORY_TYPE_KV_CACHE", "read", "the memory saver's region for the pool"),
 )

@@ -14,12 +14,11 @@ from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 
 from obcache_sglang import __version__
 from obcache_sglang.config import ServerSettings
-from obcache_sglang.errors import ContextNotFound
+from obcache_sglang.errors import ContextNotFound, RequestError
 from obcache_sglang.metrics import Metrics
 from obcache_sglang.scheduler.contexts import Context, ContextCache, ContextState, Namespace
 from obcache_sglang.scheduler.requests import (
@@ -46,6 +45,7 @@ class Verdict(Enum):
 class CompressionManager:
     """Compresses contexts for one SGLang scheduler.
 
+    uneven_refusal: why budgets other than uniform cannot be served here; None where they can.
     agree: whether all ranks of this scheduler's tensor-parallel group say True; called by all of them at the same point.
     clock: seconds since the epoch; None with several ranks, whose clocks differ: then the stamps that requests carry tell the time.
     """
@@ -56,17 +56,18 @@ class CompressionManager:
         settings: ServerSettings,
         metrics: Metrics,
         *,
-        num_layers: int,
+        uneven_refusal: str | None,
         agree: Callable[[bool], bool],
         clock: Callable[[], float] | None,
     ) -> None:
         self.scheduler = scheduler
         self.settings = settings
         self.metrics = metrics
-        self.num_layers = num_layers
+        self.uneven_refusal = uneven_refusal
         self.agree = agree
         self.clock = clock
         self.cache = ContextCache(scheduler.tree_cache, settings.max_contexts)
+        self.num_kv_heads: int = scheduler.token_to_kv_pool_allocator.get_kvcache().head_num
         self.pool_slots: int = scheduler.max_total_num_tokens
         self.max_pinned_slots = (
             self.pool_slots // 2 if settings.max_pinned_slots is None else min(settings.max_pinned_slots, self.pool_slots)
@@ -79,7 +80,7 @@ class CompressionManager:
     def create_request(self, args: tuple[Any, ...], kwargs: dict[str, Any], plan: dict[str, Any]) -> ContextReq:
         """The request of a plan. args, kwargs: of SGLang's Req. A context id is replaced by the context's own tokens.
 
-        Raises RequestError where the id names no context of the request's namespace.
+        Raises RequestError where the id names no context of the request's namespace, or this server cannot serve the budget.
         """
         self.advance_clock(float(plan.get("now", 0.0)))
         settled = Plan.from_dict(plan)
@@ -98,6 +99,10 @@ class CompressionManager:
                 )
             args = (rid, text, context.tokens + array("q", input_ids), *rest)
             settled = replace(settled, context_id=None, context_len=context.num_tokens, settings=context.settings)
+        elif settled.settings.budget != "uniform" and self.uneven_refusal is not None:
+            raise RequestError(
+                f"budget={settled.settings.budget!r} cannot be served here: {self.uneven_refusal}; set budget=uniform."
+            )
         return ContextReq(*args, plan=settled, count_exact=self.metrics.exact, **kwargs)
 
     # --- a scheduling pass ------------------------------------------------------------------------------------------
@@ -281,21 +286,21 @@ class CompressionManager:
         context = job.context
         context.job = None
         if completed and job.slots is not None:
-            scored = job.error is None and len(job.positions) == self.num_layers
+            scored = job.error is None and job.kept is not None
             if not self.agree(scored):
                 job.error = job.error or ("error" if scored else "not_scored")
         if completed and job.error is None:
-            context.positions = torch.stack([job.positions[layer] for layer in sorted(job.positions)])
+            assert job.kept is not None
             context.seconds = time.perf_counter() - job.started_at
             context.scoring_seconds = job.scoring_seconds
             context.job_cached_tokens = job.cached_tokens
-            self.cache.publish(context)
+            self.cache.publish(context, job.kept)
             self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
             self._set_gauges()
             logger.info(
-                "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s ratio %g",
+                "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
                 context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
-                context.settings.method, context.settings.score, context.settings.compression_ratio,
+                context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
             )  # fmt: skip
             return
         self._discard(context)
@@ -397,8 +402,10 @@ class CompressionManager:
         context = named[0]
         if op == "get":
             described = context.describe() | {"readers": self.readers().get(context.id, 0)}
+            kept = context.kept
+            described["kept_per_head"] = None if kept is None else kept.counts(self.num_kv_heads)
             if call.get("positions"):
-                described["positions"] = None if context.positions is None else context.positions.tolist()
+                described["positions"] = None if kept is None else kept.per_head(self.num_kv_heads)
             return {"ok": True, "context": described}
         if op == "delete":
             if context.job is not None:

@@ -13,6 +13,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from obcache_sglang.cells import KeptTokens
 from obcache_sglang.config import EVERY_QUERY, CompressionSettings
 from obcache_sglang.scheduler.contexts import Context, Namespace
 from obcache_sglang.scoring.selection import effective_window
@@ -146,6 +147,7 @@ class ContextReq(Req):
                     "compression_ratio": settings.compression_ratio,
                     "method": settings.method,
                     "score": settings.score,
+                    "budget": settings.budget,
                     "pinned": context is not None and context.pinned,
                     "seconds": context.seconds if context is not None and status == "compressed" else None,
                 }
@@ -162,11 +164,23 @@ class ContextReq(Req):
                 super().init_next_round_input(tree_cache, cow_mamba)
 
 
+@dataclass
+class LayerScores:
+    """What a layer's queries have said so far. tokens: [num_kv_heads, L] float32; output_sq: sum of their outputs' squared norms."""
+
+    tokens: torch.Tensor
+    output_sq: torch.Tensor
+
+
 class CompressionJob(Req):
     """The internal prefill of one context, `[0, L)`, whose attention calls score, select and copy.
 
     Never streamed, never in the tree: its slots are given back when it ends. If it cannot compress (`error`), what it
     computed is cached exactly, as any prefill is.
+
+    scores: of layers that more chunks will score, by layer id. ranked: of layers scored to the end whose budget waits for the
+    other layers', in their order; chosen: of layers whose tokens are chosen and copied, (positions, offsets) as in KeptTokens.
+    kept: all of it, once the last layer is done.
     """
 
     def __init__(self, context: Context, like: ContextReq, *, number: int) -> None:
@@ -196,8 +210,10 @@ class CompressionJob(Req):
         settings = self.context.settings
         self.error: str | None = None
         self.slots: torch.Tensor | None = None
-        self.scores: dict[int, torch.Tensor] = {}
-        self.positions: dict[int, torch.Tensor] = {}
+        self.scores: dict[int, LayerScores] = {}
+        self.ranked: list[torch.Tensor] = []
+        self.chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.kept: KeptTokens | None = None
         self.scoring_seconds = 0.0
         self.window = effective_window(settings.window, self.context.num_slots, settings.preset != "kvpress")
 

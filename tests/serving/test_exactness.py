@@ -6,13 +6,13 @@ position L. Stock SGLang answers what asks for nothing, and what keeps everythin
 
 from __future__ import annotations
 
-import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from launch.server import Server
 from tests.serving.client import QUESTIONS, document, generate, generate_together, question, report
@@ -21,16 +21,19 @@ NUM_TOKENS = 24
 CONTEXT_TOKENS = 541  # odd, and its window of 64 spans two prefill chunks of 512
 
 FIRST = [
-    ("snapkv", "obcache-k", 0.5),
-    ("snapkv", "obcache-kv", 0.8),
-    ("h2o", "obcache-v", 0.8),
-    ("tova", "attention", 0.5),
-    ("streaming", "attention", 0.8),
-    ("random", "attention", 0.5),
+    ("snapkv", "obcache-k", 0.5, "uniform"),
+    ("snapkv", "obcache-kv", 0.8, "global"),
+    ("snapkv", "attention", 0.5, "adakv"),
+    ("h2o", "obcache-v", 0.8, "adakv"),
+    ("tova", "attention", 0.5, "uniform"),
+    ("streaming", "attention", 0.8, "uniform"),
 ]
 SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
-REST = [c for c in itertools.product(("snapkv", "h2o", "tova"), SCORES, (0.5, 0.8)) if c not in FIRST]
-REST += [("streaming", "attention", 0.5), ("random", "attention", 0.8)]
+REST = list(itertools.product(("snapkv", "h2o", "tova"), SCORES, (0.5, 0.8), ("uniform",)))
+REST += list(itertools.product(("snapkv",), SCORES, (0.5, 0.8), ("adakv", "global")))
+REST += [("random", "attention", 0.5, "global"), ("random", "attention", 0.8, "adakv")]
+REST += [("h2o", "obcache-k", 0.8, "global"), ("tova", "obcache-v", 0.8, "adakv"), ("tova", "obcache-v", 0.8, "global")]
+REST = [c for c in REST if c not in FIRST]
 
 
 @pytest.fixture(scope="module")
@@ -46,63 +49,125 @@ def exact_cache(model: PreTrainedModel, model_dir: Path) -> DynamicCache:
     return cache
 
 
-def pruned(cache: DynamicCache, positions: list[list[list[int]]]) -> DynamicCache:
-    """A copy of `cache` that keeps `positions[layer][kv_head]`."""
-    cache = copy.deepcopy(cache)
-    for layer, kept in zip(cache.layers, torch.tensor(positions), strict=True):
-        index = kept[None, :, :, None].expand(-1, -1, -1, layer.keys.shape[-1])
-        layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
-    return cache
+Positions = list[list[list[int]]]
+"""Kept positions, [layer][KV head][kept]."""
+
+
+def attend_to_kept(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: object, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention of transformers in which each KV head sees its own `module.kept` tokens, and all behind the context.
+
+    query: [1, query heads, new, head_dim]; key, value: [1, KV heads, context + suffix, head_dim]; returns [1, new, heads, head_dim].
+    """
+    num_new, group = query.shape[2], query.shape[1] // key.shape[1]
+    outputs = []
+    for head, kept in enumerate(module.kept):
+        seen = torch.cat([kept, torch.arange(CONTEXT_TOKENS, key.shape[2])])
+        visible = torch.ones(num_new, len(seen), dtype=torch.bool).tril(len(seen) - num_new)
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                query[:, head * group : (head + 1) * group],
+                key[:, head, seen].expand(1, group, -1, -1),
+                value[:, head, seen].expand(1, group, -1, -1),
+                attn_mask=visible,
+                scale=kwargs["scaling"],
+            )
+        )
+    return torch.cat(outputs, 1).transpose(1, 2), None
+
+
+AttentionInterface.register("kept", attend_to_kept)
 
 
 @torch.inference_mode()
-def continue_greedily(model: PreTrainedModel, cache: DynamicCache, ids: list[int], first_position: int) -> list[int]:
-    """NUM_TOKENS greedy tokens after `ids`, the first of which stands at `first_position`."""
-    cache, answer = copy.deepcopy(cache), []
+def continue_greedily(model: PreTrainedModel, cache: DynamicCache, ids: list[int], positions: Positions) -> list[int]:
+    """NUM_TOKENS greedy tokens after a context, of which each head keeps `positions`, and `ids`. Leaves the cache as it was."""
+    for layer, heads in zip(model.model.layers, positions, strict=True):
+        layer.self_attn.kept = [torch.tensor(head, dtype=torch.int64) for head in heads]
+    model.set_attn_implementation("kept")
+    answer: list[int] = []
+    first_position = CONTEXT_TOKENS
     for _ in range(NUM_TOKENS):
         position_ids = torch.arange(first_position, first_position + len(ids))[None]
         logits = model(torch.tensor([ids]), past_key_values=cache, position_ids=position_ids, logits_to_keep=1).logits
         first_position += len(ids)
         ids = [int(logits[0, -1].argmax())]
         answer += ids
+    cache.crop(CONTEXT_TOKENS)
+    model.set_attn_implementation("sdpa")
     return answer
 
 
 def check_against_transformers(
-    server: Server, model: PreTrainedModel, exact_cache: DynamicCache, model_dir: Path, method: str, score: str, ratio: float
+    server: Server,
+    model: PreTrainedModel,
+    exact_cache: DynamicCache,
+    model_dir: Path,
+    method: str,
+    score: str,
+    ratio: float,
+    budget: str,
 ) -> None:
     context = document(model_dir, CONTEXT_TOKENS)
-    wish = {"context_len": CONTEXT_TOKENS, "method": method, "score": score, "compression_ratio": ratio}
+    wish = {
+        "context_len": CONTEXT_TOKENS,
+        "method": method,
+        "score": score,
+        "compression_ratio": ratio,
+        "budget": budget,
+    }
     prompts = [context + question(model_dir, text) for text in QUESTIONS]
     asked = [
         {"prompt": p, "obcache": wish, "max_new_tokens": NUM_TOKENS, "sampling_params": {"ignore_eos": True}} for p in prompts
     ]
     answers = generate_together(server, asked)
     first = report(answers[0])
-    assert first["kept_tokens"] == int(CONTEXT_TOKENS * (1 - ratio))
+    num_slots = int(CONTEXT_TOKENS * (1 - ratio))
+    assert first["kept_tokens"] == num_slots
     described = server.get(f"/obcache/contexts/{first['context_id']}", params={"positions": "true"})
+    assert described["slots"] == num_slots
     positions = described["positions"]
-    assert {len(head) for layer in positions for head in layer} == {first["kept_tokens"]}
-    cache = pruned(exact_cache, positions)
+    counts = torch.tensor(described["kept_per_head"])
+    assert counts.tolist() == [[len(head) for head in layer] for layer in positions]
+    assert counts.sum() == num_slots * counts.numel()
+    if budget != "global":
+        assert set(counts.sum(-1).tolist()) == {num_slots * counts.shape[1]}
+    # Heads and layers do differ where they may.
+    assert (len(counts.unique()) > 1) == (budget != "uniform")
     for prompt, answer in zip(prompts, answers, strict=True):
-        expected = continue_greedily(model, cache, prompt[CONTEXT_TOKENS:], CONTEXT_TOKENS)
+        expected = continue_greedily(model, exact_cache, prompt[CONTEXT_TOKENS:], positions)
         assert answer["output_ids"] == expected
         assert report(answer)["context_id"] == first["context_id"]
 
 
-@pytest.mark.parametrize(("method", "score", "ratio"), FIRST)
+@pytest.mark.parametrize(("method", "score", "ratio", "budget"), FIRST)
 def test_same_tokens_as_transformers_with_the_same_kept_positions(
-    server: Server, model: PreTrainedModel, exact_cache: DynamicCache, model_dir: Path, method: str, score: str, ratio: float
+    server: Server,
+    model: PreTrainedModel,
+    exact_cache: DynamicCache,
+    model_dir: Path,
+    method: str,
+    score: str,
+    ratio: float,
+    budget: str,
 ) -> None:
-    check_against_transformers(server, model, exact_cache, model_dir, method, score, ratio)
+    check_against_transformers(server, model, exact_cache, model_dir, method, score, ratio, budget)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("method", "score", "ratio"), REST)
+@pytest.mark.parametrize(("method", "score", "ratio", "budget"), REST)
 def test_same_tokens_as_transformers_with_the_same_kept_positions_all_others(
-    server: Server, model: PreTrainedModel, exact_cache: DynamicCache, model_dir: Path, method: str, score: str, ratio: float
+    server: Server,
+    model: PreTrainedModel,
+    exact_cache: DynamicCache,
+    model_dir: Path,
+    method: str,
+    score: str,
+    ratio: float,
+    budget: str,
 ) -> None:
-    check_against_transformers(server, model, exact_cache, model_dir, method, score, ratio)
+    check_against_transformers(server, model, exact_cache, model_dir, method, score, ratio, budget)
 
 
 def test_pruned_reference_differs_from_exact(model: PreTrainedModel, exact_cache: DynamicCache, model_dir: Path) -> None:
@@ -110,8 +175,9 @@ def test_pruned_reference_differs_from_exact(model: PreTrainedModel, exact_cache
     ids = question(model_dir, QUESTIONS[0])
     heads, layers = exact_cache.layers[0].keys.shape[1], len(exact_cache.layers)
     last = [[list(range(CONTEXT_TOKENS - 108, CONTEXT_TOKENS))] * heads] * layers
-    exact = continue_greedily(model, exact_cache, ids, CONTEXT_TOKENS)
-    assert continue_greedily(model, pruned(exact_cache, last), ids, CONTEXT_TOKENS) != exact
+    everything = [[list(range(CONTEXT_TOKENS))] * heads] * layers
+    exact = continue_greedily(model, exact_cache, ids, everything)
+    assert continue_greedily(model, exact_cache, ids, last) != exact
 
 
 def test_no_wish_no_marker_and_ratio_zero_equal_stock(server: Server, stock_server: Server, model_dir: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from launch.server import Server
 from obcache_sglang.config import CompressionSettings
-from tests.unit.test_kvpress import CONTEXT_LEN, FIXTURE, METHODS, Layer, kept_by_us, layers, share_in_common
+from tests.unit.test_kvpress import CONTEXT_LEN, FIXTURE, Layer, as_asked, kept_by_us, layers, run_name, share_in_common
 
 __all__ = ["layers"]  # a fixture
 
@@ -19,25 +19,25 @@ def kept_by_server(server: Server, **settings: Any) -> list[list[set[int]]]:
     return [[set(head) for head in layer] for layer in positions]
 
 
-@pytest.mark.parametrize("run", FIXTURE["runs"], ids=lambda run: f"{run['press']}-{run['compression_ratio']}")
+@pytest.mark.parametrize("run", FIXTURE["runs"], ids=run_name)
 def test_the_server_keeps_what_kvpress_keeps(server: Server, run: dict[str, Any]) -> None:
     """0.6 % are left for scores that differ by float32 noise and swap places at the edge of the kept set."""
-    kept = kept_by_server(
-        server,
-        preset="kvpress",
-        method=METHODS[run["press"]],
-        score="attention",
-        compression_ratio=run["compression_ratio"],
-    )
-    assert share_in_common(kept, run) >= 0.994
+    assert share_in_common(kept_by_server(server, **as_asked(run)), run) >= 0.994
 
 
-@pytest.mark.parametrize(("method", "window"), [("snapkv", 400), ("h2o", "all")])
+@pytest.mark.parametrize(("method", "window", "budget"), [("snapkv", 400, "adakv"), ("h2o", "all", "uniform")])
 def test_a_window_that_spans_two_chunks_scores_as_one(
-    server: Server, layers: list[Layer], method: str, window: int | str
+    server: Server, layers: list[Layer], method: str, window: int | str, budget: str
 ) -> None:
     """The server prefills 841 tokens in chunks of 512; transformers in one piece."""
-    wish = {"method": method, "window": window, "compression_ratio": 0.5, "preset": "kvpress", "score": "obcache-kv"}
+    wish = {
+        "method": method,
+        "window": window,
+        "compression_ratio": 0.5,
+        "preset": "kvpress",
+        "score": "obcache-kv",
+        "budget": budget,
+    }
     settings = CompressionSettings.resolve(wish)
     assert settings.window == 0 or CONTEXT_LEN - settings.window < 512
     pairs = [

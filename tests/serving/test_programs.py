@@ -54,10 +54,13 @@ def test_three_tensor_parallel_ranks(model_dir: Path, tmp_path: Path) -> None:
     flags = (*COMMON, "--tp-size", "3", "--max-total-tokens", "4096", "--obcache", "--obcache-min-tokens", "32")
     env = {**STRICT, "SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
     with serve(model_dir, tmp_path / "log", flags, env) as server:
-        for method in ("snapkv", "tova"):
+        for method, budget in (("snapkv", "adakv"), ("snapkv", "global"), ("tova", "uniform")):
             context = document(model_dir, 300, "binary")
-            wish = {"context_len": 300, "method": method}
+            wish = {"context_len": 300, "method": method, "budget": budget}
             asked = [{"prompt": context + question(model_dir, f"\n\nPoint {i}:"), "obcache": wish} for i in range(3)]
             answers = generate_together(server, asked)
             assert sorted(report(answer)["status"] for answer in answers) == ["compressed", "reused", "reused"]
+            exact = generate_together(server, [{"prompt": asked[0]["prompt"]}])[0]
+            whole = generate_together(server, [{**asked[0], "obcache": {**wish, "compression_ratio": 0.0}}])[0]
+            assert whole["output_ids"] == exact["output_ids"]
         assert "leak" not in server.log()

@@ -104,9 +104,11 @@ def test_settings_of_one_context_stand_side_by_side(server: Server, model_dir: P
 
 def test_mixed_batches_give_each_request_the_tokens_it_gets_alone(server: Server, model_dir: Path) -> None:
     docs = [document(model_dir, L, topic) for topic in ("exceptions", "formatstrings", "calls")]
+    uniform, adakv, across = (wish(budget=budget) for budget in ("uniform", "adakv", "global"))
+    wishes = [None, uniform, adakv, across, wish(budget="global", compression_ratio=0.9), None, wish(method="tova"), adakv]
     asked = [
         {"prompt": docs[i % 3] + question(model_dir, f"\n\nPoint {i}:"), "obcache": w, "max_new_tokens": 16}
-        for i, w in enumerate([None, wish(), wish(compression_ratio=0.8), None, wish(method="tova"), wish()])
+        for i, w in enumerate(wishes)
     ]
     alone = [generate(server, **request) for request in asked]
     together = generate_together(server, asked)
@@ -211,7 +213,7 @@ def test_log_probabilities_behind_the_context_only(server: Server, model_dir: Pa
         ({"score": 3}, "obcache-kv"),
         ({"ratio": 0.5}, "compression_ratio"),
         ({"context_len": -1}, "-1"),
-        ({"budget": "global"}, "uniform"),
+        ({"budget": "pyramid"}, "global"),
         ("yes", "yes"),
     ],
 )

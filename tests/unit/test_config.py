@@ -25,27 +25,31 @@ def parse(*argv: str) -> ServerSettings | None:
 
 
 @pytest.mark.parametrize(
-    ("given", "window", "pooling", "kernel_size", "sink_tokens", "heads"),
+    ("given", "window", "pooling", "kernel_size", "sink_tokens", "heads", "budget"),
     [
-        ({}, 64, "average", 5, 4, "per-head"),
-        ({"preset": "kvpress"}, 64, "average", 5, 0, "per-head"),
-        ({"preset": "paper"}, 16, "max", 7, 4, "per-head"),
-        ({"method": "tova"}, 1, "none", 1, 4, "shared"),
-        ({"method": "tova", "preset": "kvpress"}, 1, "none", 1, 0, "shared"),
-        ({"method": "tova", "heads": "per-head"}, 1, "none", 1, 4, "per-head"),
-        ({"method": "h2o"}, 64, "none", 1, 4, "per-head"),
-        ({"method": "h2o", "window": "all"}, EVERY_QUERY, "none", 1, 4, "per-head"),
-        ({"method": "h2o", "pooling": "max"}, 64, "max", 5, 4, "per-head"),
-        ({"method": "random"}, 64, "none", 1, 4, "per-head"),
-        ({"pooling": "none"}, 64, "none", 1, 4, "per-head"),
-        ({"preset": "paper", "window": 32, "kernel_size": 3}, 32, "max", 3, 4, "per-head"),
+        ({}, 64, "average", 5, 4, "per-head", "adakv"),
+        ({"preset": "kvpress"}, 64, "average", 5, 0, "per-head", "uniform"),
+        ({"preset": "paper"}, 16, "max", 7, 4, "per-head", "uniform"),
+        ({"method": "tova"}, 1, "none", 1, 4, "shared", "uniform"),
+        ({"method": "tova", "preset": "kvpress"}, 1, "none", 1, 0, "shared", "uniform"),
+        ({"method": "tova", "heads": "per-head"}, 1, "none", 1, 4, "per-head", "uniform"),
+        ({"method": "h2o"}, 64, "none", 1, 4, "per-head", "adakv"),
+        ({"method": "h2o", "window": "all"}, EVERY_QUERY, "none", 1, 4, "per-head", "adakv"),
+        ({"method": "h2o", "pooling": "max"}, 64, "max", 5, 4, "per-head", "adakv"),
+        ({"method": "random"}, 64, "none", 1, 4, "per-head", "uniform"),
+        ({"pooling": "none"}, 64, "none", 1, 4, "per-head", "adakv"),
+        ({"preset": "paper", "window": 32, "kernel_size": 3}, 32, "max", 3, 4, "per-head", "uniform"),
+        ({"method": "tova", "budget": "global"}, 1, "none", 1, 4, "per-head", "global"),
+        ({"method": "random", "budget": "adakv"}, 64, "none", 1, 4, "per-head", "adakv"),
+        ({"heads": "shared"}, 64, "average", 5, 4, "shared", "uniform"),
+        ({"preset": "kvpress", "budget": "adakv"}, 64, "average", 5, 0, "per-head", "adakv"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) or "defaults" if isinstance(value, dict) else None,
 )
-def test_method_and_preset_decide_what_is_not_given(given, window, pooling, kernel_size, sink_tokens, heads):
+def test_method_and_preset_decide_what_is_not_given(given, window, pooling, kernel_size, sink_tokens, heads, budget):
     settings = CompressionSettings.resolve(given)
     assert (settings.window, settings.pooling, settings.kernel_size) == (window, pooling, kernel_size)
-    assert (settings.sink_tokens, settings.heads) == (sink_tokens, heads)
+    assert (settings.sink_tokens, settings.heads, settings.budget) == (sink_tokens, heads, budget)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,10 @@ def test_method_and_preset_decide_what_is_not_given(given, window, pooling, kern
         ({"compression_ratio": True}, "outside [0, 1)"),
         ({"compression_ratio": float("nan")}, "outside [0, 1)"),
         ({"method": "kvzip"}, "choose snapkv, h2o, tova, streaming or random"),
-        ({"budget": "adakv"}, "choose uniform"),
+        ({"budget": "pyramid"}, "choose uniform, adakv or global"),
+        ({"budget": "adakv", "heads": "shared"}, "set budget=uniform"),
+        ({"adakv_safeguard": 1.5}, "1.5 is outside [0, 1]"),
+        ({"normalization": "head"}, "choose layer or none"),
         ({"window": "all"}, "h2o only"),
         ({"window": 0, "method": "h2o", "score": None}, "choose attention"),
         ({"window": 2, "method": "tova"}, "last query only"),
@@ -101,7 +108,7 @@ def test_settings_survive_json_and_identify_themselves():
     different = {CompressionSettings.resolve({"sink_tokens": n}).fingerprint() for n in range(8)}
     assert len(different) == 8
     # Contexts outlive a process: a fingerprint that changes makes every stored one unreachable.
-    assert CompressionSettings().fingerprint() == "42dfe72bffbfcb0f"
+    assert CompressionSettings().fingerprint() == "676bc610abe04405"
 
 
 def test_every_setting_has_an_option_and_every_option_a_setting():
@@ -200,3 +207,10 @@ def test_a_request_that_names_another_method_gets_that_methods_window():
     paper = server.compression_for({"preset": "paper"})
     assert (paper.window, paper.pooling, paper.sink_tokens) == (16, "max", 4)
     assert server.compression_for({"method": "snapkv"}).window == 32
+
+
+def test_a_budget_that_was_given_holds_for_every_method():
+    server = settings_from_python({"budget": "global"})
+    assert server.compression_for({"method": "tova"}).budget == "global"
+    assert server.compression_for({"preset": "kvpress"}).budget == "global"
+    assert settings_from_python(True).compression_for({"method": "tova"}).budget == "uniform"

@@ -14,13 +14,16 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
+from obcache_sglang.cells import KeptTokens
 from obcache_sglang.config import CompressionSettings
 from obcache_sglang.scheduler.contexts import FIRST_VIRTUAL_ID, Context, ContextCache, ContextState, Namespace, context_id
 from obcache_sglang.scheduler.hooks import after_take_events
 
 POOL = 200
 HERE = Namespace(None, None, None)
-HALF = CompressionSettings.resolve({"compression_ratio": 0.5})
+HALF = CompressionSettings.resolve({"compression_ratio": 0.5, "budget": "uniform"})
+UNEVEN = CompressionSettings.resolve({"compression_ratio": 0.5, "budget": "adakv"})
+KEPT = KeptTokens(torch.arange(20), torch.tensor([0, 20]))
 
 
 @pytest.fixture
@@ -54,10 +57,10 @@ def tokens(first: int, count: int = 40) -> array[int]:
     return array("q", range(first, first + count))
 
 
-def make(cache: ContextCache, ids: array[int], namespace: Namespace = HERE) -> Context:
-    context = cache.obtain(namespace, HALF, ids)
+def make(cache: ContextCache, ids: array[int], namespace: Namespace = HERE, settings: CompressionSettings = HALF) -> Context:
+    context = cache.obtain(namespace, settings, ids)
     assert cache.reserve(context) is not None
-    cache.publish(context)
+    cache.publish(context, KEPT)
     return context
 
 
@@ -80,7 +83,7 @@ def test_a_context_holds_its_slots_and_gives_them_back(cache: ContextCache) -> N
     assert context.state is ContextState.COMPRESSING
     assert accounts(cache) == (POOL - 20, 0, 20)  # 40 tokens at ratio 0.5; locked while it is made
     assert not cache.is_resident(context)
-    cache.publish(context)
+    cache.publish(context, KEPT)
     assert accounts(cache) == (POOL - 20, 20, 0)
     assert cache.is_resident(context)
     cache.delete(context)
@@ -96,7 +99,7 @@ def test_a_compression_that_fails_leaves_nothing(cache: ContextCache) -> None:
     assert accounts(cache) == (POOL, 0, 0)
     assert context.state is ContextState.ABSENT
     cache.reserve(context)  # and can be tried again
-    cache.publish(context)
+    cache.publish(context, KEPT)
     assert cache.is_resident(context)
 
 
@@ -181,6 +184,23 @@ def test_forgotten_records_leave_nodes_that_are_found_again(cache: ContextCache)
     assert cache.is_resident(again)
     cache.delete(again)  # what stands behind it is not known: nothing may panic, and it stays evictable
     cache.sweep(set())
+    assert accounts(cache)[2] == 0
+
+
+def test_what_an_uneven_context_left_in_the_tree_is_not_found_without_its_record(cache: ContextCache) -> None:
+    """Without the record nobody knows how many tokens each head keeps there."""
+    first = make(cache, tokens(0), settings=UNEVEN)
+    assert cache.is_resident(first)
+    leave_behind(cache, first, [1, 2])
+    for start in (100, 200, 300):
+        make(cache, tokens(start, 20))
+    assert cache.get(first.id) is None  # max_contexts is 3
+    again = cache.obtain(HERE, UNEVEN, tokens(0))
+    assert again.id == first.id
+    assert not cache.is_resident(again)
+    assert cache.reserve(again) is not None  # beside what is left of the first, which ages out
+    cache.publish(again, KEPT)
+    assert cache.is_resident(again)
     assert accounts(cache)[2] == 0
 
 

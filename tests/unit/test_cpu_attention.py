@@ -12,6 +12,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
+from obcache_sglang.cells import KeptTokens, KVSpace, create_one_space
 from obcache_sglang.cpu.attention import QUERY_BLOCK, CpuAttentionBackend
 
 HEAD_DIM = 32
@@ -176,3 +177,170 @@ def test_an_idle_batch_gives_no_rows() -> None:
     forward_batch = SimpleNamespace(forward_mode=ForwardMode.IDLE)
     output = CpuAttentionBackend(engine).forward(torch.empty(0, 9 * HEAD_DIM), None, None, engine.layer, forward_batch)
     assert output.shape == (0, 9 * HEAD_DIM)
+
+
+# --- heads of different length ------------------------------------------------------------------------------------------
+
+NUM_LAYERS = 3
+
+
+class UnevenEngine(Engine):
+    """Requests behind contexts whose heads keep different numbers of tokens; `layer` is the middle one of three."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(MHATokenToKVPool, "_create_buffers_normal", create_one_space)
+        self.dtype = dtype
+        self.req_to_token_pool = ReqToTokenPool(16, 2048, "cpu", enable_memory_saver=False)
+        self.token_to_kv_pool = MHATokenToKVPool(
+            POOL_TOKENS, 1, dtype, num_kv_heads, HEAD_DIM, layer_num=NUM_LAYERS, device="cpu", enable_memory_saver=False
+        )
+        self.layer = RadixAttention(num_heads, HEAD_DIM, HEAD_DIM**-0.5, num_kv_heads, layer_id=1)
+        space = KVSpace.of(self.token_to_kv_pool)
+        assert space is not None
+        self.space = space
+        space.k.fill_(float("nan"))
+        space.v.fill_(float("nan"))
+        self.generator = torch.Generator().manual_seed(num_heads)
+        self.free = torch.randperm(POOL_TOKENS, generator=self.generator).int() + 1
+
+    def take(self, count: int) -> torch.Tensor:
+        slots, self.free = self.free[:count], self.free[count:]
+        return slots
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.dtype)
+
+    def context(self, shares: list[float], num_slots: int) -> tuple[SimpleNamespace, torch.Tensor, list[torch.Tensor]]:
+        """A context whose heads keep these shares of all its cells, its slots, and K and V of the layer's heads, [2, kept, dim]."""
+        num_cells = num_slots * self.space.num_heads
+        counts = (torch.tensor(shares) / sum(shares) * num_cells).int()
+        counts[counts.argmax()] += num_cells - counts.sum()
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        slots = self.take(num_slots)
+        cells = self.random(2, num_cells, HEAD_DIM)
+        # The numbering of obcache_sglang.cells, written out; what follows must find the same cells.
+        for number, (keys, values) in enumerate(cells.unflatten(1, (-1, num_slots)).transpose(0, 1)):
+            layer, lane = divmod(number, self.space.num_kv_heads)
+            self.token_to_kv_pool.get_key_buffer(layer)[slots.long(), lane] = keys
+            self.token_to_kv_pool.get_value_buffer(layer)[slots.long(), lane] = values
+        kept = KeptTokens(torch.zeros(num_cells, dtype=torch.int32), offsets, self.space.cell_rows(slots.long()).int())
+        first = self.layer.layer_id * self.space.num_kv_heads
+        heads = [cells[:, offsets[head] : offsets[head + 1]] for head in range(first, first + self.space.num_kv_heads)]
+        context = Reader(kept=kept, num_slots=num_slots, is_uneven=True)
+        return context, slots, heads
+
+
+class Reader(SimpleNamespace):
+    """What the backend reads of a Context."""
+
+    __hash__ = object.__hash__
+
+
+SHARES = {
+    "a-head-with-nothing": lambda heads: [0.0 if head == heads // 2 else 1.0 for head in range(heads)],
+    "heads-differ": lambda heads: [1.0 + 3 * (head % 3) for head in range(heads)],
+    "a-layer-with-almost-everything": lambda heads: [
+        100.0 if heads // 3 <= head < 2 * heads // 3 else 1.0 for head in range(heads)
+    ],
+    "a-layer-with-almost-nothing": lambda heads: [1.0 if heads // 3 <= head < 2 * heads // 3 else 50.0 for head in range(heads)],
+}
+
+
+@heads
+@dtypes
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize(
+    ("mode", "requests"),
+    [
+        (ForwardMode.DECODE, [(0, 0, 1)]),
+        (ForwardMode.DECODE, [(0, 62, 1), (0, 0, 1), (1, 5, 1), (None, 499, 1), (0, 300, 1)]),
+        (ForwardMode.EXTEND, [(0, 0, 1)]),
+        (ForwardMode.EXTEND, [(0, 0, 63), (None, 5, 9), (1, 63, 500), (0, 500, 1)]),
+    ],
+    ids=["decode-alone", "decode-together", "extend-alone", "extend-together"],
+)
+def test_heads_of_different_length(
+    num_heads: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    shares: str,
+    mode: ForwardMode,
+    requests: list[tuple[int | None, int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """requests: (context or none, cached tokens behind it, new tokens). Two contexts, of 63 and 150 slots."""
+    engine = UnevenEngine(num_heads, num_kv_heads, dtype, monkeypatch)
+    layer = engine.layer
+    contexts = [engine.context(SHARES[shares](engine.space.num_heads), num_slots) for num_slots in (63, 150)]
+    q, k, v, new_slots, expected, behind, lengths = [], [], [], [], [], [], []
+    for row, (which, cached, new) in enumerate(requests, start=1):
+        context, slots, kept = contexts[which] if which is not None else (None, torch.empty(0, dtype=torch.int32), None)
+        suffix = engine.take(cached + new)
+        keys, values = engine.random(2, cached + new, num_kv_heads, HEAD_DIM)
+        engine.token_to_kv_pool.get_key_buffer(1)[suffix[:cached].long()] = keys[:cached]
+        engine.token_to_kv_pool.get_value_buffer(1)[suffix[:cached].long()] = values[:cached]
+        engine.req_to_token_pool.req_to_token[row, : len(slots) + cached + new] = torch.cat([slots, suffix])
+        queries = engine.random(new, num_heads, HEAD_DIM)
+        group = num_heads // num_kv_heads
+        outputs = []
+        for head in range(num_kv_heads):
+            before = kept[head] if kept is not None else engine.random(2, 0, HEAD_DIM)
+            head_keys, head_values = (
+                torch.cat([part, own[:, head]])[:, None] for part, own in zip(before, (keys, values), strict=True)
+            )
+            outputs.append(attention(queries[:, head * group : (head + 1) * group], head_keys, head_values, layer.scaling))
+        expected.append(torch.cat(outputs, 1))
+        q.append(queries)
+        k.append(keys[cached:])
+        v.append(values[cached:])
+        new_slots.append(suffix[cached:])
+        behind.append(context)
+        lengths.append(len(slots) + cached + new)
+    num_new = torch.tensor([new for _, _, new in requests])
+    forward_batch = ForwardBatch(
+        forward_mode=mode,
+        batch_size=len(requests),
+        input_ids=torch.zeros(int(num_new.sum()), dtype=torch.int64),
+        req_pool_indices=torch.arange(1, len(requests) + 1),
+        seq_lens=torch.tensor(lengths),
+        out_cache_loc=torch.cat(new_slots).long(),
+        seq_lens_sum=sum(lengths),
+    )
+    if mode.is_extend():
+        forward_batch.extend_prefix_lens = torch.tensor(lengths) - num_new
+        forward_batch.extend_seq_lens = num_new
+    backend = CpuAttentionBackend(engine)
+    backend.plan = SimpleNamespace(contexts=lambda batch: behind, space=engine.space)
+    output = engine.attend(backend, Batch(forward_batch, torch.cat(q).flatten(1), torch.cat(k), torch.cat(v), q[0]))
+    torch.testing.assert_close(output.double(), torch.cat(expected).flatten(1), atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_readers_of_an_even_context_are_attended_together_too() -> None:
+    engine = Engine(9, 3, torch.float32)
+    batch = engine.batch(ForwardMode.DECODE, [300, 340, 320], [1, 1, 1])
+    table = engine.req_to_token_pool.req_to_token
+    for layer_buffer in (engine.token_to_kv_pool.get_key_buffer(1), engine.token_to_kv_pool.get_value_buffer(1)):
+        for row in (2, 3):
+            layer_buffer[table[row, :256].long()] = layer_buffer[table[1, :256].long()]
+    alone = engine.attend(CpuAttentionBackend(engine), batch)
+    table[2:4, :256] = table[1, :256]
+    context = Reader(kept=None, num_slots=256, is_uneven=False)
+    backend = CpuAttentionBackend(engine)
+    backend.plan = SimpleNamespace(contexts=lambda batch: [context] * 3, space=None)
+    torch.testing.assert_close(engine.attend(backend, batch), alone, atol=TOLERANCE[torch.float32], rtol=0)
+
+
+def test_one_space_has_the_shapes_of_sglangs_own_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = [Engine(9, 3, torch.bfloat16).token_to_kv_pool]
+    assert KVSpace.of(pools[0]) is None  # SGLang allocates each layer by itself
+    monkeypatch.setattr(MHATokenToKVPool, "_create_buffers_normal", create_one_space)
+    pools.append(Engine(9, 3, torch.bfloat16).token_to_kv_pool)
+    space = KVSpace.of(pools[1])
+    assert space is not None
+    for stock, ours in zip(pools[0].k_buffer + pools[0].v_buffer, pools[1].k_buffer + pools[1].v_buffer, strict=True):
+        assert (ours.shape, ours.stride(), ours.dtype) == (stock.shape, stock.stride(), stock.dtype)
+    for layer in range(2):
+        for slot, lane in ((0, 0), (7, 2), (POOL_TOKENS, 1)):
+            row = space.rows(layer, torch.tensor(slot), lane)
+            assert space.k[row].data_ptr() == pools[1].k_buffer[layer][slot, lane].data_ptr()
+            assert space.v[row].data_ptr() == pools[1].v_buffer[layer][slot, lane].data_ptr()

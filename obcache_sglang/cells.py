@@ -1,0 +1,141 @@
+"""Where the K and V of a compressed context lie when its heads keep different numbers of tokens.
+
+A context of M slots has M * num_layers * num_kv_heads *cells*, each of which holds the K and the V of one kept token of one KV
+head of one layer. Its kept tokens are ordered layer by layer, head by head, and the cells are numbered in lane-major order:
+
+    cell c  lies in  slot slots[c % M],  with r = c // M:  layer r // num_kv_heads,  lane r % num_kv_heads
+    head h of layer l owns cells  offsets[l * num_kv_heads + h] ... offsets[l * num_kv_heads + h + 1]
+
+With equal budgets every token lies in its own layer and lane, as SGLang's attention backends expect. With `adakv` a cell never
+leaves its layer; with `global` it may lie in any. Every cell is a *row* of one address space (`KVSpace`).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+
+@dataclass(frozen=True)
+class KVSpace:
+    """All layers' K and V of one pool as rows of one tensor.
+
+    k: [rows of all layers, head_dim], from the first K on; v: the same from the first V on, so that one index finds both:
+    the K and V of slot s, lane h of layer l (counted from the pool's first layer) are rows
+    ``(l * layer_stride + s) * num_kv_heads + h``. layer_stride: slots from a layer's K to the next layer's.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    num_layers: int
+    num_kv_heads: int
+    layer_stride: int
+
+    @classmethod
+    def of(cls, pool: MHATokenToKVPool) -> KVSpace | None:
+        """The address space of a pool whose buffers lie at equal distances in one allocation, else None."""
+        keys = [pool.get_key_buffer(pool.start_layer + layer) for layer in range(pool.layer_num)]
+        values = [pool.get_value_buffer(pool.start_layer + layer) for layer in range(pool.layer_num)]
+        first = keys[0]
+        if any(buffer.shape != first.shape or not buffer.is_contiguous() for buffer in keys + values):
+            return None
+        slot_bytes = first[0].nbytes
+        v_distance = values[0].data_ptr() - first.data_ptr()
+        layer_distance = keys[1].data_ptr() - first.data_ptr() if len(keys) > 1 else 2 * v_distance
+        starts = [(first.data_ptr() + layer * layer_distance + i * v_distance) for layer in range(len(keys)) for i in (0, 1)]
+        found = [buffer.data_ptr() for pair in zip(keys, values, strict=True) for buffer in pair]
+        storage = first.untyped_storage()
+        ends = starts[-1] + first.nbytes - storage.data_ptr()
+        if found != starts or v_distance < first.nbytes or layer_distance < v_distance + first.nbytes or ends > storage.nbytes():
+            return None
+        if layer_distance % slot_bytes or v_distance % slot_bytes:
+            return None
+        _, num_kv_heads, head_dim = first.shape
+        num_rows = ((len(keys) - 1) * layer_distance // slot_bytes + first.shape[0]) * num_kv_heads
+        flat = [t.as_strided((num_rows, head_dim), (head_dim, 1), t.storage_offset()) for t in (first, values[0])]
+        return cls(flat[0], flat[1], len(keys), num_kv_heads, layer_distance // slot_bytes)
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all layers."""
+        return self.num_layers * self.num_kv_heads
+
+    def rows(self, layer: torch.Tensor | int, slots: torch.Tensor, lane: torch.Tensor | int) -> torch.Tensor:
+        """Rows of slots (int32 or int64, like the result) in a layer, counted from the pool's first, and lane; they broadcast."""
+        return (slots + layer * self.layer_stride) * self.num_kv_heads + lane
+
+    def cell_rows(self, slots: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Rows of the cells first ... last - 1 of a context in `slots` [M], in order; int64 like slots. Default: all."""
+        cells = torch.arange(first, slots.numel() * self.num_heads if last is None else last, device=slots.device)
+        lanes = cells // slots.numel()
+        return self.rows(lanes // self.num_kv_heads, slots[cells % slots.numel()], lanes % self.num_kv_heads)
+
+
+def create_one_space(pool: MHATokenToKVPool) -> bool:
+    """Makes the pool's buffers as SGLang does, but all layers in one allocation, [layers, K and V, slots, heads, head_dim].
+
+    The per-layer views have the shapes, strides and alignment that SGLang's own allocation gives them. Returns False, having
+    done nothing, for layouts where K and V have different shapes or slots are not the first dimension.
+    """
+    from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
+
+    k_shape, v_shape = pool._kv_buffer_shapes()
+    if pool.kv_cache_layout != "nhd" or k_shape != v_shape:
+        return False
+    num_slots = k_shape[0]
+    whole_pages = -(-num_slots // pool.page_size) * pool.page_size
+    memory_pool = torch.cuda.use_mem_pool(pool.custom_mem_pool) if pool.enable_custom_mem_pool else nullcontext()
+    with pool.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE), memory_pool:
+        shape = (pool.layer_num, 2, whole_pages, *k_shape[1:])
+        space = torch.zeros(shape, dtype=pool.store_dtype, device=pool.device)
+    pool.k_buffer = [layer[0, :num_slots] for layer in space]
+    pool.v_buffer = [layer[1, :num_slots] for layer in space]
+    return True
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What a context keeps, on one rank. H = num_layers * num_kv_heads.
+
+    positions: [M * H] int32, the kept positions, head by head, ascending in each; offsets: [H + 1] int64: head i's are
+    ``positions[offsets[i]:offsets[i + 1]]``. Both on the device.
+    rows: [M * H] int32, where their K and V lie in the pool's `KVSpace`; None when all heads keep the same number.
+    """
+
+    positions: torch.Tensor
+    offsets: torch.Tensor
+    rows: torch.Tensor | None = None
+
+    @classmethod
+    def of_layers(cls, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> KeptTokens:
+        """From each layer's (positions, offsets), in the layers' order."""
+        offsets, first = [torch.zeros_like(layers[0][1][:1])], 0
+        for positions, layer_offsets in layers:
+            offsets.append(layer_offsets[1:] + first)
+            first += positions.numel()
+        return cls(torch.cat([positions for positions, _ in layers]), torch.cat(offsets))
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """The offsets on the host."""
+        bounds: list[int] = self.offsets.tolist()
+        return bounds
+
+    def counts(self, num_kv_heads: int) -> list[list[int]]:
+        """Kept tokens per layer and KV head."""
+        counts = [last - first for first, last in pairwise(self.bounds)]
+        return [counts[first : first + num_kv_heads] for first in range(0, len(counts), num_kv_heads)]
+
+    def per_head(self, num_kv_heads: int) -> list[list[list[int]]]:
+        """Kept positions per layer and KV head."""
+        positions = self.positions.tolist()
+        heads = [positions[first:last] for first, last in pairwise(self.bounds)]
+        return [heads[first : first + num_kv_heads] for first in range(0, len(heads), num_kv_heads)]
