@@ -18,6 +18,22 @@ find_python() {
     return 1
 }
 
+# uv unpacks in parallel: 40 seconds where pip takes 7 minutes. It does not read pip's configuration, so where it cannot
+# reach an index, pip installs. Its cache is beside the packages (same disk: files are linked, not copied) and goes afterwards.
+install_packages() {
+    local wanted="$REPOSITORY[dev]" status=1
+    if "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet "uv>=0.9"; then
+        UV_CACHE_DIR="$VENV/.uv-cache" "$VENV/bin/uv" pip install --system-certs --python "$VENV/bin/python" --editable "$wanted"
+        status=$?
+        rm -rf "$VENV/.uv-cache"
+    fi
+    if ((status != 0)); then
+        echo "environment: uv could not install; pip does (5 to 10 minutes)"
+        # --no-compile: Python compiles what is imported when it is first imported, a small part of what is installed.
+        "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-compile --editable "$wanted"
+    fi
+}
+
 install_environment() {
     local stamp="$VENV/.installed-for" python wanted
     if [[ -x "$VENV/bin/python" ]]; then
@@ -29,13 +45,11 @@ install_environment() {
     if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
         return
     fi
-    echo "environment: installing SGLang and this project into $VENV (11 GB; 4 to 8 minutes the first time)"
+    echo "environment: installing SGLang and this project into $VENV (11 GB; about a minute on a fast line)"
     # Without the stamp, an install that is interrupted here starts again next time.
     rm -f "$stamp"
     "$python" -m venv "$VENV" || return 1
-    # --no-compile: Python compiles what is imported when it is first imported, a small part of what is installed.
-    "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-compile \
-        --editable "$REPOSITORY[dev]" || return 1
+    install_packages || return 1
     echo "$wanted" >"$stamp"
     echo "environment: ready in $VENV"
 }

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -72,10 +73,6 @@ assert hook_in_place(rows[0])
 """
 
 
-def test_a_hook_is_in_place_only_if_it_is_called():
-    subprocess.run([sys.executable, "-c", _IN_PLACE], check=True)
-
-
 _LAUNCHER = """
 import sys
 from obcache_sglang import host, plugin
@@ -92,10 +89,6 @@ assert all(len(HookRegistry._hooks[t.target]) == 1 for t in launcher), "a second
 """
 
 
-def test_activation_puts_every_hook_of_the_launcher_in_place():
-    subprocess.run([sys.executable, "-c", _LAUNCHER], check=True)
-
-
 _MISSING = """
 from obcache_sglang import host, plugin
 from obcache_sglang.config import settings_from_python
@@ -109,10 +102,6 @@ except HostError as error:
 else:
     raise AssertionError("a hook was missing and nothing was said")
 """
-
-
-def test_a_missing_hook_stops_the_launcher():
-    subprocess.run([sys.executable, "-c", _MISSING], check=True)
 
 
 _FLAGS = """
@@ -136,21 +125,41 @@ prepare_server_args(["--model-path", "x"])
 """
 
 
-def test_a_wrong_start_is_refused_with_the_reason():
-    subprocess.run([sys.executable, "-c", _FLAGS], check=True)
+_BROKEN_SETTINGS = """
+import multiprocessing, os
+multiprocessing.parent_process = lambda: object()
+os.environ["OBCACHE_SGLANG_SETTINGS"] = '{"method": 1}'
+from sglang.srt.plugins import load_plugins
+load_plugins()
+"""
+
+_PROGRAMS = {
+    "a_hook_is_in_place_only_if_it_is_called": _IN_PLACE,
+    "activation_puts_every_hook_of_the_launcher_in_place": _LAUNCHER,
+    "a_missing_hook_stops_the_launcher": _MISSING,
+    "a_wrong_start_is_refused_with_the_reason": _FLAGS,
+    "a_child_process_with_broken_settings_does_not_go_on": _BROKEN_SETTINGS,
+}
 
 
-def test_a_child_process_with_broken_settings_does_not_go_on():
-    code = (
-        "import multiprocessing, os\n"
-        "multiprocessing.parent_process = lambda: object()\n"
-        "os.environ['OBCACHE_SGLANG_SETTINGS'] = '{\"method\": 1}'\n"
-        "from sglang.srt.plugins import load_plugins\n"
-        "load_plugins()\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "cannot run with compression" in result.stderr
+@pytest.fixture(scope="module")
+def programs() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All programs, started together: each imports SGLang afresh, on one core, for 10 to 20 seconds."""
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = {name: subprocess.Popen([sys.executable, "-c", code], **output) for name, code in _PROGRAMS.items()}
+    yield started
+    for process in started.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("name", _PROGRAMS)
+def test_in_a_process_of_its_own(programs, name):
+    output, _ = programs[name].communicate(timeout=300)
+    if name == "a_child_process_with_broken_settings_does_not_go_on":
+        assert programs[name].returncode == 1, output
+        assert "cannot run with compression" in output
+    else:
+        assert programs[name].returncode == 0, output
 
 
 def test_check_says_ok_here(capsys, monkeypatch):

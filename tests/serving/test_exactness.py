@@ -21,17 +21,16 @@ NUM_TOKENS = 24
 CONTEXT_TOKENS = 541  # odd, and its window of 64 spans two prefill chunks of 512
 
 FIRST = [
-    ("snapkv", "obcache-k", 0.5, "uniform"),
+    ("snapkv", "obcache-k", 0.5, "adakv"),
     ("snapkv", "obcache-kv", 0.8, "global"),
-    ("snapkv", "attention", 0.5, "adakv"),
-    ("h2o", "obcache-v", 0.8, "adakv"),
+    ("h2o", "obcache-v", 0.8, "uniform"),
     ("tova", "attention", 0.5, "uniform"),
-    ("streaming", "attention", 0.8, "uniform"),
 ]
 SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
 REST = list(itertools.product(("snapkv", "h2o", "tova"), SCORES, (0.5, 0.8), ("uniform",)))
 REST += list(itertools.product(("snapkv",), SCORES, (0.5, 0.8), ("adakv", "global")))
 REST += [("random", "attention", 0.5, "global"), ("random", "attention", 0.8, "adakv")]
+REST += [("streaming", "attention", 0.5, "uniform"), ("streaming", "attention", 0.8, "uniform")]
 REST += [("h2o", "obcache-k", 0.8, "global"), ("tova", "obcache-v", 0.8, "adakv"), ("tova", "obcache-v", 0.8, "global")]
 REST = [c for c in REST if c not in FIRST]
 
@@ -94,7 +93,7 @@ def continue_greedily(model: PreTrainedModel, cache: DynamicCache, ids: list[int
         first_position += len(ids)
         ids = [int(logits[0, -1].argmax())]
         answer += ids
-    cache.crop(CONTEXT_TOKENS)
+    cache.crop(CONTEXT_TOKENS - cache.get_seq_length())
     model.set_attn_implementation("sdpa")
     return answer
 
@@ -170,16 +169,26 @@ def test_same_tokens_as_transformers_with_the_same_kept_positions_all_others(
     check_against_transformers(server, model, exact_cache, model_dir, method, score, ratio, budget)
 
 
-def test_pruned_reference_differs_from_exact(model: PreTrainedModel, exact_cache: DynamicCache, model_dir: Path) -> None:
-    """The test above can fail: with other positions, transformers gives other tokens."""
-    ids = question(model_dir, QUESTIONS[0])
+def test_what_keeps_everything_equals_transformers_and_what_does_not_differs(
+    server: Server, model: PreTrainedModel, exact_cache: DynamicCache, model_dir: Path
+) -> None:
+    """Also shows that the tests above can fail: with other positions, transformers gives other tokens."""
+    context, ids = document(model_dir, CONTEXT_TOKENS), question(model_dir, QUESTIONS[0])
     heads, layers = exact_cache.layers[0].keys.shape[1], len(exact_cache.layers)
+    exact = continue_greedily(model, exact_cache, ids, [[list(range(CONTEXT_TOKENS))] * heads] * layers)
     last = [[list(range(CONTEXT_TOKENS - 108, CONTEXT_TOKENS))] * heads] * layers
-    everything = [[list(range(CONTEXT_TOKENS))] * heads] * layers
-    exact = continue_greedily(model, exact_cache, ids, everything)
     assert continue_greedily(model, exact_cache, ids, last) != exact
+    params = {"ignore_eos": True}
+    plain = generate(server, context + ids, max_new_tokens=NUM_TOKENS, sampling_params=params)
+    assert plain["output_ids"] == exact
+    assert "obcache" not in plain["meta_info"]
+    wish = {"context_len": CONTEXT_TOKENS, "compression_ratio": 0.0}
+    kept_all = generate(server, context + ids, obcache=wish, max_new_tokens=NUM_TOKENS, sampling_params=params)
+    assert kept_all["output_ids"] == exact
+    assert report(kept_all)["kept_tokens"] == CONTEXT_TOKENS
 
 
+@pytest.mark.long
 def test_no_wish_no_marker_and_ratio_zero_equal_stock(server: Server, stock_server: Server, model_dir: Path) -> None:
     context = document(model_dir, CONTEXT_TOKENS, "formatstrings")
     for text in QUESTIONS:

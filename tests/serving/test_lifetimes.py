@@ -53,9 +53,9 @@ def test_flush_forgets_contexts_and_questions_make_them_again(server: Server, mo
 
 def test_aborting_the_question_that_compresses_leaves_the_others(server: Server, model_dir: Path) -> None:
     flush(server)
-    context = document(model_dir, 3000)
+    context = document(model_dir, 2000)
     asked = [
-        {"prompt": context + question(model_dir, f"\n\n{i}:"), "obcache": {"context_len": 3000}, "rid": f"aborts-{i}"}
+        {"prompt": context + question(model_dir, f"\n\n{i}:"), "obcache": {"context_len": 2000}, "rid": f"aborts-{i}"}
         for i in range(2)
     ]
     before = compressions(server)
@@ -72,7 +72,7 @@ def test_aborting_the_question_that_compresses_leaves_the_others(server: Server,
 
 def test_aborting_everyone_who_waits_ends_the_compression(server: Server, model_dir: Path) -> None:
     flush(server)
-    prompt = document(model_dir, 3001) + question(model_dir, "\n\nIn short,")
+    prompt = document(model_dir, 2001) + question(model_dir, "\n\nIn short,")
     before = compressions(server)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(
@@ -82,7 +82,7 @@ def test_aborting_everyone_who_waits_ends_the_compression(server: Server, model_
             json={
                 "input_ids": prompt,
                 "rid": "alone",
-                "sampling_params": {"custom_params": {"obcache": {"context_len": 3001}}},
+                "sampling_params": {"custom_params": {"obcache": {"context_len": 2001}}},
             },
         )
         wait_for(lambda: waiting(server) >= 1)
@@ -92,7 +92,7 @@ def test_aborting_everyone_who_waits_ends_the_compression(server: Server, model_
     wait_for(lambda: server.get("/v1/loads")["loads"][0]["num_used_tokens"] == 0)
     assert compressions(server) == before
     assert server.get("/obcache/contexts")["contexts"] == []
-    assert report(generate(server, prompt, obcache={"context_len": 3001}))["status"] == "compressed"
+    assert report(generate(server, prompt, obcache={"context_len": 2001}))["status"] == "compressed"
 
 
 def test_deleting_a_context_waits_for_its_readers(server: Server, model_dir: Path) -> None:
