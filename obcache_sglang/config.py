@@ -21,9 +21,9 @@ from obcache_sglang.errors import ConfigError, InvalidValue
 SETTINGS_ENV = "OBCACHE_SGLANG_SETTINGS"
 """Environment variable that carries the server's settings, as JSON, from the launcher to every process it starts."""
 
-METHODS = ("snapkv", "h2o", "tova", "streaming", "random")
+METHODS = ("snapkv", "h2o", "tova", "replay", "streaming", "random")
 SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
-PRESETS = ("default", "kvpress", "paper")
+PRESETS = ("default", "kvpress", "paper", "kvzip")
 POOLINGS = ("none", "average", "max")
 HEADS = ("per-head", "shared")
 BUDGETS = ("uniform", "adakv", "global")
@@ -32,7 +32,7 @@ MODES = ("marked", "prompt")
 HEAD_ATTENTIONS = ("triton", "flashinfer")
 
 EVERY_QUERY = 0
-"""`CompressionSettings.window` of a method that scores with every query of the context (h2o, written "all")."""
+"""`CompressionSettings.window` of a method that scores with every query: of the context (h2o, written "all"), or of the replay."""
 
 # Settings that a method or preset decides unless they are given. A request that names another method or preset starts
 # from that one's own values: a window chosen for snapkv says nothing about tova.
@@ -45,10 +45,12 @@ class CompressionSettings:
     """Everything that decides which tokens of a context are kept. Part of a context's identity.
 
     compression_ratio: fraction of KV pairs removed, in [0, 1), as in KVPress and the OBCache paper (arXiv 2510.07651).
-    method: which queries score, and what is always kept (snapkv, h2o, tova, streaming, random).
+    method: which queries score, and what is always kept (snapkv, h2o, tova, streaming, random; replay: the queries of the model
+        as it re-reads the context).
     score: how a query scores a token (attention, obcache-v, obcache-k, obcache-kv).
     preset: `kvpress` protects nothing but the window, and never shrinks it; `default` and `paper` also protect sinks and
-        shrink a window that is larger than half of the kept tokens.
+        shrink a window that is larger than half of the kept tokens. `kvzip`: KVPress's KVzip, method replay only: a replayed
+        chunk's queries share their softmax among the sinks, the chunk in the context and the replay itself.
     window: number of last context queries that score; `EVERY_QUERY` for all (h2o only). streaming ignores it, random
         only protects that many last tokens.
     pooling, kernel_size: smoothing of the scores over neighbouring positions; kernel_size is odd, and 1 without pooling.
@@ -59,6 +61,7 @@ class CompressionSettings:
         `adakv`: each layer's over its heads (AdaKV, arXiv 2407.11550, in KVPress's form); `global`: all over all heads of all
         layers, of which each keeps at least its sinks and window.
     adakv_safeguard: the part of an even share that each head keeps whatever the others score, in [0, 1]; for adakv.
+    replay_chunk: context tokens that one replay pass re-reads; method replay only.
     normalization: `layer` divides the obcache scores by the mean squared norm of the layer's attention outputs, which makes
         them relative errors, so that layers can be compared; for global. Attention weights need none.
     """
@@ -76,13 +79,25 @@ class CompressionSettings:
     budget: str = "adakv"
     adakv_safeguard: float = 0.2
     normalization: str = "layer"
+    replay_chunk: int = 2048
 
     def __post_init__(self) -> None:
         """Raises InvalidValue on the first setting that is not allowed, alone or beside the others."""
         for option in COMPRESSION_OPTIONS:
             checked = option.check(option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, checked)
-        if self.window == EVERY_QUERY and self.method != "h2o":
+        if self.method == "replay" and self.window != EVERY_QUERY:
+            raise InvalidValue(
+                "window", self.window, "has no effect with method replay, whose queries are all of a replay's: leave it out."
+            )
+        if self.preset == "kvzip" and (self.method, self.score, self.budget) != ("replay", "attention", "global"):
+            raise InvalidValue(
+                "preset",
+                "kvzip",
+                f"is method=replay, score=attention, budget=global, not {self.method}, {self.score}, {self.budget}; "
+                "leave these out, or the preset.",
+            )
+        if self.window == EVERY_QUERY and self.method not in ("h2o", "replay"):
             raise InvalidValue(
                 "window", "all", f"is for method h2o only; {self.method} needs a number of last queries, 1 or more."
             )
@@ -108,8 +123,8 @@ class CompressionSettings:
 
         given: any of this class's field names; `window` may be "all". Raises InvalidValue.
         """
-        method = given.get("method", cls.method)
         preset = given.get("preset", cls.preset)
+        method = given.get("method", "replay" if preset == "kvzip" else cls.method)
         decided: dict[str, Any] = {"window": 64, "pooling": "none", "kernel_size": 1, "budget": "uniform"}
         if method == "snapkv":
             decided |= {"pooling": "average", "kernel_size": 5}
@@ -117,6 +132,9 @@ class CompressionSettings:
                 decided |= {"window": 16, "pooling": "max", "kernel_size": 7}
         elif method == "tova":
             decided |= {"window": 1, "heads": "shared" if given.get("budget", "uniform") == "uniform" else "per-head"}
+        elif method == "replay":
+            decided |= {"window": EVERY_QUERY, "budget": "global", "score": "attention" if preset == "kvzip" else "obcache-v"}
+        decided["method"] = method
         if preset == "kvpress":
             decided["sink_tokens"] = 0
         elif preset == "default" and method in ("snapkv", "h2o") and given.get("heads") != "shared":
@@ -145,6 +163,11 @@ class CompressionSettings:
     def needs_queries(self) -> bool:
         """Whether scoring reads attention queries (else positions alone decide)."""
         return self.method not in ("streaming", "random")
+
+    @property
+    def reduce(self) -> str:
+        """How the scores of several queries join: `max` for the attention of a replay (KVzip's statistic), else `sum`."""
+        return "max" if self.method == "replay" and self.score == "attention" else "sum"
 
     def kept_tokens(self, context_tokens: int) -> int:
         """Tokens kept per KV head of a context of `context_tokens`: `int(L * (1 - ratio))`, at least 1, at most the cap."""
@@ -341,28 +364,29 @@ COMPRESSION_OPTIONS = (
         "method",
         _one_of(METHODS),
         "Which queries score a context's tokens. snapkv: its last ones, scores smoothed over neighbours; h2o: its last ones or all; "
-        "tova: its last one, one choice for all heads; streaming (first and last tokens) and random are sanity floors. Default: snapkv.",
+        "tova: its last one, one choice for all heads; replay: the model re-reads the context, once more the work of its prefill, and "
+        "those queries score; streaming (first and last tokens) and random are sanity floors. Default: snapkv.",
         metavar="|".join(METHODS),
     ),
     Option(
         "score",
         _one_of(SCORES),
         "How a query scores a token: its attention weight, or the attention output error of removing its value, key or both "
-        "(OBCache, arXiv 2510.07651). Default: obcache-k.",
+        "(OBCache, arXiv 2510.07651). Default: obcache-k (replay: obcache-v).",
         metavar="|".join(SCORES),
     ),
     Option(
         "preset",
         _one_of(PRESETS),
         "Defaults of the settings below. kvpress: exactly KVPress's semantics, no protected sinks; paper: snapkv with window 16 and "
-        "max pooling over 7. Default: default.",
+        "max pooling over 7; kvzip: KVPress's KVzip (method replay, score attention, budget global). Default: default.",
         metavar="|".join(PRESETS),
     ),
     Option(
         "window",
         _whole_number(1, "the number of last context queries that score", all_word=True),
         "Number of last context tokens whose queries score, and which are kept; all: every query of the context (h2o only). "
-        "Default: 64 (tova: 1; preset paper: 16).",
+        "Default: 64 (tova: 1; preset paper: 16; none for replay).",
         _number,
         "TOKENS|all",
     ),
@@ -405,7 +429,7 @@ COMPRESSION_OPTIONS = (
         _one_of(BUDGETS),
         "How the kept tokens are divided, the same number in all. uniform: evenly over all heads of all layers; adakv: each layer's "
         "over its heads; global: over all heads of all layers. Default: adakv for snapkv and h2o (presets kvpress and paper, "
-        "heads=shared: uniform), else uniform.",
+        "heads=shared: uniform), global for replay, else uniform.",
         metavar="|".join(BUDGETS),
     ),
     Option(
@@ -421,6 +445,13 @@ COMPRESSION_OPTIONS = (
         "budget global: layer divides obcache scores by the mean squared norm of their layer's attention outputs, so that layers "
         "can be compared. Default: layer.",
         metavar="|".join(NORMALIZATIONS),
+    ),
+    Option(
+        "replay_chunk",
+        _whole_number(1, "the number of context tokens that one replay pass re-reads"),
+        "method replay: context tokens that one pass re-reads. Default: 2048.",
+        _number,
+        "TOKENS",
     ),
 )
 

@@ -38,6 +38,12 @@ class Metrics:
             self._prometheus.seconds.observe(seconds)
             self._prometheus.slots_saved.inc(context_tokens - kept_slots)
 
+    def replayed(self, tokens: int) -> None:
+        """A pass of method replay has read `tokens` tokens behind its context."""
+        self._totals["replayed_tokens"] += tokens
+        if self._prometheus:
+            self._prometheus.replayed_tokens.inc(tokens)
+
     def reused(self, tokens_saved: int) -> None:
         """A request used a resident context, and `tokens_saved` tokens of its prompt were not prefilled again."""
         self._totals["reuses"] += 1
@@ -62,7 +68,7 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for `GET /obcache/status`."""
-        names = ("compressions", "reuses", "context_tokens", "slots_saved", "tokens_saved")
+        names = ("compressions", "reuses", "context_tokens", "slots_saved", "tokens_saved", "replayed_tokens")
         return {name: self._totals[name] for name in names} | {
             "compression_seconds": self._seconds,
             "exact": dict(self._exact),
@@ -87,6 +93,7 @@ class _Prometheus:
 
         self.compressions = counter("compressions_total", "Contexts compressed.")
         self.reuses = counter("reuses_total", "Requests that used a resident compressed context.")
+        self.replayed_tokens = counter("replayed_tokens_total", "Tokens read behind contexts to score them by replay.")
         self.tokens_saved = counter("tokens_saved_total", "Prompt tokens not prefilled again thanks to a compressed context.")
         self.slots_saved = counter("slots_saved_total", "KV slots given back by compressions.")
         self.contexts = gauge("contexts", "Compressed contexts resident now.")

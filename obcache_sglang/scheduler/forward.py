@@ -35,8 +35,8 @@ class ScoringRows:
     """The rows of one forward that belong to one job.
 
     first_row: row of the query at position `first_position` in the forward's q; num_rows may be 0 for methods without
-    queries. end: tokens of the context whose K and V are in the pool after this forward's attention. slots: [end] int64,
-    their rows in the KV pool. last: whether end is the whole context, so that tokens are selected and copied.
+    queries. end: tokens whose K and V are in the pool after this forward's attention. slots: [end] int64, their rows in the KV
+    pool. last: whether the context is scored to the end, so that tokens are selected and copied.
     """
 
     job: CompressionJob
@@ -95,15 +95,15 @@ class ForwardPlan:
         return contexts if any(contexts) else None
 
     def _scoring_rows(self, job: CompressionJob, first_row: int, start: int, end: int) -> ScoringRows | None:
-        last = end == job.context.num_tokens
+        last = job.is_final and end == len(job.origin_input_ids)
         if last and job.slots is None:
             job.error = "not_reserved"
             return None
         first_position = max(start, job.first_scoring_position)
-        if first_position >= end or not (last or job.context.settings.needs_queries):
+        if first_position >= end or not (last or job.scores_context):
             return None
         slots = self.req_to_token_pool.req_to_token[job.kv.req_pool_idx, :end].to(torch.int64)
-        num_rows = end - first_position if job.context.settings.needs_queries else 0
+        num_rows = end - first_position if job.scores_context else 0
         return ScoringRows(job, first_row + first_position - start, num_rows, first_position, end, slots, last)
 
     def after_attention(self, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
@@ -131,6 +131,7 @@ class ForwardPlan:
         if not rows.last:
             job.scores[layer.layer_id] = scores
             return
+        scores = scores.joined(job.earlier.get(layer.layer_id), settings.reduce)
         tokens = scores.tokens
         if settings.heads == "shared":
             tokens = tokens.mean(0, keepdim=True)
@@ -162,7 +163,7 @@ class ForwardPlan:
     def _score_layer(self, rows: ScoringRows, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention) -> LayerScores:
         """The scores of this layer from all queries so far, this forward's included."""
         job, context, settings = rows.job, rows.job.context, rows.job.context.settings
-        if not settings.needs_queries:
+        if not job.scores_context:
             seed = int(context.id[:8], 16) + layer.layer_id
             tokens = static_scores(settings.method, layer.tp_k_head_num, context.num_tokens, seed, q.device)
             return LayerScores(tokens, torch.ones((), device=q.device))
@@ -172,16 +173,26 @@ class ForwardPlan:
             scores = LayerScores(tokens, torch.zeros((), device=q.device))
         scoring = slice(rows.first_row, rows.first_row + rows.num_rows)
         outputs = output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[scoring]
+        visible, scored, start = rows.slots, scores.tokens, rows.first_position
+        if settings.preset == "kvzip" and job.replay is not None:
+            # Its queries see the sinks, the chunk they repeat and each other, and score the chunk.
+            chunk, num_sinks = slice(job.replay.first, job.replay.last), min(settings.sink_tokens, job.replay.first)
+            visible = torch.cat([visible[:num_sinks], visible[chunk], visible[context.num_tokens :]])
+            start = len(visible) - rows.num_rows
+            scored = torch.nn.functional.pad(scored[:, chunk], (num_sinks, 0))
         accumulate_scores(
-            scores.tokens,
+            scored,
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[scoring],
-            self.kv_pool.get_key_buffer(layer.layer_id).index_select(0, rows.slots),
-            self.kv_pool.get_value_buffer(layer.layer_id).index_select(0, rows.slots),
-            start=rows.first_position,
+            self.kv_pool.get_key_buffer(layer.layer_id).index_select(0, visible),
+            self.kv_pool.get_value_buffer(layer.layer_id).index_select(0, visible),
+            start=start,
             scale=layer.scaling,
             score=settings.score,
             o=outputs,
+            reduce=settings.reduce,
         )
+        if scored is not scores.tokens:
+            scores.tokens[:, chunk] = scored[:, num_sinks:]
         if settings.budget == "global":
             scores.output_sq += outputs.float().square().sum()
         return scores

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from obcache_sglang.config import ServerSettings
 from obcache_sglang.errors import ContextNotFound, RequestError
 from obcache_sglang.metrics import Metrics
 from obcache_sglang.scheduler.contexts import Context, ContextCache, ContextState, Namespace
+from obcache_sglang.scheduler.replay import ReplayPass, ReplayPrompts
 from obcache_sglang.scheduler.requests import (
     MAX_COMPRESSIONS_PER_REQUEST,
     CompressionJob,
@@ -73,6 +74,7 @@ class CompressionManager:
             self.pool_slots // 2 if settings.max_pinned_slots is None else min(settings.max_pinned_slots, self.pool_slots)
         )
         self._num_jobs = 0
+        self._replay_prompts: ReplayPrompts | None = None
         self._now = 0.0
 
     # --- arrival ----------------------------------------------------------------------------------------------------
@@ -238,12 +240,16 @@ class CompressionManager:
     def _start_job(self, req: ContextReq, context: Context) -> tuple[Verdict, CompressionJob | None]:
         if req.compressions_started >= MAX_COMPRESSIONS_PER_REQUEST:
             return self._serve_exact(req, "evicted"), None
-        if context.num_tokens + context.num_slots > self.pool_slots:
+        if context.settings.method == "replay" and self.scheduler.tokenizer is None:
+            return self._serve_exact(req, "no_tokenizer"), None
+        passes = self._replay_passes(context)
+        if passes is None:
+            return self._serve_exact(req, "no_room_to_replay"), None
+        longest = max((len(each.tokens) for each in passes), default=0)
+        if context.num_tokens + longest + context.num_slots > self.pool_slots:
             return self._serve_exact(req, "pool_too_small"), None
         req.compressions_started += 1
-        self._num_jobs += 1
-        context.job = job = CompressionJob(context, req, number=self._num_jobs)
-        job.time_stats.set_wait_queue_entry_time()
+        job = self._queue_job(context, req, passes)
         if job.window < context.settings.window:
             logger.warning(
                 "obcache: context %s keeps %d slots, so its window of %d tokens shrinks to %d",
@@ -251,13 +257,33 @@ class CompressionManager:
             )  # fmt: skip
         return Verdict.HOLD, job
 
+    def _queue_job(
+        self, context: Context, like: ContextReq | CompressionJob, passes: Sequence[ReplayPass] = ()
+    ) -> CompressionJob:
+        self._num_jobs += 1
+        context.job = job = CompressionJob(context, like, number=self._num_jobs, passes=passes)
+        job.time_stats.set_wait_queue_entry_time()
+        return job
+
+    def _replay_passes(self, context: Context) -> list[ReplayPass] | None:
+        """What method replay reads behind the context; None where the model's context length leaves no room for it."""
+        if context.settings.method != "replay":
+            return []
+        if self._replay_prompts is None:
+            self._replay_prompts = ReplayPrompts(self.scheduler.tokenizer)
+        room = self.scheduler.model_config.context_len - context.num_tokens - self._replay_prompts.num_tokens - 1
+        chunk = min(context.settings.replay_chunk, room)
+        return self._replay_prompts.passes(context.tokens, chunk) if chunk > 0 else None
+
     def _is_alive(self, job: CompressionJob) -> bool:
         return job.kv.holds_kv or any(req is job for req in self.scheduler.waiting_queue)
 
     def before_forward(self, batch: ScheduleBatch) -> None:
         """Reserves the slots of jobs whose last chunk is in this batch, after the batch's own allocation."""
         for req in batch.reqs:
-            if not isinstance(req, CompressionJob) or req.extend_end != req.context.num_tokens or req.error is not None:
+            if not isinstance(req, CompressionJob) or not req.is_final or req.error is not None:
+                continue
+            if req.extend_end != len(req.origin_input_ids):
                 continue
             try:
                 req.slots = self.cache.reserve(req.context)
@@ -285,6 +311,14 @@ class CompressionManager:
         """
         context = job.context
         context.job = None
+        if completed and job.replay is not None:
+            self.metrics.replayed(len(job.replay.tokens))
+        if completed and not job.is_final:
+            if self.agree(job.error is None):
+                # First in the queue: the next pass finds the context's exact KV still there.
+                self.scheduler.waiting_queue.insert(0, self._queue_job(context, job))
+                return
+            job.error = job.error or "error"
         if completed and job.slots is not None:
             scored = job.error is None and job.kept is not None
             if not self.agree(scored):
@@ -293,7 +327,7 @@ class CompressionManager:
             assert job.kept is not None
             context.seconds = time.perf_counter() - job.started_at
             context.scoring_seconds = job.scoring_seconds
-            context.job_cached_tokens = job.cached_tokens
+            context.job_cached_tokens = job.cached_tokens if job.job_cached_tokens is None else job.job_cached_tokens
             self.cache.publish(context, job.kept)
             self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
             self._set_gauges()
@@ -305,7 +339,7 @@ class CompressionManager:
             return
         self._discard(context)
         if completed:
-            job.skip_radix_cache_insert = False  # what was computed is worth caching exactly
+            job.skip_radix_cache_insert = job.replay is not None  # what was computed of the context is worth caching exactly
             assert job.error is not None
             logger.warning("obcache: context %s is served exactly: %s", context.id, job.error)
             for req in self.scheduler.waiting_queue:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from obcache_sglang.cells import KeptTokens
 from obcache_sglang.config import EVERY_QUERY, CompressionSettings
 from obcache_sglang.scheduler.contexts import Context, Namespace
+from obcache_sglang.scheduler.replay import ReplayPass
 from obcache_sglang.scoring.selection import effective_window
 
 if TYPE_CHECKING:
@@ -171,6 +172,13 @@ class LayerScores:
     tokens: torch.Tensor
     output_sq: torch.Tensor
 
+    def joined(self, earlier: LayerScores | None, reduce: str) -> LayerScores:
+        """With what earlier queries said. reduce: sum | max, as in `accumulate_scores`."""
+        if earlier is None:
+            return self
+        join = torch.maximum if reduce == "max" else torch.add
+        return LayerScores(join(self.tokens, earlier.tokens), self.output_sq + earlier.output_sq)
+
 
 class CompressionJob(Req):
     """The internal prefill of one context, `[0, L)`, whose attention calls score, select and copy.
@@ -178,18 +186,42 @@ class CompressionJob(Req):
     Never streamed, never in the tree: its slots are given back when it ends. If it cannot compress (`error`), what it
     computed is cached exactly, as any prefill is.
 
-    scores: of layers that more chunks will score, by layer id. ranked: of layers scored to the end whose budget waits for the
-    other layers', in their order; chosen: of layers whose tokens are chosen and copied, (positions, offsets) as in KeptTokens.
-    kept: all of it, once the last layer is done.
+    Method replay takes several such prefills in turn: the context alone, which is cached exactly, and each pass behind it. The
+    last one selects and copies.
+
+    replay: the pass behind the context, None for the context alone; passes: those still to come. earlier: the scores of the
+    passes before, by layer id; scores: of this prefill, for its chunks to come. ranked: of layers scored to the end whose
+    budget waits for the other layers', in their order; chosen: of layers whose tokens are chosen and copied, (positions,
+    offsets) as in KeptTokens. kept: all of it, once the last layer is done.
     """
 
-    def __init__(self, context: Context, like: ContextReq, *, number: int) -> None:
+    scoring_seconds: float
+    extra_key: str | None
+    tokenizer: Any
+
+    def __init__(
+        self, context: Context, like: ContextReq | CompressionJob, *, number: int, passes: Sequence[ReplayPass] = ()
+    ) -> None:
+        """like: whose LoRA adapter, priority and namespace it has; the prefill that came before it, if one did."""
         sampling_params = SamplingParams(max_new_tokens=0, temperature=0)
         sampling_params.normalize(None)
+        self.replay: ReplayPass | None = None
+        self.passes = list(passes)
+        self.earlier: dict[int, LayerScores] = {}
+        self.started_at = time.perf_counter()
+        self.earlier_seconds = 0.0
+        self.job_cached_tokens: int | None = None
+        if isinstance(like, CompressionJob):
+            self.replay, *self.passes = like.passes
+            reduce = context.settings.reduce
+            self.earlier = {layer: scores.joined(like.earlier.get(layer), reduce) for layer, scores in like.scores.items()}
+            self.started_at, self.earlier_seconds = like.started_at, like.scoring_seconds
+            self.job_cached_tokens = like.cached_tokens if like.job_cached_tokens is None else like.job_cached_tokens
+        tokens = context.tokens if self.replay is None else context.tokens + self.replay.tokens
         super().__init__(
             f"obcache-job-{number}",
             "",
-            context.tokens,
+            tokens,
             sampling_params,
             lora_id=like.lora_id,
             eos_token_ids=like.eos_token_ids,
@@ -199,14 +231,14 @@ class CompressionJob(Req):
         )
         self.extra_key = like.extra_key  # already holds the LoRA id
         self.tokenizer = like.tokenizer
-        self.logprob_start_len = len(context.tokens)  # no input log-probabilities
-        self.skip_radix_cache_insert = True
+        self.logprob_start_len = len(tokens)  # no input log-probabilities
+        # The passes find the context's exact KV in the tree; nothing else of a job belongs there.
+        self.skip_radix_cache_insert = not self.passes or self.replay is not None
         self.context = context
-        self.started_at = time.perf_counter()
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was scored: at the start, and when the job is retracted."""
+        """Forgets what this prefill scored: at the start, and when the job is retracted."""
         settings = self.context.settings
         self.error: str | None = None
         self.slots: torch.Tensor | None = None
@@ -214,14 +246,26 @@ class CompressionJob(Req):
         self.ranked: list[torch.Tensor] = []
         self.chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.kept: KeptTokens | None = None
-        self.scoring_seconds = 0.0
+        self.scoring_seconds = self.earlier_seconds
         self.window = effective_window(settings.window, self.context.num_slots, settings.preset != "kvpress")
+
+    @property
+    def is_final(self) -> bool:
+        """Whether its last chunk selects and copies."""
+        return not self.passes
+
+    @property
+    def scores_context(self) -> bool:
+        """Whether its queries score."""
+        return self.context.settings.needs_queries and (self.context.settings.method != "replay" or self.replay is not None)
 
     @property
     def first_scoring_position(self) -> int:
         """Queries from here on must be computed, not found in the cache: they score."""
         num_tokens = self.context.num_tokens
         settings = self.context.settings
+        if settings.method == "replay":
+            return num_tokens
         if not settings.needs_queries:
             return num_tokens - 1
         return 0 if settings.window == EVERY_QUERY else max(0, num_tokens - self.window)

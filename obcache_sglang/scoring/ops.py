@@ -35,11 +35,12 @@ def accumulate_scores(
     scale: float,
     score: str,
     o: torch.Tensor | None = None,
+    reduce: str = "sum",
 ) -> None:
     """Add the scores that the queries at positions ``start .. start + rows - 1`` give to the tokens they see.
 
-    scores: [num_kv_heads, context_len] float32, context_len >= start + rows; changed in place. Each token gets the sum
-        over queries of its score, averaged over the query heads that share its KV head (GQA).
+    scores: [num_kv_heads, context_len] float32; changed in place. The first context_len tokens are scored, however many more
+        the queries see; where they see fewer, the others' scores are neither read nor written.
     q: [rows, num_q_heads, head_dim], any float dtype, after RoPE.
     k, v: [start + rows, num_kv_heads, head_dim], any float dtype and strides: the tokens at positions
         ``0 .. start + rows - 1``, keys after RoPE. Attention is causal: the query at position p sees tokens 0 .. p.
@@ -47,6 +48,9 @@ def accumulate_scores(
     score: one of ``config.SCORES``.
     o: [rows, num_q_heads, head_dim], any float dtype: the attention outputs of these queries, if the caller has them. It
         saves obcache-k and obcache-kv one of their three matrix products; the other scores do not read it.
+    reduce: "sum" adds to each token the sum of its scores over queries, averaged over the query heads that share its KV head
+        (GQA); "max" leaves it the largest of its scores from any query and query head, and of what it had (KVzip's statistic,
+        arXiv 2505.23416; score "attention" only).
 
     Every query's contribution is complete, so a window that spans prefill chunks is one call per chunk. The inputs are
     read only and computed with in float32.
@@ -54,7 +58,7 @@ def accumulate_scores(
     Scratch, whatever the number of queries: float32 copies of one KV head's K and V, and two buffers (three for
     obcache-kv) of about ``max(2**21, group * (start + rows))`` float32, group = num_q_heads / num_kv_heads.
 
-    Raises ValueError when score is unknown or the shapes do not fit together.
+    Raises ValueError when score or reduce is unknown or the shapes do not fit together.
     """
     rows, num_q_heads, head_dim = q.shape
     num_tokens, num_kv_heads, _ = k.shape
@@ -67,12 +71,13 @@ def accumulate_scores(
         )
     if o is not None and o.shape != q.shape:
         raise ValueError(f"o {list(o.shape)} must have the shape of q, {list(q.shape)}")
-    if scores.dtype != torch.float32 or scores.shape[0] != num_kv_heads or scores.shape[1] < num_tokens:
-        raise ValueError(
-            f"scores is {list(scores.shape)} {scores.dtype}; it must be float32 [{num_kv_heads}, at least {num_tokens}]"
-        )
+    if scores.dtype != torch.float32 or scores.shape[0] != num_kv_heads:
+        raise ValueError(f"scores is {list(scores.shape)} {scores.dtype}; it must be float32 [{num_kv_heads}, tokens]")
+    if reduce not in ("sum", "max") or (reduce == "max" and score != "attention"):
+        raise ValueError(f"reduce {reduce!r} of score {score!r} is unknown; choose sum, or max with attention")
 
     group = num_q_heads // num_kv_heads
+    num_scored = min(scores.shape[1], num_tokens)
     tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * _row_stride(num_tokens))))
     buffers = torch.empty(2, tile_rows * group * _row_stride(num_tokens), dtype=torch.float32, device=q.device)
 
@@ -80,7 +85,9 @@ def accumulate_scores(
         k_head = k[:, head].float()
         v_head = torch.empty(head_dim, num_tokens, dtype=torch.float32, device=q.device).copy_(v[:, head].T)
         v_sq = v_head.square().sum(0)
-        total = torch.zeros(num_tokens, dtype=torch.float32, device=q.device)
+        # A sum is scaled when it is complete; a maximum can be taken in place.
+        head_scores = scores[head, :num_scored]
+        total = torch.zeros_like(head_scores) if reduce == "sum" else head_scores
         for first in range(0, rows, tile_rows):
             last = min(rows, first + tile_rows)
             visible = start + last  # no query of this tile sees further
@@ -93,9 +100,14 @@ def accumulate_scores(
             torch.mm(queries, k_head[:visible].T, out=logits[:, :visible])
             _mask_unseen(logits.view(last - first, group, stride), visible)
             torch.softmax(logits, dim=-1, out=weights)
-            o_tile = None if o is None else o[first:last, heads].float().reshape(num_queries, head_dim)
-            total[:visible] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:visible], o_tile, score)
-        scores[head, :num_tokens].add_(total, alpha=1.0 / group)
+            scored = min(visible, num_scored)
+            if reduce == "max":
+                torch.maximum(total[:scored], weights[:, :scored].amax(0), out=total[:scored])
+            else:
+                o_tile = None if o is None else o[first:last, heads].float().reshape(num_queries, head_dim)
+                total[:scored] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:scored], o_tile, score)
+        if reduce == "sum":
+            head_scores.add_(total, alpha=1.0 / group)
 
 
 def _row_stride(num_tokens: int) -> int:
@@ -121,19 +133,22 @@ def _mask_unseen(logits: torch.Tensor, visible: int) -> None:
 def _tile_scores(
     logits: torch.Tensor, weights: torch.Tensor, v: torch.Tensor, v_sq: torch.Tensor, o: torch.Tensor | None, score: str
 ) -> torch.Tensor:
-    """Scores [visible] summed over the queries of one tile.
+    """Scores [scored] of the first tokens, summed over the queries of one tile.
 
     logits, weights: [queries, stride], stride >= visible; weights are 0 behind what a query sees. Both are overwritten.
-    v: [head_dim, visible]; v_sq: [visible], the squared norms of its columns. o: [queries, head_dim], None to compute it.
+    v: [head_dim, visible]; v_sq: [scored], the squared norms of its first columns. o: [queries, head_dim], None to compute it.
     """
-    visible = v.shape[1]
+    visible, scored = v.shape[1], v_sq.shape[0]
     if score == "attention":
-        return weights.sum(0)[:visible]
+        return weights[:, :scored].sum(0)
     if score == "obcache-v":
-        return weights.square_().sum(0)[:visible].mul_(v_sq)
+        return weights[:, :scored].square_().sum(0).mul_(v_sq)
 
     if o is None:
-        o = weights[:, :visible] @ v.T
+        o = weights[:, :visible] @ v.T  # of all that a query sees, scored or not
+    # Padded, so that the rows of a new buffer lie well too.
+    width = _row_stride(scored)
+    logits, weights = logits[:, :width], weights[:, :width]
     b = logits.mul_(weights)
     if score == "obcache-k":
         w_vv = w_vo = w_oo = b.square_()
@@ -141,6 +156,6 @@ def _tile_scores(
         a_plus_b = weights.add_(b)
         w_vo = a_plus_b * b
         w_vv, w_oo = a_plus_b.square_(), b.square_()
-    v_dot_wo = (o.T @ w_vo[:, :visible]).mul_(v).sum(0)
-    o_sq_w = o.square().sum(-1) @ w_oo[:, :visible]
-    return w_vv.sum(0)[:visible].mul_(v_sq).add_(o_sq_w).sub_(v_dot_wo, alpha=2)
+    v_dot_wo = (o.T @ w_vo[:, :scored]).mul_(v[:, :scored]).sum(0)
+    o_sq_w = o.square().sum(-1) @ w_oo[:, :scored]
+    return w_vv[:, :scored].sum(0).mul_(v_sq).add_(o_sq_w).sub_(v_dot_wo, alpha=2)

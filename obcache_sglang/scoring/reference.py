@@ -50,13 +50,16 @@ def pair_scores(z: torch.Tensor, weights: torch.Tensor, o: torch.Tensor, v: torc
     raise ValueError(f"score {score!r} is unknown")
 
 
-def score_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, start: int, scale: float, score: str) -> torch.Tensor:
+def score_tokens(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, start: int, scale: float, score: str, reduce: str = "sum"
+) -> torch.Tensor:
     """Scores of all tokens for all KV heads, in float64.
 
     q: [rows, num_q_heads, head_dim], the queries at positions ``start .. start + rows - 1``, after RoPE.
     k, v: [start + rows, num_kv_heads, head_dim], the tokens at positions ``0 .. start + rows - 1``.
     scale: factor of the logits, usually ``head_dim ** -0.5``. score: one of ``config.SCORES``.
-    Returns [num_kv_heads, start + rows]: summed over queries, averaged over the query heads of a KV head.
+    Returns [num_kv_heads, start + rows]: with reduce "sum" summed over queries and averaged over the query heads of a KV
+    head, with "max" the largest over both.
     """
     q, k, v = q.double(), k.double(), v.double()
     num_kv_heads = k.shape[1]
@@ -65,5 +68,9 @@ def score_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, start: in
     for q_head in range(q.shape[1]):
         head = q_head // group
         z, weights, o = attention(q[:, q_head], k[:, head], v[:, head], start=start, scale=scale)
-        result[head] += pair_scores(z, weights, o, v[:, head], score).sum(0) / group
+        scores = pair_scores(z, weights, o, v[:, head], score)
+        if reduce == "max":
+            result[head] = torch.maximum(result[head], scores.amax(0))
+        else:
+            result[head] += scores.sum(0) / group
     return result

@@ -109,6 +109,29 @@ def keep_across_heads(ranked: torch.Tensor, total: int, *, safe_per_head: int = 
     return positions, F.pad(keep.sum(-1).cumsum(0), (1, 0))
 
 
+def keep_counts(ranked: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The counts[i] highest tokens of each row i: a budget that is known beforehand, as from a head profile.
+
+    ranked: [rows, context_len] float, of :func:`rank_positions`. counts: one for each row, 0 to context_len.
+
+    Returns positions [sum(counts)] int32, row by row and ascending in each, and offsets [rows + 1] int64: row i keeps
+    ``positions[offsets[i]:offsets[i + 1]]``. Equal ranks: the earlier position; NaN ranks last. Raises ValueError. No step
+    waits for the device.
+    """
+    rows, context_len = ranked.shape
+    if len(counts) != rows:
+        raise ValueError(f"counts has {len(counts)} values; ranked has {rows} rows")
+    for count in counts:
+        _check("count", count, 0, context_len, "the tokens of the context")
+    ranked = _comparable(ranked)
+    wanted = torch.tensor(counts).to(ranked.device, non_blocking=True).unsqueeze(1)
+    # At least one, so that there is a threshold; a row that keeps nothing has no equals either.
+    highest = torch.topk(ranked, max(1, *counts), dim=-1).values
+    keep = _down_to(ranked, highest.gather(1, (wanted - 1).clamp_min(0)), wanted)
+    positions = torch.nonzero_static(keep, size=sum(counts))[:, 1].to(torch.int32)
+    return positions, F.pad(wanted.view(-1).cumsum(0), (1, 0))
+
+
 def _check(name: str, value: int, lowest: int, highest: int, bounds: str) -> None:
     if not lowest <= value <= highest:
         raise ValueError(f"{name}={value} is outside {lowest} .. {highest}, {bounds}")
@@ -132,6 +155,16 @@ def _highest(ranked: torch.Tensor, count: int, taken: torch.Tensor | None = None
     # As -inf, taken tokens do not raise the threshold; where that is -inf itself, only the mask tells them from the others.
     free = ranked if taken is None else ranked.masked_fill(taken, float("-inf"))
     threshold = torch.topk(free, count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    return _down_to(free, threshold, count, taken)
+
+
+def _down_to(
+    free: torch.Tensor, threshold: torch.Tensor, count: int | torch.Tensor, taken: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which of free [rows, tokens] are above their row's threshold [rows, 1], and the earlier of those equal to it up to count.
+
+    count: of each row, an int or [rows, 1]. taken: bool [rows, tokens], never chosen as equals. Returns bool [rows, tokens].
+    """
     above, equal = free > threshold, free == threshold
     if taken is not None:
         equal &= ~taken

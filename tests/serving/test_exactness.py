@@ -25,12 +25,15 @@ FIRST = [
     ("snapkv", "obcache-kv", 0.8, "global"),
     ("h2o", "obcache-v", 0.8, "uniform"),
     ("tova", "attention", 0.5, "uniform"),
+    ("replay", "obcache-v", 0.8, "global"),
 ]
 SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
 REST = list(itertools.product(("snapkv", "h2o", "tova"), SCORES, (0.5, 0.8), ("uniform",)))
 REST += list(itertools.product(("snapkv",), SCORES, (0.5, 0.8), ("adakv", "global")))
 REST += [("random", "attention", 0.5, "global"), ("random", "attention", 0.8, "adakv")]
 REST += [("streaming", "attention", 0.5, "uniform"), ("streaming", "attention", 0.8, "uniform")]
+REST += list(itertools.product(("replay",), SCORES, (0.5, 0.8), ("global",)))
+REST += [("replay", "attention", 0.8, "adakv"), ("replay", "obcache-kv", 0.5, "uniform")]
 REST += [("h2o", "obcache-k", 0.8, "global"), ("tova", "obcache-v", 0.8, "adakv"), ("tova", "obcache-v", 0.8, "global")]
 REST = [c for c in REST if c not in FIRST]
 

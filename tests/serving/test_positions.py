@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch.nn.functional as F
 
 from launch.server import Server
 from obcache_sglang.config import CompressionSettings
+from obcache_sglang.scoring.reference import attention, score_tokens
 from tests.unit.test_kvpress import CONTEXT_LEN, FIXTURE, Layer, as_asked, kept_by_us, layers, run_name, share_in_common
 
 __all__ = ["layers"]  # a fixture
@@ -46,3 +48,34 @@ def test_a_window_that_spans_two_chunks_scores_as_one(
         for pair in zip(ours, theirs, strict=True)
     ]
     assert sum(len(ours & theirs) for ours, theirs in pairs) >= 0.994 * sum(len(theirs) for _, theirs in pairs)
+
+
+@pytest.mark.parametrize("score", ["attention", "obcache-v", "obcache-kv"])
+def test_a_global_budget_is_a_plain_sort_of_all_heads(server: Server, layers: list[Layer], score: str) -> None:
+    """In float64: pooled scores, relative to their layer's mean squared output, the window first, and the best of the rest."""
+    window, kernel = 64, 5
+    wish = {"preset": "kvpress", "budget": "global", "score": score, "compression_ratio": 0.8}
+    ranked = []  # (-score, head of all layers, position)
+    start = CONTEXT_LEN - window
+    for number, (q, k, v, scale) in enumerate(layers):
+        scores = score_tokens(q[start:], k, v, start=start, scale=scale, score=score)
+        if score != "attention":
+            outputs = [
+                attention(q[start:, head].double(), k[:, head // 3].double(), v[:, head // 3].double(), start=start, scale=scale)[
+                    2
+                ]
+                for head in range(q.shape[1])
+            ]
+            scores /= sum(output.square().sum() for output in outputs)
+        pooled = F.avg_pool1d(scores[:, :start], kernel, stride=1, padding=kernel // 2)
+        for lane, values in enumerate(pooled.tolist()):
+            head = number * len(pooled) + lane
+            ranked += [(-value, head, position) for position, value in enumerate(values)]
+            ranked += [(float("-inf"), head, position) for position in range(start, CONTEXT_LEN)]
+    num_heads = len(layers) * layers[0][1].shape[1]
+    best = sorted(ranked)[: int(CONTEXT_LEN * 0.2 + 1e-9) * num_heads]
+    wanted = [{position for _, head, position in best if head == number} for number in range(num_heads)]
+    kept = [head for layer in kept_by_server(server, **wish) for head in layer]
+    assert sum(map(len, kept)) == len(best)
+    assert sum(len(ours & theirs) for ours, theirs in zip(kept, wanted, strict=True)) >= 0.994 * len(best)
+    assert max(map(len, kept)) > 3 * min(map(len, kept))

@@ -107,7 +107,7 @@ def test_mixed_batches_give_each_request_the_tokens_it_gets_alone(server: Server
     uniform, adakv, across = (wish(budget=budget) for budget in ("uniform", "adakv", "global"))
     wishes = [None, uniform, adakv, across, wish(budget="global", compression_ratio=0.9), None, wish(method="tova"), adakv]
     asked = [
-        {"prompt": docs[i % 3] + question(model_dir, f"\n\nPoint {i}:"), "obcache": w, "max_new_tokens": 16}
+        {"prompt": docs[i % 3] + question(model_dir, f"\n\nPoint {i}:"), "obcache": w, "max_new_tokens": 8}
         for i, w in enumerate(wishes)
     ]
     alone = [generate(server, **request) for request in asked]

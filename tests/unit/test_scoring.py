@@ -12,6 +12,8 @@ from obcache_sglang.scoring.reference import attention, score_tokens
 
 HEAD_DIM = 16
 SCALE = HEAD_DIM**-0.5
+STATISTICS = [*((score, "sum") for score in SCORES), ("attention", "max")]
+each_statistic = pytest.mark.parametrize(("score", "reduce"), STATISTICS)
 
 
 @pytest.fixture(autouse=True)
@@ -38,20 +40,35 @@ def make_qkv(
     return q.to(dtype), k.to(dtype), v.to(dtype), num_tokens - rows
 
 
-def computed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, score: str) -> torch.Tensor:
-    scores = torch.zeros(k.shape[1], k.shape[0])
-    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score)
+def computed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, score: str, reduce: str = "sum", num_scored: int | None = None
+) -> torch.Tensor:
+    """Scores of the first num_scored tokens; of all without it."""
+    scores = torch.zeros(k.shape[1], k.shape[0] if num_scored is None else num_scored)
+    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, reduce=reduce)
     return scores
 
 
-def assert_agrees(actual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, score: str) -> None:
-    """Within float32 noise of the float64 reference, token by token.
+def exact_outputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
+    """Attention outputs in float64, in the shape of q."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    heads = range(q.shape[1])
+    return torch.stack(
+        [attention(q[:, h], k[:, h // group], v[:, h // group], start=start, scale=SCALE)[2] for h in heads], dim=1
+    )
+
+
+def assert_agrees(
+    actual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, score: str, reduce: str = "sum"
+) -> None:
+    """Within float32 noise of the float64 reference, token by token, for the first tokens that actual has.
 
     A logit of 15 summed in float32 is off by a few 1e-6, which the exponential turns into a relative error of the score;
     squaring doubles it: 5e-5 of the score. Where o_i comes close to v_j, the expanded ||v_j - o_i||^2 cancels: 1e-6 of the
     terms that cancel. bfloat16 inputs are exact in float32 and get no tolerance of their own.
     """
-    expected = score_tokens(q, k, v, start=start, scale=SCALE, score=score)
+    expected = score_tokens(q, k, v, start=start, scale=SCALE, score=score, reduce=reduce)
     tolerance = 5e-5 * expected
     if score in ("obcache-k", "obcache-kv"):
         group = q.shape[1] // k.shape[1]
@@ -60,62 +77,81 @@ def assert_agrees(actual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: tor
             z, weights, o = attention(q[:, q_head].double(), k[:, q_head // group].double(), v_head, start=start, scale=SCALE)
             norms = v_head.square().sum(-1) + o.square().sum(-1, keepdim=True)
             tolerance[q_head // group] += 1e-6 * ((weights * (1 + z.abs())).square() * norms).sum(0) / group
-    excess = (actual - expected).abs() / tolerance.clamp_min(1e-30)
+    excess = (actual - expected[:, : actual.shape[1]]).abs() / tolerance[:, : actual.shape[1]].clamp_min(1e-30)
     assert excess.max() <= 1, f"error is {excess.max():.2f} times the tolerance at [head, token] {excess.argmax().item()}"
 
 
-@pytest.mark.parametrize("score", SCORES)
+@each_statistic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("group", [1, 3, 7, 8], ids=lambda group: f"group{group}")
 @pytest.mark.parametrize(
     ("num_tokens", "window"), [(67, 1), (129, 63), (301, 64), (577, 500), (37, 64), (1, 64)], ids=lambda size: str(size)
 )
-def test_agrees_with_reference(num_tokens: int, window: int, group: int, dtype: torch.dtype, score: str) -> None:
+def test_agrees_with_reference(num_tokens: int, window: int, group: int, dtype: torch.dtype, score: str, reduce: str) -> None:
     q, k, v, start = make_qkv(num_tokens, window, group=group, dtype=dtype)
-    assert_agrees(computed(q, k, v, start, score), q, k, v, start, score)
+    assert_agrees(computed(q, k, v, start, score, reduce), q, k, v, start, score, reduce)
 
 
-@pytest.mark.parametrize("score", SCORES)
-def test_window_over_two_chunks_equals_one_call(score: str) -> None:
+@each_statistic
+def test_window_over_two_chunks_equals_one_call(score: str, reduce: str) -> None:
     q, k, v, start = make_qkv(131, 63)
     scores = torch.zeros(2, 131)
     for first, last in ((0, 22), (22, 63)):
         seen = start + last
-        accumulate_scores(scores, q[first:last], k[:seen], v[:seen], start=start + first, scale=SCALE, score=score)
-    assert_agrees(scores, q, k, v, start, score)
+        chunk = q[first:last], k[:seen], v[:seen]
+        accumulate_scores(scores, *chunk, start=start + first, scale=SCALE, score=score, reduce=reduce)
+    assert_agrees(scores, q, k, v, start, score, reduce)
 
 
-@pytest.mark.parametrize("score", SCORES)
+@each_statistic
 @pytest.mark.parametrize("tile_elements", [1, 5000], ids=lambda elements: f"tile{elements}")
-def test_tiles_do_not_change_the_sum(monkeypatch: pytest.MonkeyPatch, tile_elements: int, score: str) -> None:
+def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, tile_elements: int, score: str, reduce: str) -> None:
     monkeypatch.setattr(ops, "_TILE_ELEMENTS", tile_elements)  # one query row per tile, and a few with a ragged last one
     q, k, v, start = make_qkv(259, 259)
-    assert_agrees(computed(q, k, v, start, score), q, k, v, start, score)
+    assert_agrees(computed(q, k, v, start, score, reduce), q, k, v, start, score, reduce)
+
+
+@each_statistic
+@pytest.mark.parametrize("tile_elements", [5000, 1 << 21], ids=lambda elements: f"tile{elements}")
+@pytest.mark.parametrize("num_scored", [1, 50, 128, 150, 257], ids=lambda num_scored: f"scored{num_scored}")
+def test_only_the_first_tokens_score(
+    monkeypatch: pytest.MonkeyPatch, num_scored: int, tile_elements: int, score: str, reduce: str
+) -> None:
+    """The queries see all tokens, with a complete softmax and complete outputs, but only some get scores: a few, all before
+    the queries, or some of the queries' own, which the first tiles do not come to."""
+    monkeypatch.setattr(ops, "_TILE_ELEMENTS", tile_elements)
+    q, k, v, start = make_qkv(257, 129)
+    assert_agrees(computed(q, k, v, start, score, reduce, num_scored), q, k, v, start, score, reduce)
+    scores = torch.zeros(2, num_scored)
+    o = exact_outputs(q, k, v, start).float()
+    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, o=o, reduce=reduce)
+    assert_agrees(scores, q, k, v, start, score, reduce)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("score", SCORES)
-def test_any_strides(score: str, dtype: torch.dtype) -> None:
+@each_statistic
+def test_any_strides(score: str, reduce: str, dtype: torch.dtype) -> None:
     """Head-major tensors, and every other row of a pool that holds K and V side by side."""
     q, k, v, start = make_qkv(97, 33, dtype=dtype)
-    expected = computed(q, k, v, start, score)
+    expected = computed(q, k, v, start, score, reduce)
     head_major = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (q, k, v)]
     pool = torch.full((2 * 97, 2, 2, 2 * HEAD_DIM), float("nan"), dtype=dtype)
     pool[::2, 0, :, ::2], pool[::2, 1, :, ::2] = k, v
     for q_view, k_view, v_view in (head_major, (q, pool[::2, 0, :, ::2], pool[::2, 1, :, ::2])):
         assert not k_view.is_contiguous()
-        torch.testing.assert_close(computed(q_view, k_view, v_view, start, score), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(computed(q_view, k_view, v_view, start, score, reduce), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("score", SCORES)
-def test_adds_in_place_and_leaves_the_rest(score: str) -> None:
+@each_statistic
+def test_accumulates_in_place_and_leaves_the_rest(score: str, reduce: str) -> None:
     q, k, v, start = make_qkv(40, 9)
     inputs = [tensor.clone() for tensor in (q, k, v)]
-    expected = computed(q, k, v, start, score)
-    scores = torch.full((2, 53), 2.0)
+    expected = computed(q, k, v, start, score, reduce)
+    had = expected.mean().item()  # less than some of them, more than others
+    scores = torch.full((2, 53), had)
     scores[:, 40:] = float("nan")  # tokens no query has come to: never read, never written
-    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score)
-    torch.testing.assert_close(scores[:, :40], expected + 2)
+    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, reduce=reduce)
+    torch.testing.assert_close(scores[:, :40], expected + had if reduce == "sum" else expected.clamp_min(had))
     assert scores[:, 40:].isnan().all()
     assert all(torch.equal(tensor, before) for tensor, before in zip((q, k, v), inputs, strict=True))
 
@@ -126,15 +162,9 @@ def test_outputs_the_caller_has(dtype: torch.dtype, score: str) -> None:
     """The engine's outputs, rounded to its dtype, take the place of computed ones. Rounding moves o_i by at most 2^-8 of
     itself in bfloat16, and ||v_j - o_i||^2 by about twice that."""
     q, k, v, start = make_qkv(129, 63, dtype=dtype)
-    o = torch.stack(
-        [
-            attention(q[:, head].double(), k[:, head // 3].double(), v[:, head // 3].double(), start=start, scale=SCALE)[2]
-            for head in range(6)
-        ],
-        dim=1,
-    )
     scores = torch.zeros(2, 129)
-    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, o=o.to(dtype))
+    o = exact_outputs(q, k, v, start).to(dtype)
+    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, o=o)
     expected = computed(q, k, v, start, score)
     if dtype == torch.float32 or score in ("attention", "obcache-v"):
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6 * expected.mean().item())
@@ -166,10 +196,12 @@ def test_a_token_with_all_the_attention(score: str) -> None:
         ({"q": torch.zeros(9, 5, HEAD_DIM)}, "num_q_heads must be a multiple of num_kv_heads"),
         ({"v": torch.zeros(40, 1, HEAD_DIM)}, "do not fit"),
         ({"o": torch.zeros(9, 2, HEAD_DIM)}, r"o \[9, 2, 16\] must have the shape of q, \[9, 6, 16\]"),
-        ({"scores": torch.zeros(2, 39)}, r"must be float32 \[2, at least 40\]"),
+        ({"scores": torch.zeros(3, 40)}, r"scores is \[3, 40\] torch.float32; it must be float32 \[2, tokens\]"),
         ({"scores": torch.zeros(2, 40, dtype=torch.bfloat16)}, "must be float32"),
+        ({"reduce": "mean"}, "reduce 'mean' of score 'attention' is unknown; choose sum, or max with attention"),
+        ({"reduce": "max", "score": "obcache-v"}, "reduce 'max' of score 'obcache-v' is unknown"),
     ],
-    ids=["score", "start", "q-heads", "v-shape", "o-shape", "short-scores", "scores-dtype"],
+    ids=["score", "start", "q-heads", "v-shape", "o-shape", "scores-heads", "scores-dtype", "reduce", "max-of-obcache"],
 )
 def test_refuses(change: dict, message: str) -> None:
     q, k, v, start = make_qkv(40, 9)
