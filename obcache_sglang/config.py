@@ -26,9 +26,10 @@ SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
 PRESETS = ("default", "kvpress", "paper", "kvzip")
 POOLINGS = ("none", "average", "max")
 HEADS = ("per-head", "shared")
-BUDGETS = ("uniform", "adakv", "global")
+BUDGETS = ("uniform", "adakv", "global", "profile")
 NORMALIZATIONS = ("layer", "none")
 MODES = ("marked", "prompt")
+WHENS = ("first", "idle")
 HEAD_ATTENTIONS = ("triton", "flashinfer")
 
 EVERY_QUERY = 0
@@ -59,7 +60,7 @@ class CompressionSettings:
     max_kept_tokens: upper bound of the kept tokens per KV head, beside the ratio; None for no bound.
     budget: how the kept tokens are divided, as many in all under each. `uniform`: the same number for each head of each layer;
         `adakv`: each layer's over its heads (AdaKV, arXiv 2407.11550, in KVPress's form); `global`: all over all heads of all
-        layers, of which each keeps at least its sinks and window.
+        layers, of which each keeps at least its sinks and window; `profile`: as the server's head profile says, likewise.
     adakv_safeguard: the part of an even share that each head keeps whatever the others score, in [0, 1]; for adakv.
     replay_chunk: context tokens that one replay pass re-reads; method replay only.
     normalization: `layer` divides the obcache scores by the mean squared norm of the layer's attention outputs, which makes
@@ -192,6 +193,9 @@ class ServerSettings:
 
     compression: what a request gets that asks for nothing else.
     mode: `marked`: prompts say where their context ends; `prompt`: the context is all of a prompt but its last token.
+    head_profile: file of a head profile, or the name of one that comes with the package; then budgets are `profile` unless given.
+    when: `first`: a context's first question compresses it; `idle`: questions are served exactly until the engine has nothing
+        else to do, or its pool gets tight, and compresses the contexts they came with.
     min_tokens: shorter contexts are served exactly.
     marker: the text that ends a context.
     max_contexts: contexts remembered at once.
@@ -203,6 +207,8 @@ class ServerSettings:
 
     compression: CompressionSettings = field(default_factory=CompressionSettings)
     mode: str = "marked"
+    when: str = "first"
+    head_profile: str | None = None
     min_tokens: int = 256
     marker: str = "<|obcache|>"
     max_contexts: int = 1024
@@ -210,6 +216,23 @@ class ServerSettings:
     head_attention: str = "triton"
     allow_untested_sglang: bool = False
     given: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises InvalidValue for settings that exclude each other."""
+        if self.when == "idle" and self.mode == "prompt":
+            raise InvalidValue(
+                "when", "idle", "has no use in mode prompt, whose contexts have one question each; set when=first."
+            )
+        self._check_budget(self.compression)
+
+    def _check_budget(self, compression: CompressionSettings) -> CompressionSettings:
+        if compression.budget == "profile" and self.head_profile is None:
+            raise InvalidValue(
+                "budget",
+                "profile",
+                "needs a server with a head profile (--obcache-head-profile); choose uniform, adakv or global.",
+            )
+        return compression
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any]) -> ServerSettings:
@@ -220,6 +243,8 @@ class ServerSettings:
         values = {name: OPTIONS[name].check(name, value) for name, value in given.items()}
         compression = {name: value for name, value in values.items() if OPTIONS[name].per_request}
         server = {name: value for name, value in values.items() if not OPTIONS[name].per_request}
+        if "head_profile" in server and compression.get("preset") != "kvzip":
+            compression.setdefault("budget", "profile")
         return cls(compression=CompressionSettings.resolve(compression), given=compression, **server)
 
     def compression_for(self, overrides: Mapping[str, Any]) -> CompressionSettings:
@@ -232,10 +257,12 @@ class ServerSettings:
         dropped: frozenset[str] = frozenset()
         if overrides.get("preset", self.compression.preset) != self.compression.preset:
             dropped = _DECIDED_BY_PRESET
+            if overrides.get("preset") == "kvzip":
+                dropped |= {"method", "score", "budget"}
         elif overrides.get("method", self.compression.method) != self.compression.method:
             dropped = _DECIDED_BY_METHOD
         kept = {name: value for name, value in self.given.items() if name not in dropped}
-        return CompressionSettings.resolve({**kept, **overrides})
+        return self._check_budget(CompressionSettings.resolve({**kept, **overrides}))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for reports."""
@@ -336,6 +363,12 @@ def _marker(name: str, value: Any) -> str:
     return value
 
 
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidValue(name, value, "is not a text.")
+    return value
+
+
 def _switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InvalidValue(name, value, "is not true or false.")
@@ -428,8 +461,8 @@ COMPRESSION_OPTIONS = (
         "budget",
         _one_of(BUDGETS),
         "How the kept tokens are divided, the same number in all. uniform: evenly over all heads of all layers; adakv: each layer's "
-        "over its heads; global: over all heads of all layers. Default: adakv for snapkv and h2o (presets kvpress and paper, "
-        "heads=shared: uniform), global for replay, else uniform.",
+        "over its heads; global: over all heads of all layers; profile: as --obcache-head-profile says. Default: adakv for snapkv and h2o (presets kvpress and paper, "
+        "heads=shared: uniform), global for replay, else uniform; profile where the server has one.",
         metavar="|".join(BUDGETS),
     ),
     Option(
@@ -462,6 +495,22 @@ SERVER_OPTIONS = (
         "marked: a prompt says where its context ends (marker or context_len), any other is untouched; prompt: the context is all of every "
         "prompt but its last token (query-aware, not shared). Default: marked.",
         metavar="|".join(MODES),
+        per_request=False,
+    ),
+    Option(
+        "head_profile",
+        _text,
+        "File of python -m obcache_sglang.calibrate, or the name of a profile that comes with the package: divides the kept tokens "
+        "over heads as a replay would, without one (budget profile, the default then).",
+        metavar="FILE",
+        per_request=False,
+    ),
+    Option(
+        "when",
+        _one_of(WHENS),
+        "first: the first question on a context compresses it, and waits for that; idle: questions are served exactly at first, and "
+        "their contexts compressed when the engine is idle or the pool gets tight. Default: first.",
+        metavar="|".join(WHENS),
         per_request=False,
     ),
     Option(

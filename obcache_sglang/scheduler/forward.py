@@ -17,7 +17,7 @@ import torch
 from obcache_sglang.cells import KeptTokens, KVSpace
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, LayerScores
 from obcache_sglang.scoring.ops import accumulate_scores
-from obcache_sglang.scoring.selection import keep_across_heads, keep_per_head, rank_positions, static_scores
+from obcache_sglang.scoring.selection import keep_across_heads, keep_counts, keep_per_head, rank_positions, static_scores
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from obcache_sglang.profile import HeadProfile
     from obcache_sglang.scheduler.contexts import Context
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class ForwardPlan:
     """What our hooks do in the current forward of this process.
 
     space: where the heads of uneven contexts lie; None where the pool cannot hold such. attends_uneven_heads: whether the
-    attention backends read them. serial: of the current forward. mean_over_ranks: averages a tensor over
+    attention backends read them. head_profile, lanes: for budget profile; which KV heads of a layer this rank has. serial: of the current forward. mean_over_ranks: averages a tensor over
     the ranks that share a layer's KV heads; None with one rank.
     """
 
@@ -61,6 +62,8 @@ class ForwardPlan:
         self.req_to_token_pool = req_to_token_pool
         self.space = KVSpace.of(kv_pool)
         self.attends_uneven_heads = False
+        self.head_profile: HeadProfile | None = None
+        self.lanes = (0, kv_pool.head_num)
         self.mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.serial = 0
         self._rows: list[ScoringRows] = []
@@ -151,6 +154,8 @@ class ForwardPlan:
             job.ranked.append(ranked)
             if len(job.ranked) == self.kv_pool.layer_num:
                 self._keep_across_layers(rows)
+        elif context.is_uneven and settings.budget == "profile":
+            self._keep_by_profile(rows, ranked)
         elif context.is_uneven:
             self._keep_across_heads(rows, ranked)
         else:
@@ -214,6 +219,19 @@ class ForwardPlan:
         first_head = len(rows.job.chosen) * len(ranked)
         self._copy_cells(rows, *chosen, first_head=first_head, first_cell=first_head * num_slots)
         rows.job.chosen.append(chosen)
+
+    def _keep_by_profile(self, rows: ScoringRows, ranked: torch.Tensor) -> None:
+        """Budget profile: what each head keeps is known before; a layer's cells begin behind those of the layers before."""
+        job, context, settings = rows.job, rows.job.context, rows.job.context.settings
+        if job.counts is None:
+            assert self.head_profile is not None
+            num_sinks = min(settings.sink_tokens, context.num_slots)
+            floor = num_sinks + min(job.window, context.num_slots - num_sinks)
+            job.counts = self.head_profile.counts(context.num_tokens, context.num_slots, floor, self.lanes)
+        first_head = len(job.chosen) * len(ranked)
+        chosen = keep_counts(ranked, job.counts[first_head : first_head + len(ranked)])
+        self._copy_cells(rows, *chosen, first_head=first_head, first_cell=sum(job.counts[:first_head]))
+        job.chosen.append(chosen)
 
     def _keep_across_layers(self, rows: ScoringRows) -> None:
         """Budget global: all heads of all layers share all cells. Called when the last layer's scores are known."""

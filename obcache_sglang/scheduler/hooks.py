@@ -22,6 +22,7 @@ from obcache_sglang.cpu.attention import CpuAttentionBackend
 from obcache_sglang.errors import HostError, RequestError
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
 from obcache_sglang.metrics import Metrics
+from obcache_sglang.profile import HeadProfile
 from obcache_sglang.scheduler.contexts import FIRST_VIRTUAL_ID
 from obcache_sglang.scheduler.forward import ForwardPlan, score_after
 from obcache_sglang.scheduler.manager import CompressionManager
@@ -47,11 +48,19 @@ def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any
             f"--obcache needs SGLang's MHATokenToKVPool and UnifiedRadixCache, this server has {type(pool).__name__} and "
             f"{type(scheduler.tree_cache).__name__}; serve a model with ordinary attention, with the radix cache on."
         )
-    refusal = _uneven_refusal(scheduler.server_args)
+    assert _plan is not None, "attention backends are made before the scheduler is complete"
+    refusal = _uneven_refusal(_plan, scheduler.server_args)
     if refusal is not None and settings.compression.budget != "uniform":
         raise HostError(
             f"--obcache-budget={settings.compression.budget} cannot be served here: {refusal}; set --obcache-budget uniform."
         )
+    if settings.head_profile is not None:
+        _plan.head_profile = HeadProfile.load(settings.head_profile)
+        _plan.head_profile.check_model(scheduler.model_config.hf_config)
+        num_heads = scheduler.model_config.get_total_num_kv_heads()
+        # As SGLang divides them; where there are fewer heads than ranks, several ranks have the same one.
+        first = get_parallel().attn_tp_rank * num_heads // get_parallel().attn_tp_size
+        _plan.lanes = (first, first + pool.head_num)
     cpu_group, group_size = scheduler.attn_tp_cpu_group, scheduler.attn_tp_group.world_size
 
     def agree(verdict: bool) -> bool:
@@ -61,7 +70,7 @@ def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any
         torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN, group=cpu_group)
         return bool(votes.item())
 
-    if group_size > 1 and _plan is not None:
+    if group_size > 1:
         _plan.mean_over_ranks = lambda tensor: scheduler.attn_tp_group.all_reduce(tensor) / group_size
     reporter = scheduler.metrics_reporter
     labels = dict(scheduler.metrics_collector.labels) if reporter.enable_metrics else {}
@@ -75,15 +84,14 @@ def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any
     )
 
 
-def _uneven_refusal(server_args: Any) -> str | None:
+def _uneven_refusal(plan: ForwardPlan, server_args: Any) -> str | None:
     """Why heads of different length cannot be served in this process, or None."""
-    assert _plan is not None, "attention backends are made before the scheduler is complete"
-    if _plan.space is None:
-        return f"the KV pool (layout {_plan.kv_pool.kv_cache_layout}) does not hold all layers in one address space"
-    if _plan.space.k.dtype.itemsize < 2:
-        return f"a KV cache of {_plan.space.k.dtype} has scales that heads of different length are not attended with"
-    if not _plan.attends_uneven_heads:
-        return f"attention backend {server_args.attention_backend} on {_plan.kv_pool.device} has one length for all heads"
+    if plan.space is None:
+        return f"the KV pool (layout {plan.kv_pool.kv_cache_layout}) does not hold all layers in one address space"
+    if plan.space.k.dtype.itemsize < 2:
+        return f"a KV cache of {plan.space.k.dtype} has scales that heads of different length are not attended with"
+    if not plan.attends_uneven_heads:
+        return f"attention backend {server_args.attention_backend} on {plan.kv_pool.device} has one length for all heads"
     return None
 
 

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+TIGHT_POOL = 0.1
+"""With when=idle: below this share of free KV slots a context is compressed although the engine is busy."""
+
+
 class Verdict(Enum):
     ADMIT = "admit"
     HOLD = "hold"
@@ -75,6 +79,7 @@ class CompressionManager:
         )
         self._num_jobs = 0
         self._replay_prompts: ReplayPrompts | None = None
+        self._deferred: dict[str, tuple[Context, ContextReq]] = {}
         self._now = 0.0
 
     # --- arrival ----------------------------------------------------------------------------------------------------
@@ -114,6 +119,7 @@ class CompressionManager:
 
         They stay where aborts, timeouts and the idle check look for them: in the waiting queue, in their order.
         """
+        self._compress_deferred()
         queue = self.scheduler.waiting_queue
         if not any(isinstance(req, ContextReq) for req in queue):
             result = pick_prefill_batch(**kwargs)
@@ -172,9 +178,39 @@ class CompressionManager:
         if self.cache.is_resident(context):
             return self._serve_resident(req, context), None
         req.use_real_ids()
+        if self._may_defer(req):
+            if context.job is None:
+                self._deferred[context.id] = (context, req)
+            return self._serve_exact(req, "deferred"), None
         if context.job is not None:
             return Verdict.HOLD, None
         return self._start_job(req, context)
+
+    def _may_defer(self, req: ContextReq) -> bool:
+        """Whether a question is served exactly for now: not where it is the only one its context can have."""
+        plan = req.plan
+        return self.settings.when == "idle" and plan.action == "ask" and plan.context_len < len(req.prompt_ids) - 1
+
+    def _compress_deferred(self) -> None:
+        """Starts the compression of a context whose questions were served exactly, the longest waiting first, one at a time."""
+        if not self._deferred or any(context.job is not None for context in self.cache):
+            return
+        scheduler = self.scheduler
+        idle = not scheduler.waiting_queue and scheduler.running_batch.is_empty() and scheduler.chunked_req is None
+        if not idle and self.cache.allocator.available_size() > TIGHT_POOL * self.pool_slots:
+            return
+        context, req = self._deferred.pop(next(iter(self._deferred)))
+        if self.cache.get(context.id) is not context or self.cache.is_resident(context):
+            return
+        try:
+            job, refusal = self._make_job(req, context)
+            if job is None:
+                logger.warning("obcache: context %s stays exact: %s", context.id, refusal)
+            else:
+                job.unattended = True
+                scheduler.waiting_queue.insert(0, job)
+        except Exception:
+            logger.exception("obcache: context %s stays exact", context.id)
 
     def _find_context(self, req: ContextReq) -> Context | None:
         """The context of a request by its boundary, or the longest resident one that its prompt starts with."""
@@ -240,22 +276,29 @@ class CompressionManager:
     def _start_job(self, req: ContextReq, context: Context) -> tuple[Verdict, CompressionJob | None]:
         if req.compressions_started >= MAX_COMPRESSIONS_PER_REQUEST:
             return self._serve_exact(req, "evicted"), None
+        job, refusal = self._make_job(req, context)
+        if job is None:
+            return self._serve_exact(req, refusal), None
+        req.compressions_started += 1
+        return Verdict.HOLD, job
+
+    def _make_job(self, req: ContextReq, context: Context) -> tuple[CompressionJob | None, str]:
+        """The compression of a context for `req`, or None and why it cannot be."""
         if context.settings.method == "replay" and self.scheduler.tokenizer is None:
-            return self._serve_exact(req, "no_tokenizer"), None
+            return None, "no_tokenizer"
         passes = self._replay_passes(context)
         if passes is None:
-            return self._serve_exact(req, "no_room_to_replay"), None
+            return None, "no_room_to_replay"
         longest = max((len(each.tokens) for each in passes), default=0)
         if context.num_tokens + longest + context.num_slots > self.pool_slots:
-            return self._serve_exact(req, "pool_too_small"), None
-        req.compressions_started += 1
+            return None, "pool_too_small"
         job = self._queue_job(context, req, passes)
         if job.window < context.settings.window:
             logger.warning(
                 "obcache: context %s keeps %d slots, so its window of %d tokens shrinks to %d",
                 context.id, context.num_slots, context.settings.window, job.window,
             )  # fmt: skip
-        return Verdict.HOLD, job
+        return job, ""
 
     def _queue_job(
         self, context: Context, like: ContextReq | CompressionJob, passes: Sequence[ReplayPass] = ()
@@ -354,7 +397,7 @@ class CompressionManager:
         """Ends the jobs nobody waits for any more. A job whose last chunk runs is let finish: the work is done."""
         for context in list(self.cache):
             job = context.job
-            if job is None or any(isinstance(r, ContextReq) and r.context is context for r in self._waiting()):
+            if job is None or job.unattended or any(isinstance(r, ContextReq) and r.context is context for r in self._waiting()):
                 continue
             if job is self.scheduler.chunked_req:
                 self.scheduler._pending_chunked_abort_req = job
@@ -387,6 +430,7 @@ class CompressionManager:
     def after_flush(self) -> None:
         """The tree was reset: every context is gone."""
         self.cache.clear()
+        self._deferred.clear()
         self._set_gauges()
 
     def sweep(self) -> None:

@@ -189,10 +189,10 @@ class CompressionJob(Req):
     Method replay takes several such prefills in turn: the context alone, which is cached exactly, and each pass behind it. The
     last one selects and copies.
 
-    replay: the pass behind the context, None for the context alone; passes: those still to come. earlier: the scores of the
+    unattended: no request waits for it. replay: the pass behind the context, None for the context alone; passes: those still to come. earlier: the scores of the
     passes before, by layer id; scores: of this prefill, for its chunks to come. ranked: of layers scored to the end whose
     budget waits for the other layers', in their order; chosen: of layers whose tokens are chosen and copied, (positions,
-    offsets) as in KeptTokens. kept: all of it, once the last layer is done.
+    offsets) as in KeptTokens. counts: what each head keeps, with budget profile. kept: all of it, once the last layer is done.
     """
 
     scoring_seconds: float
@@ -207,6 +207,7 @@ class CompressionJob(Req):
         sampling_params.normalize(None)
         self.replay: ReplayPass | None = None
         self.passes = list(passes)
+        self.unattended = False
         self.earlier: dict[int, LayerScores] = {}
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
@@ -215,6 +216,7 @@ class CompressionJob(Req):
             self.replay, *self.passes = like.passes
             reduce = context.settings.reduce
             self.earlier = {layer: scores.joined(like.earlier.get(layer), reduce) for layer, scores in like.scores.items()}
+            self.unattended = like.unattended
             self.started_at, self.earlier_seconds = like.started_at, like.scoring_seconds
             self.job_cached_tokens = like.cached_tokens if like.job_cached_tokens is None else like.job_cached_tokens
         tokens = context.tokens if self.replay is None else context.tokens + self.replay.tokens
@@ -245,6 +247,7 @@ class CompressionJob(Req):
         self.scores: dict[int, LayerScores] = {}
         self.ranked: list[torch.Tensor] = []
         self.chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.counts: list[int] | None = None
         self.kept: KeptTokens | None = None
         self.scoring_seconds = self.earlier_seconds
         self.window = effective_window(settings.window, self.context.num_slots, settings.preset != "kvpress")

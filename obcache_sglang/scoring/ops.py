@@ -40,7 +40,7 @@ def accumulate_scores(
     """Add the scores that the queries at positions ``start .. start + rows - 1`` give to the tokens they see.
 
     scores: [num_kv_heads, context_len] float32; changed in place. The first context_len tokens are scored, however many more
-        the queries see; where they see fewer, the others' scores are neither read nor written.
+        the queries see; where they see fewer, the scores of the others stay.
     q: [rows, num_q_heads, head_dim], any float dtype, after RoPE.
     k, v: [start + rows, num_kv_heads, head_dim], any float dtype and strides: the tokens at positions
         ``0 .. start + rows - 1``, keys after RoPE. Attention is causal: the query at position p sees tokens 0 .. p.
@@ -77,7 +77,6 @@ def accumulate_scores(
         raise ValueError(f"reduce {reduce!r} of score {score!r} is unknown; choose sum, or max with attention")
 
     group = num_q_heads // num_kv_heads
-    num_scored = min(scores.shape[1], num_tokens)
     tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * _row_stride(num_tokens))))
     buffers = torch.empty(2, tile_rows * group * _row_stride(num_tokens), dtype=torch.float32, device=q.device)
 
@@ -86,8 +85,7 @@ def accumulate_scores(
         v_head = torch.empty(head_dim, num_tokens, dtype=torch.float32, device=q.device).copy_(v[:, head].T)
         v_sq = v_head.square().sum(0)
         # A sum is scaled when it is complete; a maximum can be taken in place.
-        head_scores = scores[head, :num_scored]
-        total = torch.zeros_like(head_scores) if reduce == "sum" else head_scores
+        total = torch.zeros_like(scores[head]) if reduce == "sum" else scores[head]
         for first in range(0, rows, tile_rows):
             last = min(rows, first + tile_rows)
             visible = start + last  # no query of this tile sees further
@@ -100,14 +98,14 @@ def accumulate_scores(
             torch.mm(queries, k_head[:visible].T, out=logits[:, :visible])
             _mask_unseen(logits.view(last - first, group, stride), visible)
             torch.softmax(logits, dim=-1, out=weights)
-            scored = min(visible, num_scored)
+            scored = min(visible, scores.shape[1])
             if reduce == "max":
                 torch.maximum(total[:scored], weights[:, :scored].amax(0), out=total[:scored])
             else:
                 o_tile = None if o is None else o[first:last, heads].float().reshape(num_queries, head_dim)
                 total[:scored] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:scored], o_tile, score)
         if reduce == "sum":
-            head_scores.add_(total, alpha=1.0 / group)
+            scores[head].add_(total, alpha=1.0 / group)
 
 
 def _row_stride(num_tokens: int) -> int:

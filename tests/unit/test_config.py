@@ -42,6 +42,8 @@ def parse(*argv: str) -> ServerSettings | None:
         ({"method": "tova", "budget": "global"}, 1, "none", 1, 4, "per-head", "global"),
         ({"method": "random", "budget": "adakv"}, 64, "none", 1, 4, "per-head", "adakv"),
         ({"heads": "shared"}, 64, "average", 5, 4, "shared", "uniform"),
+        ({"method": "replay"}, EVERY_QUERY, "none", 1, 4, "per-head", "global"),
+        ({"preset": "kvzip"}, EVERY_QUERY, "none", 1, 4, "per-head", "global"),
         ({"preset": "kvpress", "budget": "adakv"}, 64, "average", 5, 0, "per-head", "adakv"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) or "defaults" if isinstance(value, dict) else None,
@@ -58,10 +60,13 @@ def test_method_and_preset_decide_what_is_not_given(given, window, pooling, kern
         ({"compression_ratio": 1.2}, "1.2 is outside [0, 1)"),
         ({"compression_ratio": True}, "outside [0, 1)"),
         ({"compression_ratio": float("nan")}, "outside [0, 1)"),
-        ({"method": "kvzip"}, "choose snapkv, h2o, tova, streaming or random"),
-        ({"budget": "pyramid"}, "choose uniform, adakv or global"),
+        ({"method": "kvzip"}, "choose snapkv, h2o, tova, replay, streaming or random"),
+        ({"budget": "pyramid"}, "choose uniform, adakv, global or profile"),
         ({"budget": "adakv", "heads": "shared"}, "set budget=uniform"),
         ({"adakv_safeguard": 1.5}, "1.5 is outside [0, 1]"),
+        ({"method": "replay", "window": 64}, "no effect with method replay"),
+        ({"preset": "kvzip", "score": "obcache-v"}, "score=attention"),
+        ({"preset": "kvzip", "method": "snapkv"}, "method=replay"),
         ({"normalization": "head"}, "choose layer or none"),
         ({"window": "all"}, "h2o only"),
         ({"window": 0, "method": "h2o", "score": None}, "choose attention"),
@@ -108,7 +113,7 @@ def test_settings_survive_json_and_identify_themselves():
     different = {CompressionSettings.resolve({"sink_tokens": n}).fingerprint() for n in range(8)}
     assert len(different) == 8
     # Contexts outlive a process: a fingerprint that changes makes every stored one unreachable.
-    assert CompressionSettings().fingerprint() == "676bc610abe04405"
+    assert CompressionSettings().fingerprint() == "1f0d582b70dc19f0"
 
 
 def test_every_setting_has_an_option_and_every_option_a_setting():
@@ -209,8 +214,35 @@ def test_a_request_that_names_another_method_gets_that_methods_window():
     assert server.compression_for({"method": "snapkv"}).window == 32
 
 
+def test_a_head_profile_decides_budgets_unless_told():
+    server = settings_from_python({"head_profile": "smollm2-135m", "method": "tova"})
+    assert (server.compression.budget, server.compression.heads) == ("profile", "per-head")
+    assert server.compression_for({"method": "snapkv"}).budget == "profile"
+    assert server.compression_for({"budget": "uniform"}).heads == "shared"
+    assert settings_from_python({"head_profile": "smollm2-135m", "budget": "global"}).compression.budget == "global"
+    for without in (
+        lambda: settings_from_python({"budget": "profile"}),
+        lambda: settings_from_python(True).compression_for({"budget": "profile"}),
+    ):
+        with pytest.raises((ConfigError, InvalidValue), match="--obcache-head-profile"):
+            without()
+
+
+def test_a_replay_scores_values_and_kvzip_attention_unless_told():
+    assert CompressionSettings.resolve({"method": "replay"}).score == "obcache-v"
+    assert (
+        CompressionSettings.resolve({"preset": "kvzip"}).to_dict().items() >= {"method": "replay", "score": "attention"}.items()
+    )
+    assert [CompressionSettings.resolve({"method": "replay", "score": s}).reduce for s in ("attention", "obcache-k")] == [
+        "max",
+        "sum",
+    ]
+
+
 def test_a_budget_that_was_given_holds_for_every_method():
     server = settings_from_python({"budget": "global"})
     assert server.compression_for({"method": "tova"}).budget == "global"
     assert server.compression_for({"preset": "kvpress"}).budget == "global"
+    adakv = settings_from_python({"budget": "adakv", "score": "obcache-k"})
+    assert adakv.compression_for({"preset": "kvzip"}).budget == "global"  # kvzip is one thing
     assert settings_from_python(True).compression_for({"method": "tova"}).budget == "uniform"

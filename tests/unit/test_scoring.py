@@ -149,7 +149,7 @@ def test_accumulates_in_place_and_leaves_the_rest(score: str, reduce: str) -> No
     expected = computed(q, k, v, start, score, reduce)
     had = expected.mean().item()  # less than some of them, more than others
     scores = torch.full((2, 53), had)
-    scores[:, 40:] = float("nan")  # tokens no query has come to: never read, never written
+    scores[:, 40:] = float("nan")  # tokens no query has come to
     accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, reduce=reduce)
     torch.testing.assert_close(scores[:, :40], expected + had if reduce == "sum" else expected.clamp_min(had))
     assert scores[:, 40:].isnan().all()

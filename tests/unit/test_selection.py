@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from obcache_sglang.scoring.selection import (
     effective_window,
     keep_across_heads,
+    keep_counts,
     keep_per_head,
     rank_positions,
     static_scores,
@@ -273,6 +274,47 @@ def test_refuses_totals_that_cannot_be(total: int, safe_per_head: int, message: 
         keep_across_heads(torch.zeros(2, 3), total, safe_per_head=safe_per_head)
 
 
+def counted(ranked: torch.Tensor | list[list[float]], counts: list[int]) -> list[list[int]]:
+    """`keep_counts` as a list of positions for each row."""
+    positions, offsets = keep_counts(torch.as_tensor(ranked, dtype=torch.float32), counts)
+    assert positions.shape == (sum(counts),) and positions.dtype == torch.int32
+    assert offsets.dtype == torch.int64 and offsets.diff().tolist() == counts and offsets[0] == 0
+    return [positions[first:last].tolist() for first, last in itertools.pairwise(offsets.tolist())]
+
+
+def test_each_row_keeps_its_own_count() -> None:
+    assert counted([[1, 2, 9, 8], [7, 3, 0, 0], [0, 0, 0, 1]], [3, 0, 1]) == [[1, 2, 3], [], [3]]
+    assert counted([[5, 5, 5], [1, 5, 5]], [2, 1]) == [[0, 1], [1]]
+    assert counted([[5, 5, 5]], [0]) == [[]]
+    lost, nan, inf = float("-inf"), float("nan"), float("inf")
+    assert counted([[nan, lost, 1, inf], [nan, 2, nan, nan]], [3, 3]) == [[0, 2, 3], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("ranks", [ranks_random, ranks_tied, ranks_equal, ranks_neighbouring, ranks_beyond_numbers, ranks_nan])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (3, 7), (90, 63)])
+def test_counts_agree_with_a_plain_sort(ranks: Callable[..., torch.Tensor], rows: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(rows * tokens)
+    ranked = ranks(rows, tokens, generator)
+    for _ in range(5):
+        counts = torch.randint(0, tokens + 1, (rows,), generator=generator).tolist()
+        expected = [across_plainly(ranked[row : row + 1], count, 0)[0] for row, count in enumerate(counts)]
+        assert counted(ranked, counts) == expected
+    assert counted(ranked, [tokens] * rows) == [list(range(tokens))] * rows
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([1], "counts has 1 values; ranked has 2 rows"),
+        ([1, 4], r"count=4 is outside 0 \.\. 3"),
+        ([-1, 1], r"count=-1 is outside 0 \.\. 3"),
+    ],
+)
+def test_refuses_counts_that_cannot_be(counts: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        keep_counts(torch.zeros(2, 3), counts)
+
+
 class NoHostSynchronisation(TorchDispatchMode):
     """Raises where an operation would wait for a GPU: it gives the host a value, or a shape that depends on values."""
 
@@ -294,6 +336,7 @@ def test_nothing_waits_for_the_device() -> None:
             keep_per_head(ranked, 20)
             keep_across_heads(ranked, 60)
             keep_across_heads(ranked, 60, safe_per_head=4)
+            keep_counts(ranked, [40, 4, 16])
         for waiting in (lambda: scores[scores > 0.5], lambda: scores.max().item(), lambda: scores.nonzero()):
             with pytest.raises(AssertionError, match="waits for the device"):
                 waiting()

@@ -1,0 +1,256 @@
+"""`python -m obcache_sglang.calibrate MODEL --text FILE...`: measures how much each KV head needs, and writes a head profile.
+
+Each text is put into the user's turn of the chat template and scored by replay, as `--obcache-method replay` does it: the model
+re-reads the text, and the queries with which it does score what it reads. The highest tokens of all heads of all layers are
+kept, and the share that falls to each head, averaged over the texts, is its share of the profile. No server is needed: the
+model runs in transformers, on the GPU if there is one (in the checkpoint's dtype), else on the CPU (in float32).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+import time
+from array import array
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from obcache_sglang import __version__
+from obcache_sglang.config import CompressionSettings
+from obcache_sglang.errors import ConfigError, HostError, ObcacheError
+from obcache_sglang.profile import HeadProfile, ModelIdentity
+from obcache_sglang.scheduler.replay import ReplayPrompts
+from obcache_sglang.scoring.ops import accumulate_scores
+from obcache_sglang.scoring.selection import keep_across_heads, rank_positions
+
+SCORES = ("obcache-v", "attention")
+"""The scores that a profile may be measured with; the key terms of the others mislead under replay."""
+
+# Shorter texts say little about a head, and sinks would be most of what it keeps.
+_MIN_TOKENS = 128
+_ATTENTION = "obcache_calibrate"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 1, with the reason on stderr, when no profile was written."""
+    given = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m obcache_sglang.calibrate", description=(__doc__ or "").split(": ", 1)[1].split("\n\n")[0]
+    )
+    parser.add_argument("model", help="model directory, or its name on the Hugging Face Hub")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="texts of the kind to be served")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the profile (default: MODEL.head-profile.json, here)")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8, 0.9], help="default: 0.3 0.5 0.7 0.8 0.9")
+    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of each text, the first N (default: 4096)")
+    parser.add_argument("--score", choices=SCORES, default=SCORES[0], help="how a query scores a token (default: obcache-v)")
+    arguments = parser.parse_args(given)
+    output = arguments.output or Path(f"{Path(arguments.model).name}.head-profile.json")
+    try:
+        profile = calibrate(
+            arguments.model,
+            [_read(file) for file in arguments.text],
+            ratios=arguments.ratios,
+            max_tokens=arguments.max_tokens,
+            score=arguments.score,
+            command=_command(given),
+        )
+        profile.save(output)
+    except (ObcacheError, OSError) as error:
+        print(f"calibrate: {error}", file=sys.stderr)
+        return 1
+    print(f"calibrate: {output} written")
+    return 0
+
+
+def calibrate(
+    model_name: str, texts: Sequence[str], *, ratios: Sequence[float], max_tokens: int, score: str, command: str
+) -> HeadProfile:
+    """The head profile of a model, from these texts; prints its progress.
+
+    model_name: directory or Hugging Face name. ratios: compression ratios in (0, 1), in any order. max_tokens: read of each text.
+    score: one of `SCORES`. command: how to do it again, for the record.
+
+    Memory, beside the model: the KV cache of one text, its scores ([layers, kv_heads, tokens] float32) and the scratch of one
+    layer's attention and scoring. Raises ConfigError, HostError, and OSError where transformers cannot load the model.
+    """
+    ratios = sorted(set(ratios))
+    if not 0 < ratios[0] <= ratios[-1] < 1:
+        raise ConfigError(f"--ratios {' '.join(map(str, ratios))}: a compression ratio lies between 0 and 1.")
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    prompts = ReplayPrompts(tokenizer)
+    contexts = [_context(tokenizer, prompts, text, max_tokens) for text in texts]
+    _check_lengths([len(context) for context in contexts], prompts, AutoConfig.from_pretrained(model_name))
+    on_gpu = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto" if on_gpu else torch.float32)
+    replay = Replay(model.to("cuda" if on_gpu else "cpu"), score)
+
+    shares = torch.zeros(len(ratios), *replay.heads, dtype=torch.float64)
+    for number, context in enumerate(contexts, 1):
+        started_at = time.perf_counter()
+        print(f"calibrate: text {number} of {len(contexts)}, {len(context)} tokens", flush=True)
+        scores = replay.score(context, prompts)
+        shares += torch.stack([_kept_shares(scores, ratio) for ratio in ratios]) / len(contexts)
+        print(f"calibrate: text {number} took {time.perf_counter() - started_at:.1f} s", flush=True)
+    made = {
+        "command": command,
+        "method": "replay",
+        "score": score,
+        "texts": len(contexts),
+        "tokens": sum(map(len, contexts)),
+        "versions": {"obcache_sglang": __version__} | {name: version(name) for name in ("torch", "transformers")},
+    }
+    return HeadProfile(ModelIdentity.of(model.config), ratios, shares.tolist(), made)
+
+
+class Replay:
+    """A model whose attention scores the context before it while it re-reads it.
+
+    model: of transformers; gets our attention. heads: (layers, KV heads).
+    """
+
+    def __init__(self, model: Any, score: str) -> None:
+        self.model = model
+        text = model.config.get_text_config()
+        self.heads = (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+        self._score = score
+        # What the passes behind the current context add up: scores [layers, kv_heads, tokens], None while the context itself is
+        # read, and the squared norms of each layer's attention outputs [layers].
+        self._scores: torch.Tensor | None = None
+        self._output_sq = torch.zeros(text.num_hidden_layers)
+        AttentionInterface.register(_ATTENTION, self._attention)
+        AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+        model.set_attn_implementation(_ATTENTION)
+
+    @torch.no_grad()
+    def score(
+        self, context: array[int], prompts: ReplayPrompts, chunk_tokens: int = CompressionSettings.replay_chunk
+    ) -> torch.Tensor:
+        """The scores [layers, kv_heads, len(context)] float32 of a context's tokens; obcache ones are normalised per layer.
+
+        chunk_tokens: that the model reads at a time.
+        """
+        cache = DynamicCache(config=self.model.config)
+        for first in range(0, len(context), chunk_tokens):
+            self._read(context[first : first + chunk_tokens], cache)
+        device = self.model.device
+        self._scores = scores = torch.zeros(*self.heads, len(context), dtype=torch.float32, device=device)
+        self._output_sq = torch.zeros(self.heads[0], dtype=torch.float32, device=device)
+        try:
+            for replayed in prompts.passes(context, chunk_tokens):
+                self._read(replayed.tokens, cache)
+                cache.crop(-len(replayed.tokens))
+                print(f"calibrate:   {replayed.last} of {len(context)} tokens re-read", flush=True)
+        finally:
+            self._scores = None
+        if self._score != "attention":
+            scores /= self._output_sq.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
+        return scores
+
+    def _read(self, tokens: array[int], cache: DynamicCache) -> None:
+        # Without the output layer, whose logits of all tokens would need more memory than all else.
+        self.model.base_model(input_ids=torch.tensor([tokens], device=self.model.device), past_key_values=cache, use_cache=True)
+
+    def _attention(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        *,
+        scaling: float,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """SDPA, after which the queries of a pass score. query, key, value: [1, heads, tokens, head_dim], after RoPE."""
+        unsupported = [name for name in ("softcap", "sliding_window") if kwargs.get(name) is not None]
+        if unsupported:
+            raise HostError(f"the model's attention has a {' and a '.join(unsupported)}; it cannot be served with --obcache.")
+        output: torch.Tensor
+        output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+        if self._scores is not None:
+            q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+            accumulate_scores(
+                self._scores[module.layer_idx],
+                q,
+                k,
+                v,
+                start=len(k) - len(q),
+                scale=scaling,
+                score=self._score,
+                reduce="max" if self._score == "attention" else "sum",
+            )
+            self._output_sq[module.layer_idx] += output.float().square().sum()
+        return output, None
+
+
+def _kept_shares(scores: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The share [layers, kv_heads] float64 of the tokens that each head keeps when all heads share 1 - ratio of them.
+
+    scores: [layers, kv_heads, tokens], comparable across layers.
+    """
+    heads, num_tokens = scores.shape[:2], scores.shape[2]
+    settings = CompressionSettings.resolve({"method": "replay"})
+    ranked = rank_positions(
+        scores.flatten(0, 1),
+        max(1, int(num_tokens * (1 - ratio))),
+        window=0,
+        sink_tokens=settings.sink_tokens,
+        pooling=settings.pooling,
+        kernel_size=settings.kernel_size,
+        shrink_window=False,
+    )
+    # Of all cells, not of whole slots: then the shares' mean is 1 - ratio for any length.
+    _, offsets = keep_across_heads(ranked, round(scores.numel() * (1 - ratio)))
+    return (offsets.diff().double() / num_tokens).view(heads).cpu()
+
+
+def _context(tokenizer: Any, prompts: ReplayPrompts, text: str, max_tokens: int) -> array[int]:
+    """A text as the model is asked about it: behind the chat template's words before a user's turn, if there is a template."""
+    ids = tokenizer.encode(text, add_special_tokens=not prompts.before)[:max_tokens]
+    return prompts.before + array("q", ids)
+
+
+def _check_lengths(lengths: Sequence[int], prompts: ReplayPrompts, config: Any) -> None:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for number, num_tokens in enumerate(lengths, 1):
+        if num_tokens < _MIN_TOKENS:
+            raise ConfigError(f"text {number} has {num_tokens} tokens, which say too little; give at least {_MIN_TOKENS}.")
+        longest = num_tokens + prompts.num_tokens + min(num_tokens, CompressionSettings.replay_chunk)
+        if longest > limit:
+            raise ConfigError(
+                f"text {number} has {num_tokens} tokens, and the model re-reads them behind it: {longest} positions of {limit}. "
+                f"Lower --max-tokens by {longest - limit} or more."
+            )
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--text {file}: it is not UTF-8 text ({error}).") from error
+
+
+def _command(given: list[str]) -> str:
+    """The command line, with the names of local files in place of their paths: those say nothing on another machine."""
+    words = [Path(word).name if Path(word).exists() or Path(word).is_absolute() else word for word in given]
+    return shlex.join(["python", "-m", "obcache_sglang.calibrate", *words])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
