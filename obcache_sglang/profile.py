@@ -161,9 +161,9 @@ class HeadProfile:
             A rank divides its own heads' num_slots * heads: what others keep is not taken from or given to them.
 
         The result sums to num_slots * heads exactly, each from floor to context_len. Shares are interpolated between the
-        recorded ratios, and between those and what needs no record: at ratio 0 each head keeps all, at 1 nothing. What floor
-        and context_len forbid is divided among the others in proportion to their shares; fractions by the largest remainder,
-        the earlier head of equals. Raises ValueError.
+        recorded ratios, and between the lowest of them and ratio 0, where each head keeps all; above the highest they shrink in
+        proportion. What floor and context_len forbid is divided among the others in proportion to their shares; fractions by the
+        largest remainder, the earlier head of equals. Raises ValueError.
         """
         if not 0 <= floor <= num_slots <= context_len:
             raise ValueError(f"floor={floor}, num_slots={num_slots}, context_len={context_len} must be ascending")
@@ -186,11 +186,11 @@ class HeadProfile:
         return [int(count) for count in counts]
 
     def _shares_at(self, ratio: float) -> np.ndarray:
-        """Shares [layers, kv_heads] at a ratio in [0, 1]."""
+        """Shares [layers, kv_heads] at a ratio in [0, 1]; above the highest recorded one that one's, for `counts` to scale."""
         recorded = np.asarray(self.shares)
-        known = np.concatenate([np.ones_like(recorded[:1]), recorded, np.zeros_like(recorded[:1])])
-        ratios = [0.0, *self.ratios, 1.0]
-        after = min(int(np.searchsorted(ratios, ratio, side="right")), len(ratios) - 1)
+        known, ratios = np.concatenate([np.ones_like(recorded[:1]), recorded]), [0.0, *self.ratios]
+        ratio = min(ratio, ratios[-1])
+        after = max(1, int(np.searchsorted(ratios, ratio)))
         part = (ratio - ratios[after - 1]) / (ratios[after] - ratios[after - 1])
         shares: np.ndarray = (1 - part) * known[after - 1] + part * known[after]
         return shares
