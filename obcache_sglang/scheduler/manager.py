@@ -80,6 +80,7 @@ class CompressionManager:
         self._num_jobs = 0
         self._replay_prompts: ReplayPrompts | None = None
         self._deferred: dict[str, tuple[Context, ContextReq]] = {}
+        self._started_now: list[CompressionJob] = []
         self._now = 0.0
 
     # --- arrival ----------------------------------------------------------------------------------------------------
@@ -120,6 +121,7 @@ class CompressionManager:
         They stay where aborts, timeouts and the idle check look for them: in the waiting queue, in their order.
         """
         self._compress_deferred()
+        self._started_now = []
         queue = self.scheduler.waiting_queue
         if not any(isinstance(req, ContextReq) for req in queue):
             result = pick_prefill_batch(**kwargs)
@@ -131,6 +133,7 @@ class CompressionManager:
             if isinstance(req, ContextReq):
                 verdict, job = self._resolve_contained(req)
                 if job is not None:
+                    self._started_now.append(job)
                     order.append(job)
                     admitted.append(job)
                 if verdict is Verdict.DONE:
@@ -319,7 +322,8 @@ class CompressionManager:
         return self._replay_prompts.passes(context.tokens, chunk) if chunk > 0 else None
 
     def _is_alive(self, job: CompressionJob) -> bool:
-        return job.kv.holds_kv or any(req is job for req in self.scheduler.waiting_queue)
+        # A job that this pass has started is not in the queue yet.
+        return job.kv.holds_kv or any(req is job for req in (*self.scheduler.waiting_queue, *self._started_now))
 
     def before_forward(self, batch: ScheduleBatch) -> None:
         """Reserves the slots of jobs whose last chunk is in this batch, after the batch's own allocation."""
@@ -327,6 +331,9 @@ class CompressionManager:
             if not isinstance(req, CompressionJob) or not req.is_final or req.error is not None:
                 continue
             if req.extend_end != len(req.origin_input_ids):
+                continue
+            if req.context.job is not req:
+                req.error = "replaced"  # a second node of the same context would free the first one's slots
                 continue
             try:
                 req.slots = self.cache.reserve(req.context)
@@ -341,7 +348,8 @@ class CompressionManager:
             if req.finished():
                 self.end_job(req, completed=checkpoint and not isinstance(req.finished_reason, FINISH_ABORT))
             else:
-                self._discard(req.context)
+                if req.context.job is req:
+                    self._discard(req.context)
                 req.reset()
         elif isinstance(req, ContextReq) and req.is_virtual and checkpoint:
             assert req.context is not None
@@ -353,6 +361,8 @@ class CompressionManager:
         completed: its prefill ran to the end (else it was aborted: its questions may compress again).
         """
         context = job.context
+        if context.job is not job:
+            return  # another one has taken its place
         context.job = None
         if completed and job.replay is not None:
             self.metrics.replayed(len(job.replay.tokens))

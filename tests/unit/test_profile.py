@@ -295,6 +295,7 @@ def test_shares_are_what_a_global_selection_keeps() -> None:
     assert (shares.flatten() * 200).round().int().tolist() == offsets.diff().tolist()
 
 
+@pytest.mark.long
 def test_calibrating_a_model(model_dir: Path, tmp_path: Path) -> None:
     """Half a thousand tokens of another text show which heads need much as the packaged profile does (measured: 0.97, 0.98)."""
     text, output = tmp_path / "text.txt", tmp_path / "profile.json"
