@@ -107,7 +107,7 @@ class KeptTokens:
 
     positions: [M * H] int32, the kept positions, head by head, ascending in each; offsets: [H + 1] int64: head i's are
     ``positions[offsets[i]:offsets[i + 1]]``. Both on the device.
-    rows: [M * H] int32, where their K and V lie in the pool's `KVSpace`; None when all heads keep the same number.
+    rows: [M * H] int32, where their K and V lie in the pool's `KVSpace`; None on GPUs, and when all heads keep the same number.
     """
 
     positions: torch.Tensor

@@ -162,7 +162,10 @@ class ForwardPlan:
             self._keep_evenly(rows, ranked, layer)
         if len(job.chosen) == self.kv_pool.layer_num:
             job.kept = KeptTokens.of_layers(job.chosen)
-        if job.kept is not None and context.is_uneven and self.space is not None and job.slots is not None:
+        # GPU kernels find the rows by themselves.
+        on_cpu = self.space is not None and self.space.k.device.type == "cpu"
+        if job.kept is not None and context.is_uneven and on_cpu:
+            assert self.space is not None and job.slots is not None
             job.kept = replace(job.kept, rows=self.space.cell_rows(job.slots).to(torch.int32))
 
     def _score_layer(self, rows: ScoringRows, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention) -> LayerScores:
