@@ -17,7 +17,7 @@ L = 300
 
 @pytest.mark.long
 def test_questions_are_exact_until_the_engine_is_idle(model_dir: Path, tmp_path: Path) -> None:
-    flags = (*COMMON, "--max-total-tokens", "2400", "--chunked-prefill-size", "256", "--obcache", "--obcache-min-tokens", "32")
+    flags = (*COMMON, "--max-total-tokens", "2800", "--chunked-prefill-size", "256", "--obcache", "--obcache-min-tokens", "32")
     flags += ("--obcache-when", "idle", "--obcache-method", "replay", "--obcache-compression-ratio", "0.5")
     wish = {"context_len": L}
     with serve(model_dir, tmp_path / "log", flags, STRICT) as server:

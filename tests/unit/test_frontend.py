@@ -433,6 +433,7 @@ def test_metrics_count_once_for_status_and_prometheus():
     metrics.compressed(0.5, context_tokens=100, kept_slots=30)
     metrics.reused(100)
     metrics.reused(100)
+    metrics.replayed(300)
     metrics.exact("session")
     metrics.resident(1, 70)
     assert metrics.to_dict() == {
@@ -441,6 +442,7 @@ def test_metrics_count_once_for_status_and_prometheus():
         "context_tokens": 100,
         "slots_saved": 70,
         "tokens_saved": 200,
+        "replayed_tokens": 300,
         "compression_seconds": 0.5,
         "exact": {"session": 1},
         "contexts": 1,
