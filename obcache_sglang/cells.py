@@ -7,7 +7,7 @@ head of one layer. Its kept tokens are ordered layer by layer, head by head, and
     head h of layer l owns cells  offsets[l * num_kv_heads + h] ... offsets[l * num_kv_heads + h + 1]
 
 With equal budgets every token lies in its own layer and lane, as SGLang's attention backends expect. With `adakv` a cell never
-leaves its layer; with `global` it may lie in any. Every cell is a *row* of one address space (`KVSpace`).
+leaves its layer; with `global` and `profile` it may lie in any. Every cell is a *row* of one address space (`KVSpace`).
 """
 
 from __future__ import annotations

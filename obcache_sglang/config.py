@@ -166,6 +166,11 @@ class CompressionSettings:
         return self.method not in ("streaming", "random")
 
     @property
+    def crosses_layers(self) -> bool:
+        """Whether layers share a budget: one may then keep more tokens than it has cells, and hold cells of another."""
+        return self.budget in ("global", "profile")
+
+    @property
     def reduce(self) -> str:
         """How the scores of several queries join: `max` for the attention of a replay (KVzip's statistic), else `sum`."""
         return "max" if self.method == "replay" and self.score == "attention" else "sum"

@@ -89,9 +89,9 @@ class HeadOverlay:
         num_new = [1] * len(forward_batch.seq_lens) if decode else list(forward_batch.extend_seq_lens_cpu)
         lengths = forward_batch.seq_lens if forward_batch.seq_lens_cpu is None else forward_batch.seq_lens_cpu
         own_lengths = [int(length) for length in lengths.tolist()]
-        # With budget global a layer may hold all of a context's cells: then no layer reads more than the real tokens.
+        # Where cells leave their layers one may keep all of its tokens: then no layer reads more than the real tokens.
         most = sum(
-            own_lengths[row] + (context.position_offset if context.settings.budget == "global" else 0)
+            own_lengths[row] + (context.position_offset if context.settings.crosses_layers else 0)
             for row, context in zip(rows, contexts, strict=True)
         )
         kept = [context.kept for context in contexts if context.kept is not None]

@@ -54,6 +54,7 @@ else:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
     from obcache_sglang.cells import KeptTokens, KVSpace, create_one_space
+    from obcache_sglang.config import CompressionSettings
     from obcache_sglang.gpu import flashinfer_heads, head_tables, triton_heads
     from obcache_sglang.gpu.flashinfer_heads import FlashInferHeads
     from obcache_sglang.gpu.head_attention import HeadStep
@@ -313,8 +314,10 @@ else:
 
     @pytest.mark.usefixtures("few_splits")
     @pytest.mark.parametrize("new", [DECODE, SHORT_EXTEND], ids=["decode", "extend"])
-    @pytest.mark.parametrize("mixed", [True, False], ids=["beside-an-ordinary-request", "alone"])
-    def test_overlay_on_a_stock_backend(new: tuple[int, int, int, int], mixed: bool) -> None:
+    @pytest.mark.parametrize(
+        ("mixed", "budget"), [(True, "global"), (False, "profile")], ids=["beside-an-ordinary-request", "alone"]
+    )
+    def test_overlay_on_a_stock_backend(new: tuple[int, int, int, int], mixed: bool, budget: str) -> None:
         """SGLang's own backend computes the ordinary request; where there is none, decode does not ask it at all."""
         requests = mixed_requests(2, 63, new)[0 if mixed else 1 :]
         engine = Engine(requests, 2, 16, torch.float32)
@@ -325,7 +328,7 @@ else:
                 num_slots=engine.num_slots(request),
                 position_offset=engine.num_slots(request) * (NUM_LAYERS - 1),
                 is_uneven=True,
-                settings=SimpleNamespace(budget="global"),
+                settings=CompressionSettings.resolve({"budget": budget}),
             )
             if request.kept
             else None
