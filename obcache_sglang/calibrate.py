@@ -128,7 +128,7 @@ class Replay:
         self.model = model
         text = model.config.get_text_config()
         self.heads = (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-        self._score = score
+        self._settings = CompressionSettings.resolve({"method": "replay", "score": score})
         # What the passes behind the current context add up: scores [layers, kv_heads, tokens], None while the context itself is
         # read, and the squared norms of each layer's attention outputs [layers].
         self._scores: torch.Tensor | None = None
@@ -158,7 +158,7 @@ class Replay:
                 print(f"calibrate:   {replayed.last} of {len(context)} tokens re-read", flush=True)
         finally:
             self._scores = None
-        if self._score != "attention":
+        if self._settings.score != "attention":
             scores /= self._output_sq.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
         return scores
 
@@ -192,8 +192,8 @@ class Replay:
                 v,
                 start=len(k) - len(q),
                 scale=scaling,
-                score=self._score,
-                reduce="max" if self._score == "attention" else "sum",
+                score=self._settings.score,
+                reduce=self._settings.reduce,
             )
             self._output_sq[module.layer_idx] += output.float().square().sum()
         return output, None

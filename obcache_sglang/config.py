@@ -166,6 +166,11 @@ class CompressionSettings:
         return self.method not in ("streaming", "random")
 
     @property
+    def shrinks_window(self) -> bool:
+        """Whether a window makes room for other tokens (`effective_window`); KVPress's never does."""
+        return self.preset != "kvpress"
+
+    @property
     def crosses_layers(self) -> bool:
         """Whether layers share a budget: one may then keep more tokens than it has cells, and hold cells of another."""
         return self.budget in ("global", "profile")

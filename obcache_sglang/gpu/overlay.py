@@ -48,18 +48,17 @@ class HeadOverlay:
             save_kv_cache: bool = True,
             **kwargs: Any,
         ) -> Any:
-            contexts = self.plan.contexts(forward_batch)
-            uneven = [row for row, context in enumerate(contexts or ()) if context is not None and context.is_uneven]
-            if contexts is None or not uneven:
+            requests = self.plan.uneven_contexts(forward_batch)
+            if not requests:
                 return attention_forward(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs)
-            alone = forward_batch.forward_mode.is_decode() and len(uneven) == len(contexts) == q.shape[0]
+            alone = forward_batch.forward_mode.is_decode() and len(requests) == q.shape[0]
             if alone and save_kv_cache and k is not None and v is not None:
                 location = KVWriteLoc(forward_batch.out_cache_loc, None)
                 self.plan.kv_pool.set_kv_buffer(layer, location, k, v, layer.k_scale, layer.v_scale)
                 output = torch.empty_like(q)
             else:
                 output = attention_forward(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs)
-            self._replace(q, layer, forward_batch, output, [(row, contexts[row]) for row in uneven])
+            self._replace(q, layer, forward_batch, output, requests)
             return output
 
         return forward
@@ -70,7 +69,7 @@ class HeadOverlay:
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         output: torch.Tensor,
-        requests: list[tuple[int, Context | None]],
+        requests: list[tuple[int, Context]],
     ) -> None:
         step_of = (self.plan.serial, id(forward_batch))
         if self._step is None or self._step_of != step_of:
@@ -82,13 +81,13 @@ class HeadOverlay:
         self._step.attend(q.view(len(q), -1).index_select(0, self._rows), layer_index, layer.scaling, replaced)
         output.view(len(q), -1).index_copy_(0, self._rows, replaced)
 
-    def _plan_step(self, forward_batch: ForwardBatch, requests: list[tuple[int, Context | None]], device: torch.device) -> None:
+    def _plan_step(self, forward_batch: ForwardBatch, requests: list[tuple[int, Context]], device: torch.device) -> None:
         """The tables that all layers share, from what the host knows of these requests."""
-        rows, contexts = [row for row, _ in requests], [context for _, context in requests if context is not None]
+        rows, contexts = [row for row, _ in requests], [context for _, context in requests]
         decode = forward_batch.forward_mode.is_decode()
         num_new = [1] * len(forward_batch.seq_lens) if decode else list(forward_batch.extend_seq_lens_cpu)
         lengths = forward_batch.seq_lens if forward_batch.seq_lens_cpu is None else forward_batch.seq_lens_cpu
-        own_lengths = [int(length) for length in lengths.tolist()]
+        own_lengths = lengths.tolist()
         # Where cells leave their layers one may keep all of its tokens: then no layer reads more than the real tokens.
         most = sum(
             own_lengths[row] + (context.position_offset if context.settings.crosses_layers else 0)

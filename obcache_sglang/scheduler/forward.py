@@ -36,15 +36,14 @@ class ScoringRows:
     """The rows of one forward that belong to one job.
 
     first_row: row of the query at position `first_position` in the forward's q; num_rows may be 0 for methods without
-    queries. end: tokens whose K and V are in the pool after this forward's attention. slots: [end] int64, their rows in the KV
-    pool. last: whether the context is scored to the end, so that tokens are selected and copied.
+    queries. slots: int64, the rows in the KV pool of all tokens whose K and V are there after this forward's attention. last:
+    whether the context is scored to the end, so that tokens are selected and copied.
     """
 
     job: CompressionJob
     first_row: int
     num_rows: int
     first_position: int
-    end: int
     slots: torch.Tensor
     last: bool
 
@@ -97,6 +96,11 @@ class ForwardPlan:
         contexts = [self._contexts.get(rid) for rid in forward_batch.rids]
         return contexts if any(contexts) else None
 
+    def uneven_contexts(self, forward_batch: ForwardBatch) -> list[tuple[int, Context]]:
+        """Those of `contexts` whose heads may keep different numbers of tokens, each with its request's row."""
+        contexts = self.contexts(forward_batch) or ()
+        return [(row, context) for row, context in enumerate(contexts) if context is not None and context.is_uneven]
+
     def _scoring_rows(self, job: CompressionJob, first_row: int, start: int, end: int) -> ScoringRows | None:
         last = job.is_final and end == len(job.origin_input_ids)
         if last and job.slots is None:
@@ -107,7 +111,7 @@ class ForwardPlan:
             return None
         slots = self.req_to_token_pool.req_to_token[job.kv.req_pool_idx, :end].to(torch.int64)
         num_rows = end - first_position if job.scores_context else 0
-        return ScoringRows(job, first_row + first_position - start, num_rows, first_position, end, slots, last)
+        return ScoringRows(job, first_row + first_position - start, num_rows, first_position, slots, last)
 
     def after_attention(self, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
         """Scores this layer for the jobs in the forward; in their last chunk also selects and copies. Never raises."""
@@ -148,7 +152,7 @@ class ForwardPlan:
             sink_tokens=settings.sink_tokens,
             pooling=settings.pooling,
             kernel_size=settings.kernel_size,
-            shrink_window=settings.preset != "kvpress",
+            shrink_window=settings.shrinks_window,
         )
         if context.is_uneven and settings.budget == "global":
             job.ranked.append(ranked)
@@ -228,8 +232,7 @@ class ForwardPlan:
         job, context, settings = rows.job, rows.job.context, rows.job.context.settings
         if job.counts is None:
             assert self.head_profile is not None
-            num_sinks = min(settings.sink_tokens, context.num_slots)
-            floor = num_sinks + min(job.window, context.num_slots - num_sinks)
+            floor = min(context.num_slots, settings.sink_tokens + job.window)
             job.counts = self.head_profile.counts(context.num_tokens, context.num_slots, floor, self.lanes)
         first_head = len(job.chosen) * len(ranked)
         chosen = keep_counts(ranked, job.counts[first_head : first_head + len(ranked)])

@@ -137,8 +137,7 @@ def _head_overlay(plan: ForwardPlan, model_runner: Any) -> HeadOverlay | None:
 
 def around_can_run_graph(can_run_graph: Any, runner: Any, forward_batch: Any) -> bool:
     """Decode graphs were captured with one length for all heads: batches that have others run eagerly."""
-    contexts = _plan.contexts(forward_batch) if _plan is not None else None
-    if contexts is not None and any(context is not None and context.is_uneven for context in contexts):
+    if _plan is not None and _plan.uneven_contexts(forward_batch):
         return False
     return bool(can_run_graph(runner, forward_batch))
 

@@ -380,7 +380,7 @@ class CompressionManager:
             assert job.kept is not None
             context.seconds = time.perf_counter() - job.started_at
             context.scoring_seconds = job.scoring_seconds
-            context.job_cached_tokens = job.cached_tokens if job.job_cached_tokens is None else job.job_cached_tokens
+            context.job_cached_tokens = job.context_cached_tokens
             self.cache.publish(context, job.kept)
             self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
             self._set_gauges()

@@ -189,10 +189,11 @@ class CompressionJob(Req):
     Method replay takes several such prefills in turn: the context alone, which is cached exactly, and each pass behind it. The
     last one selects and copies.
 
-    unattended: no request waits for it. replay: the pass behind the context, None for the context alone; passes: those still to come. earlier: the scores of the
-    passes before, by layer id; scores: of this prefill, for its chunks to come. ranked: of layers scored to the end whose
-    budget waits for the other layers', in their order; chosen: of layers whose tokens are chosen and copied, (positions,
-    offsets) as in KeptTokens. counts: what each head keeps, with budget profile. kept: all of it, once the last layer is done.
+    unattended: no request waits for it. replay: the pass behind the context, None for the context alone; passes: those still
+    to come. earlier: the scores of the passes before, by layer id; scores: of this prefill, for its chunks to come. ranked: of
+    layers scored to the end whose budget waits for the other layers', in their order; chosen: of layers whose tokens are chosen
+    and copied, (positions, offsets) as in KeptTokens. counts: what each head keeps, with budget profile. kept: all of it, once
+    the last layer is done. first_cached_tokens: of the first of several prefills, None in that one.
     """
 
     scoring_seconds: float
@@ -211,14 +212,14 @@ class CompressionJob(Req):
         self.earlier: dict[int, LayerScores] = {}
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
-        self.job_cached_tokens: int | None = None
+        self.first_cached_tokens: int | None = None
         if isinstance(like, CompressionJob):
             self.replay, *self.passes = like.passes
             reduce = context.settings.reduce
             self.earlier = {layer: scores.joined(like.earlier.get(layer), reduce) for layer, scores in like.scores.items()}
             self.unattended = like.unattended
             self.started_at, self.earlier_seconds = like.started_at, like.scoring_seconds
-            self.job_cached_tokens = like.cached_tokens if like.job_cached_tokens is None else like.job_cached_tokens
+            self.first_cached_tokens = like.context_cached_tokens
         tokens = context.tokens if self.replay is None else context.tokens + self.replay.tokens
         super().__init__(
             f"obcache-job-{number}",
@@ -250,7 +251,12 @@ class CompressionJob(Req):
         self.counts: list[int] | None = None
         self.kept: KeptTokens | None = None
         self.scoring_seconds = self.earlier_seconds
-        self.window = effective_window(settings.window, self.context.num_slots, settings.preset != "kvpress")
+        self.window = effective_window(settings.window, self.context.num_slots, settings.shrinks_window)
+
+    @property
+    def context_cached_tokens(self) -> int:
+        """Tokens of the context that its first prefill found in the exact cache; the later ones find what that one left."""
+        return int(self.cached_tokens if self.first_cached_tokens is None else self.first_cached_tokens)
 
     @property
     def is_final(self) -> bool:

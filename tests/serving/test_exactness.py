@@ -102,7 +102,10 @@ def continue_greedily(model: PreTrainedModel, cache: DynamicCache, ids: list[int
     return answer
 
 
-def check_against_transformers(
+@pytest.mark.parametrize(
+    ("method", "score", "ratio", "budget"), FIRST + [pytest.param(*combination, marks=pytest.mark.long) for combination in REST]
+)
+def test_same_tokens_as_transformers_with_the_same_kept_positions(
     server: Server,
     model: PreTrainedModel,
     exact_cache: DynamicCache,
@@ -142,35 +145,6 @@ def check_against_transformers(
         expected = continue_greedily(model, exact_cache, prompt[CONTEXT_TOKENS:], positions)
         assert answer["output_ids"] == expected
         assert report(answer)["context_id"] == first["context_id"]
-
-
-@pytest.mark.parametrize(("method", "score", "ratio", "budget"), FIRST)
-def test_same_tokens_as_transformers_with_the_same_kept_positions(
-    server: Server,
-    model: PreTrainedModel,
-    exact_cache: DynamicCache,
-    model_dir: Path,
-    method: str,
-    score: str,
-    ratio: float,
-    budget: str,
-) -> None:
-    check_against_transformers(server, model, exact_cache, model_dir, method, score, ratio, budget)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("method", "score", "ratio", "budget"), REST)
-def test_same_tokens_as_transformers_with_the_same_kept_positions_all_others(
-    server: Server,
-    model: PreTrainedModel,
-    exact_cache: DynamicCache,
-    model_dir: Path,
-    method: str,
-    score: str,
-    ratio: float,
-    budget: str,
-) -> None:
-    check_against_transformers(server, model, exact_cache, model_dir, method, score, ratio, budget)
 
 
 def test_what_keeps_everything_equals_transformers_and_what_does_not_differs(

@@ -361,7 +361,8 @@ else:
             device=DEVICE, dtype=engine.dtype, token_to_kv_pool=engine.pool, req_to_token_pool=pools, model_config=None
         )
         backend = TorchNativeAttnBackend(runner)
-        plan = SimpleNamespace(serial=0, kv_pool=engine.pool, contexts=lambda batch: contexts)
+        uneven = [(row, context) for row, context in enumerate(contexts) if context is not None]
+        plan = SimpleNamespace(serial=0, kv_pool=engine.pool, uneven_contexts=lambda batch: uneven)
         asked = []
 
         def stock(*args: object, **kwargs: object) -> torch.Tensor:

@@ -79,6 +79,19 @@ def run_name(run: dict[str, Any]) -> str:
     return "-".join(str(value) for name, value in run.items() if name != "kept")
 
 
+def ranked_by(scores: torch.Tensor, settings: CompressionSettings) -> torch.Tensor:
+    """What `rank_positions` makes of scores [heads, tokens] for these settings."""
+    return rank_positions(
+        scores,
+        settings.kept_tokens(scores.shape[-1]),
+        window=settings.window,
+        sink_tokens=settings.sink_tokens,
+        pooling=settings.pooling,
+        kernel_size=settings.kernel_size,
+        shrink_window=settings.shrinks_window,
+    )
+
+
 def kept_by_us(layers: list[Layer], settings: CompressionSettings) -> list[list[set[int]]]:
     """Per layer and KV head, the positions that settings of the preset ``kvpress`` keep."""
     start = CONTEXT_LEN - settings.window if settings.window else 0
@@ -89,15 +102,7 @@ def kept_by_us(layers: list[Layer], settings: CompressionSettings) -> list[list[
         accumulate_scores(scores, q[start:], k, v, start=start, scale=scale, score=settings.score)
         if settings.heads == "shared":
             scores = scores.mean(0, keepdim=True).expand_as(scores)
-        ranked = rank_positions(
-            scores,
-            num_kept,
-            window=settings.window,
-            sink_tokens=settings.sink_tokens,
-            pooling=settings.pooling,
-            kernel_size=settings.kernel_size,
-            shrink_window=False,
-        )
+        ranked = ranked_by(scores, settings)
         if settings.budget == "uniform":
             heads = list(keep_per_head(ranked, num_kept))
         else:
@@ -198,15 +203,7 @@ def kept_by_kvzip_settings(scores: torch.Tensor, run: dict[str, Any]) -> list[li
     """
     settings, num_tokens = kvzip_settings(run), scores.shape[-1]
     num_kept = settings.kept_tokens(num_tokens)
-    ranked = rank_positions(
-        scores.flatten(0, 1),
-        num_kept,
-        window=settings.window,
-        sink_tokens=settings.sink_tokens,
-        pooling=settings.pooling,
-        kernel_size=settings.kernel_size,
-        shrink_window=False,
-    )
+    ranked = ranked_by(scores.flatten(0, 1), settings)
     total = scores.numel() - int(scores.numel() * settings.compression_ratio)
     assert 0 <= total - num_kept * len(ranked) <= len(ranked)
     positions, offsets = keep_across_heads(ranked, total)
