@@ -16,7 +16,7 @@ from typing import Any
 
 from launch.model import cache_dir, ensure_model
 from launch.quickstart import read_prose
-from launch.server import Server, serve
+from obcache_sglang.server import Server, serve
 
 LENGTHS = (1024, 2048, 4096)
 COMMON = ("--max-total-tokens", "32768", "--chunked-prefill-size", "8192", "--sleep-on-idle")

@@ -22,8 +22,8 @@ from typing import Any
 
 from launch.document import read_prose
 from launch.model import MODEL_NAME, cache_dir, ensure_model
-from launch.server import Server, serve
 from obcache_sglang.lang import context
+from obcache_sglang.server import Server, serve
 
 # Facts are hidden in the document as "{subject} {answer}."; a question asks for the subject, and the model, which is small,
 # is given the beginning of the answer.

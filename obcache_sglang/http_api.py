@@ -7,11 +7,12 @@ since URLs end up in access logs), or else those without one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 
 from obcache_sglang import service
@@ -48,9 +49,18 @@ def make_router(tokenizer_manager: Any) -> APIRouter:
     router = APIRouter(prefix="/obcache", route_class=_Route)
 
     @router.post("/compress")
-    async def compress(request: Request) -> dict[str, Any]:
+    async def compress(request: Request) -> Any:
+        """With `"stream": true` server-sent events: {"progress": ...} as it goes on, then the answer, then [DONE]."""
         body = await _json_object(request)
-        return await service.compress_context(tokenizer_manager, lambda: request.app.state.openai_serving_chat, body, request)
+        stream = body.pop("stream", False)
+        if not isinstance(stream, bool):
+            raise RequestError(f"stream={stream!r} is not true or false.")
+        given = (tokenizer_manager, lambda: request.app.state.openai_serving_chat, body, request)
+        if not stream:
+            return await service.compress_context(*given)
+        answers = service.compress_progress(*given)
+        # Until the first answer errors are still a status of their own.
+        return StreamingResponse(_events(await anext(answers), answers), media_type="text/event-stream")
 
     @router.get("/contexts")
     async def list_contexts(request: Request) -> dict[str, Any]:
@@ -77,6 +87,16 @@ def make_router(tokenizer_manager: Any) -> APIRouter:
         return await service.status(tokenizer_manager)
 
     return router
+
+
+async def _events(first: dict[str, Any], others: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    yield f"data: {json.dumps(first)}\n\n"
+    try:
+        async for answer in others:
+            yield f"data: {json.dumps(answer)}\n\n"
+    except (ObcacheError, ValueError) as error:  # too late for a status
+        yield f"data: {json.dumps({'error': {'message': str(error)}})}\n\n"
+    yield "data: [DONE]\n\n"
 
 
 async def _json_object(request: Request) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class Metrics:
         self._totals: Counter[str] = Counter()
         self._exact: Counter[str] = Counter()
         self._seconds = 0.0
+        self._replay_seconds = 0.0
         self._contexts = 0
         self._slots_saved_now = 0
 
@@ -38,9 +39,10 @@ class Metrics:
             self._prometheus.seconds.observe(seconds)
             self._prometheus.slots_saved.inc(context_tokens - kept_slots)
 
-    def replayed(self, tokens: int) -> None:
-        """A pass of method replay has read `tokens` tokens behind its context."""
+    def replayed(self, tokens: int, seconds: float) -> None:
+        """A pass of method replay has read `tokens` tokens behind its context, in `seconds` from its start."""
         self._totals["replayed_tokens"] += tokens
+        self._replay_seconds += seconds
         if self._prometheus:
             self._prometheus.replayed_tokens.inc(tokens)
 
@@ -71,6 +73,7 @@ class Metrics:
         names = ("compressions", "reuses", "context_tokens", "slots_saved", "tokens_saved", "replayed_tokens")
         return {name: self._totals[name] for name in names} | {
             "compression_seconds": self._seconds,
+            "replay_seconds": self._replay_seconds,
             "exact": dict(self._exact),
             "contexts": self._contexts,
             "slots_saved_now": self._slots_saved_now,

@@ -10,7 +10,8 @@ import asyncio
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from obcache_sglang import __version__, control
@@ -21,6 +22,9 @@ from obcache_sglang.plan import PARAM, REQUEST_KEYS
 
 DELETE_WAIT_SECONDS = 30.0
 """How long `delete_context` waits for a context's readers unless told otherwise."""
+
+_PROGRESS_SECONDS = 0.5
+"""How often `compress_progress` looks."""
 
 _PROMPT_KEYS = ("text", "messages", "input_ids")
 _CHAT_KEYS = ("model", "tools", "chat_template_kwargs")
@@ -43,13 +47,40 @@ async def compress_context(
     Returns the report of a request (`context_tokens`, `kept_tokens`, `status`, `reason`, `seconds`, ...) with the context's `id`,
     of rank 0, and with several ranks all of them under `ranks`. Raises RequestError.
     """
-    from sglang.srt.runtime_context import get_parallel
+    rid = f"obcache-compress-{uuid.uuid4().hex}"
+    return await _compress(tokenizer_manager, _compress_request(tokenizer_manager, serving_chat, body), rid, http_request)
 
+
+async def compress_progress(
+    tokenizer_manager: Any, serving_chat: ServingChat, body: Mapping[str, Any], http_request: Any = None
+) -> AsyncIterator[dict[str, Any]]:
+    """As `compress_context`: yields {"progress": {"tokens": read so far, "of": in all}} as it goes on, and last what that returns."""
     request = _compress_request(tokenizer_manager, serving_chat, body)
-    num_ranks = get_parallel().num_dp_ranks
+    rid = f"obcache-compress-{uuid.uuid4().hex}"
+    task = asyncio.ensure_future(_compress(tokenizer_manager, request, rid, http_request))
+    shown = None
+    try:
+        while not (await asyncio.wait({task}, timeout=_PROGRESS_SECONDS))[0]:
+            answers = await control.call(tokenizer_manager, {"op": "progress", "rid": rid})
+            counted = _summed([_checked(answer) for _, answer in answers])
+            if counted != shown and not task.done():
+                yield {"progress": counted}
+            shown = counted
+        yield task.result()
+    finally:
+        if not task.done():  # the client has hung up
+            task.cancel()
+            for rank in range(_num_ranks()):
+                tokenizer_manager.abort_request(rid=f"{rid}-{rank}")
+
+
+async def _compress(tokenizer_manager: Any, request: Any, rid: str, http_request: Any) -> dict[str, Any]:
+    """rid: what the request ids of all ranks begin with."""
+    num_ranks = _num_ranks()
 
     async def on_rank(rank: int) -> dict[str, Any]:
         mine = copy.copy(request)
+        mine.rid = f"{rid}-{rank}"
         mine.routed_dp_rank = rank if num_ranks > 1 else None
         answer = await anext(tokenizer_manager.generate_request(mine, http_request))
         report = dict(answer["meta_info"][PARAM])
@@ -124,6 +155,12 @@ async def status(tokenizer_manager: Any) -> dict[str, Any]:
 
 
 # --- internals ---------------------------------------------------------------------------------------------------------
+
+
+def _num_ranks() -> int:
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().num_dp_ranks)
 
 
 def _checked(answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,6 +280,13 @@ TOUCHES = (
         "call",
         "serves compressions",
         ("obj", "request"),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request",
+        "call",
+        "ends a compression whose client stopped reading its progress",
+        ("rid",),
         "tokenizer",
     ),
     Touch(

@@ -365,7 +365,7 @@ class CompressionManager:
             return  # another one has taken its place
         context.job = None
         if completed and job.replay is not None:
-            self.metrics.replayed(len(job.replay.tokens))
+            self.metrics.replayed(len(job.replay.tokens), time.perf_counter() - job.pass_started_at)
         if completed and not job.is_final:
             if self.agree(job.error is None):
                 # First in the queue: the next pass finds the context's exact KV still there.
@@ -465,13 +465,18 @@ class CompressionManager:
     # --- control calls ----------------------------------------------------------------------------------------------
 
     def answer(self, call: dict[str, Any]) -> dict[str, Any]:
-        """Answers one control call of the tokenizer process: op is status, list, get, delete or expire."""
+        """Answers one control call of the tokenizer process: op is status, list, get, delete, progress or expire."""
         self.advance_clock(float(call.get("now", 0.0)))
         op = call.get("op")
         if op == "status":
             return {"ok": True, **self._status()}
         if op == "expire":
             return {"ok": True}
+        if op == "progress":
+            asked = [req for req in self._waiting() if isinstance(req, ContextReq) and req.rid.startswith(call["rid"])]
+            jobs = [req.context.job for req in asked if req.context is not None and req.context.job is not None]
+            done, total = jobs[0].progress if jobs else (0, 0)
+            return {"ok": True, "tokens": done, "of": total}
         salt = call.get("cache_salt") or None
         visible = [context for context in self.cache if context.namespace.cache_salt == salt]
         if op == "list":

@@ -193,7 +193,8 @@ class CompressionJob(Req):
     to come. earlier: the scores of the passes before, by layer id; scores: of this prefill, for its chunks to come. ranked: of
     layers scored to the end whose budget waits for the other layers', in their order; chosen: of layers whose tokens are chosen
     and copied, (positions, offsets) as in KeptTokens. counts: what each head keeps, with budget profile. kept: all of it, once
-    the last layer is done. first_cached_tokens: of the first of several prefills, None in that one.
+    the last layer is done. first_cached_tokens: of the first of several prefills, None in that one. earlier_tokens: that the
+    prefills before it read. pass_started_at: when this one was queued.
     """
 
     scoring_seconds: float
@@ -213,6 +214,7 @@ class CompressionJob(Req):
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_cached_tokens: int | None = None
+        self.earlier_tokens = 0
         if isinstance(like, CompressionJob):
             self.replay, *self.passes = like.passes
             reduce = context.settings.reduce
@@ -220,6 +222,7 @@ class CompressionJob(Req):
             self.unattended = like.unattended
             self.started_at, self.earlier_seconds = like.started_at, like.scoring_seconds
             self.first_cached_tokens = like.context_cached_tokens
+            self.earlier_tokens = like.progress[0]
         tokens = context.tokens if self.replay is None else context.tokens + self.replay.tokens
         super().__init__(
             f"obcache-job-{number}",
@@ -245,6 +248,7 @@ class CompressionJob(Req):
         settings = self.context.settings
         self.error: str | None = None
         self.slots: torch.Tensor | None = None
+        self.pass_started_at = time.perf_counter()
         self.scores: dict[int, LayerScores] = {}
         self.ranked: list[torch.Tensor] = []
         self.chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -257,6 +261,14 @@ class CompressionJob(Req):
     def context_cached_tokens(self) -> int:
         """Tokens of the context that its first prefill found in the exact cache; the later ones find what that one left."""
         return int(self.cached_tokens if self.first_cached_tokens is None else self.first_cached_tokens)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Tokens read so far, what was found cached included, and in all: the context's, and each pass's."""
+        own = self.kv.kv_committed_len if self.kv.holds_kv else len(self.origin_input_ids) if self.finished() else 0
+        behind = 0 if self.replay is None else self.context.num_tokens  # the passes find the context cached
+        total = self.earlier_tokens + len(self.origin_input_ids) - behind + sum(len(each.tokens) for each in self.passes)
+        return self.earlier_tokens + max(0, own - behind), total
 
     @property
     def is_final(self) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.server import serve
+from obcache_sglang.server import serve
 from tests.serving.client import compressions, document, generate, question, report
 from tests.serving.conftest import COMMON, STRICT, checked
 

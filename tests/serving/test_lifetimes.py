@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from launch.server import Server
+from obcache_sglang.server import Server
 from tests.serving.client import (
     compressions,
     document,
@@ -179,3 +181,80 @@ def test_retracted_requests_answer_as_if_alone(tight_server: Server, model_dir: 
         assert two["output_ids"] == one["output_ids"]
         assert two["meta_info"]["prompt_tokens"] == len(request["prompt"])
         assert report(two)["status"] == "reused"
+
+
+REPLAY = {"method": "replay", "replay_chunk": 200}
+
+
+def progress(server: Server, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What `POST /obcache/compress` streams; closing it is what a client does that hangs up."""
+    with server.request("POST", "/obcache/compress", json={**body, "stream": True}, stream=True) as response:
+        assert response.status_code == 200, response.text
+        for line in response.iter_lines():
+            if line.startswith(b"data: {"):
+                yield json.loads(line.removeprefix(b"data: "))
+
+
+def used_slots(server: Server) -> int:
+    return server.get("/v1/loads")["loads"][0]["num_used_tokens"]
+
+
+def test_a_replay_shows_its_progress(server: Server, model_dir: Path) -> None:
+    flush(server)
+    length = 2003
+    before = server.get("/obcache/status")["counters"]
+    *steps, made = progress(server, {"input_ids": document(model_dir, length, "class"), **REPLAY})
+    assert made["status"] == "compressed"
+    counts = [step["progress"]["tokens"] for step in steps]
+    totals = {step["progress"]["of"] for step in steps} - {0}
+    assert counts == sorted(counts)
+    (total,) = totals
+    after = server.get("/obcache/status")["counters"]
+    replayed = after["replayed_tokens"] - before["replayed_tokens"]
+    assert total == length + replayed > 2 * length
+    assert any(length < count <= total for count in counts)
+    assert 0 < after["replay_seconds"] - before["replay_seconds"] < made["seconds"]
+    refused = server.request("POST", "/obcache/compress", json={"text": "x", "method": "nonsense", "stream": True})
+    assert refused.status_code == 400
+    assert "nonsense" in refused.text
+
+
+def test_hanging_up_in_the_middle_of_a_replay_ends_it(server: Server, model_dir: Path) -> None:
+    flush(server)
+    body = {"input_ids": document(model_dir, 2005, "class"), **REPLAY}
+    before = compressions(server)
+    stream = progress(server, body)
+    for step in stream:
+        if step["progress"]["tokens"] > 2005:
+            break
+    stream.close()
+    wait_for(lambda: used_slots(server) == 0)
+    assert compressions(server) == before
+    assert server.get("/obcache/contexts")["contexts"] == []
+    assert server.post("/obcache/compress", body)["status"] == "compressed"
+
+
+def test_a_flush_in_the_middle_of_a_replay_waits_for_it(server: Server, model_dir: Path) -> None:
+    flush(server)
+    stream = progress(server, {"input_ids": document(model_dir, 2007, "class"), **REPLAY})
+    for step in stream:
+        if step["progress"]["tokens"] > 2007:
+            break
+    flush(server)
+    *_, made = stream
+    assert made["status"] == "compressed"
+    assert used_slots(server) == 0
+    assert server.get("/obcache/contexts")["contexts"] == []
+
+
+def test_a_replay_whose_exact_cache_is_evicted_reads_it_again(tight_server: Server, model_dir: Path) -> None:
+    flush(tight_server)
+    context = document(model_dir, L, "exceptions")
+    asked = {"prompt": context + question(model_dir, "\n\nIn short,"), "obcache": wish(method="replay", replay_chunk=40)}
+    alone = generate(tight_server, **asked)
+    flush(tight_server)
+    # Each of these wants most of the pool, so that nothing that is not in use stays in it.
+    others = [{"prompt": document(model_dir, 900 + i, "class"), "max_new_tokens": 30} for i in range(4)]
+    answer, *_ = generate_together(tight_server, [asked, *others])
+    assert report(answer)["status"] == "compressed"
+    assert answer["output_ids"] == alone["output_ids"]

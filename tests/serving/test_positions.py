@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch.nn.functional as F
 
-from launch.server import Server
 from obcache_sglang.config import CompressionSettings
 from obcache_sglang.scoring.reference import attention, score_tokens
+from obcache_sglang.server import Server
 from tests.unit.test_kvpress import (
     CONTEXT_LEN,
     FIXTURE,

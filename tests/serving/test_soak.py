@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch.server import Server, serve
+from obcache_sglang.server import Server, serve
 from tests.serving.client import document, generate, question, report
 from tests.serving.conftest import COMMON, STRICT, checked
 

@@ -433,7 +433,7 @@ def test_metrics_count_once_for_status_and_prometheus():
     metrics.compressed(0.5, context_tokens=100, kept_slots=30)
     metrics.reused(100)
     metrics.reused(100)
-    metrics.replayed(300)
+    metrics.replayed(300, 1.5)
     metrics.exact("session")
     metrics.resident(1, 70)
     assert metrics.to_dict() == {
@@ -443,6 +443,7 @@ def test_metrics_count_once_for_status_and_prometheus():
         "slots_saved": 70,
         "tokens_saved": 200,
         "replayed_tokens": 300,
+        "replay_seconds": 1.5,
         "compression_seconds": 0.5,
         "exact": {"session": 1},
         "contexts": 1,

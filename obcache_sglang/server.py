@@ -1,4 +1,4 @@
-"""A real SGLang server for the length of a `with` block: the tests and the quickstart talk to nothing else."""
+"""Talk to an SGLang server, and run one for the length of a `with` block: evaluation, benchmarks and tests do."""
 
 from __future__ import annotations
 
@@ -22,17 +22,11 @@ STOP_TIMEOUT_SECONDS = 30
 REQUEST_TIMEOUT_SECONDS = 300
 
 
-class Server:
-    """A running SGLang server: `url`, requests to it, and its log."""
+class Client:
+    """A server at `url`: requests to it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
-        self.process = process
-        self.url = f"http://127.0.0.1:{port}"
-        self.log_file = log_file
-
-    def log(self) -> str:
-        """Everything the server's processes wrote so far."""
-        return self.log_file.read_text(errors="replace")
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
 
     def request(self, method: str, path: str, **kwargs: Any) -> requests.Response:
         """The response, whatever its status; `kwargs` as in `requests.request`."""
@@ -54,15 +48,29 @@ class Server:
         return response.json()
 
 
+class Server(Client):
+    """A server that runs as a child of this process, with its log."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
+        super().__init__(f"http://127.0.0.1:{port}")
+        self.process = process
+        self.log_file = log_file
+
+    def log(self) -> str:
+        """Everything the server's processes wrote so far."""
+        return self.log_file.read_text(errors="replace")
+
+
 @contextlib.contextmanager
-def serve(model_dir: Path, log_file: Path, flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serve(model: Path | str, log_file: Path, flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Iterator[Server]:
     """A server on a free port, ready for requests; its whole process group is gone afterwards.
 
-    flags: for `python -m sglang.launch_server`; env: on top of this process's environment. Raises RuntimeError with the
-    end of the log when the server exits or does not become healthy in `START_TIMEOUT_SECONDS`.
+    model: a directory, or a name on the Hugging Face Hub. flags: for `python -m sglang.launch_server`. env: on top of this
+    process's environment. Raises RuntimeError with the end of the log when the server exits or does not become healthy in
+    `START_TIMEOUT_SECONDS`.
     """
     port = _free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model_dir), "--port", str(port), *flags]
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *flags]
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("wb") as log:
         process = subprocess.Popen(
