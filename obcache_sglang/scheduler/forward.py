@@ -16,7 +16,7 @@ import torch
 
 from obcache_sglang.cells import KeptTokens, KVSpace
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, LayerScores
-from obcache_sglang.scoring.ops import accumulate_scores
+from obcache_sglang.scoring.ops import accumulate_scores_in_slots
 from obcache_sglang.scoring.selection import keep_across_heads, keep_counts, keep_per_head, rank_positions, static_scores
 
 if TYPE_CHECKING:
@@ -51,12 +51,19 @@ class ScoringRows:
 class ForwardPlan:
     """What our hooks do in the current forward of this process.
 
-    space: where the heads of uneven contexts lie; None where the pool cannot hold such. attends_uneven_heads: whether the
-    attention backends read them. head_profile, lanes: for budget profile; which KV heads of a layer this rank has. serial: of the current forward. mean_over_ranks: averages a tensor over
-    the ranks that share a layer's KV heads; None with one rank.
+    accumulate: scores the tokens in slots of the pool; as `scoring.ops.accumulate_scores_in_slots`. space: where the heads of
+    uneven contexts lie; None where the pool cannot hold such. attends_uneven_heads: whether the attention backends read them.
+    head_profile, lanes: for budget profile; which KV heads of a layer this rank has. serial: of the current forward.
+    mean_over_ranks: averages a tensor over the ranks that share a layer's KV heads; None with one rank.
     """
 
-    def __init__(self, kv_pool: MHATokenToKVPool, req_to_token_pool: ReqToTokenPool) -> None:
+    def __init__(
+        self,
+        kv_pool: MHATokenToKVPool,
+        req_to_token_pool: ReqToTokenPool,
+        accumulate: Callable[..., None] = accumulate_scores_in_slots,
+    ) -> None:
+        self._accumulate = accumulate
         self.kv_pool = kv_pool
         self.req_to_token_pool = req_to_token_pool
         self.space = KVSpace.of(kv_pool)
@@ -192,11 +199,12 @@ class ForwardPlan:
             visible = torch.cat([visible[:num_sinks], visible[chunk], visible[context.num_tokens :]])
             start = len(visible) - rows.num_rows
             scored = torch.nn.functional.pad(scored[:, chunk], (num_sinks, 0))
-        accumulate_scores(
+        self._accumulate(
             scored,
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[scoring],
-            self.kv_pool.get_key_buffer(layer.layer_id).index_select(0, visible),
-            self.kv_pool.get_value_buffer(layer.layer_id).index_select(0, visible),
+            self.kv_pool.get_key_buffer(layer.layer_id),
+            self.kv_pool.get_value_buffer(layer.layer_id),
+            visible,
             start=start,
             scale=layer.scaling,
             score=settings.score,

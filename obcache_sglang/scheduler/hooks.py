@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from obcache_sglang.scheduler.contexts import FIRST_VIRTUAL_ID
 from obcache_sglang.scheduler.forward import ForwardPlan, score_after
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.requests import REPORT_KEY
+from obcache_sglang.scoring.ops import accumulate_scores_in_slots
 
 if TYPE_CHECKING:
     from obcache_sglang.gpu.overlay import HeadOverlay
@@ -105,7 +107,7 @@ def after_init_attention_backends(result: None, model_runner: Any, *args: Any, *
     global _plan
     if model_runner.is_draft_worker:
         return
-    _plan = ForwardPlan(model_runner.token_to_kv_pool, model_runner.req_to_token_pool)
+    _plan = ForwardPlan(model_runner.token_to_kv_pool, model_runner.req_to_token_pool, _scoring(model_runner))
     backends = {id(b): b for b in (model_runner.attn_backend, model_runner.decode_attn_backend) if b is not None}.values()
     overlay = _head_overlay(_plan, model_runner)
     for backend in backends:
@@ -115,6 +117,16 @@ def after_init_attention_backends(result: None, model_runner: Any, *args: Any, *
             backend.forward = overlay.over(backend.forward)
         backend.forward = score_after(backend.forward, _plan)
     _plan.attends_uneven_heads = overlay is not None or all(isinstance(b, CpuAttentionBackend) for b in backends)
+
+
+def _scoring(model_runner: Any) -> Callable[..., None]:
+    """How tokens in the pool are scored: on GPUs by a kernel that reads them where they lie."""
+    if torch.device(model_runner.device).type != "cuda":
+        return accumulate_scores_in_slots
+    # Not every machine can import kernels.
+    from obcache_sglang.gpu.score_kernel import accumulate_scores_paged
+
+    return accumulate_scores_paged
 
 
 def _head_overlay(plan: ForwardPlan, model_runner: Any) -> HeadOverlay | None:

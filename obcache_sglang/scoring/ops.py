@@ -12,6 +12,8 @@ costs three passes of matrix products over ``[queries, tokens]`` and no ``[queri
 and the sum over i of ``w_ij v_j.o_i`` is ``v_j . (w^T o)_j``, one more matrix product.
 """
 
+from typing import Any
+
 import torch
 
 from obcache_sglang.config import SCORES
@@ -106,6 +108,17 @@ def accumulate_scores(
                 total[:scored] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:scored], o_tile, score)
         if reduce == "sum":
             scores[head].add_(total, alpha=1.0 / group)
+
+
+def accumulate_scores_in_slots(
+    scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, **arguments: Any
+) -> None:
+    """As `accumulate_scores`, of tokens in a pool.
+
+    k, v: [pool slots, num_kv_heads, head_dim]; slots: [start + rows] int32 or int64, where the tokens lie. `arguments` and errors
+    are those of `accumulate_scores`.
+    """
+    accumulate_scores(scores, q, k.index_select(0, slots), v.index_select(0, slots), **arguments)
 
 
 def _row_stride(num_tokens: int) -> int:

@@ -1,0 +1,68 @@
+"""The scoring kernels compile for GPUs without spills, and the report of it says what it should."""
+
+from __future__ import annotations
+
+import pytest
+
+from obcache_sglang.gpu import kernel_report
+from obcache_sglang.gpu.kernel_report import (
+    A100,
+    B200,
+    H100,
+    LLAMA,
+    Chip,
+    Configuration,
+    Cost,
+    Resources,
+    compile_offline,
+    lse_cost,
+    prefill_cost,
+    scoring_cost,
+    shipped_configurations,
+)
+
+CHIPS = [pytest.param(chip, id=f"sm_{chip.capability}") for chip in (A100, H100, B200)]
+
+
+def check(configuration: Configuration, chip: Chip) -> None:
+    resources = compile_offline(configuration, chip)
+    assert 32 <= resources.registers <= 255
+    assert resources.spilled == 0
+    # K, and a block of queries, at least; a program that needs more than the chip has is not launched.
+    assert 2**12 < resources.shared <= chip.shared_limit
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("score", ["obcache-kv", "lse"])
+def test_a_large_group_fits(score: str, chip: Chip) -> None:
+    check(Configuration(score, head_dim=128, group=7, rows=64), chip)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("configuration", list(shipped_configurations()), ids=str)
+def test_all_shipped_configurations_fit(configuration: Configuration, chip: Chip) -> None:
+    check(configuration, chip)
+
+
+def test_roofline_by_hand() -> None:
+    """Llama-3.1-8B: a token's K and V are 128 KiB. A chip takes the longer of memory and arithmetic."""
+    window = scoring_cost(LLAMA, 4096, 64)
+    assert window.bytes == 4096 * 131072 + 32 * (2 * 64 * 4096 * 2 + 2 * 64 * 32 * 4 + 4096 * 8 * 4)
+    assert window.flops == 2 * 2 * 64 * 4096 * 4096 * 32
+    assert lse_cost(LLAMA, 4096, 64).bytes == 4096 * 65536 + 32 * (64 * 4096 * 2 + 4 * 2 * 64 * 32 * 4)
+    assert prefill_cost(LLAMA, 1024).flops == pytest.approx(2 * 6.98e9 * 1024 + 32 * 2 * 1024**2 * 4096)
+    assert Cost(2.039e12, 312e11).seconds(A100) == 1.0
+    assert Cost(3.35e11, 989e12).seconds(H100) == 1.0
+
+
+def test_the_command_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(kernel_report, "compile_offline", lambda configuration, chip: Resources(255, 0, A100.shared_limit))
+    assert kernel_report.main(["--only", "resources"]) == 0
+    monkeypatch.setattr(kernel_report, "compile_offline", lambda configuration, chip: Resources(255, 0, A100.shared_limit + 1))
+    assert kernel_report.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("!") for line in lines) == len(list(shipped_configurations()))
+    assert sum(line.startswith(("Llama-3.1-8B", "Qwen2.5-7B")) for line in lines) == 24
+    monkeypatch.setattr(kernel_report, "compile_offline", lambda configuration, chip: Resources(255, 8, 1024))
+    assert kernel_report.main(["--only", "resources"]) == 1

@@ -1,0 +1,105 @@
+"""The scoring hook with the GPU kernel keeps what it keeps with torch: positions, and the K and V that it copies.
+
+Without a GPU the kernel runs in Triton's interpreter, in a process of its own: see `test_score_kernel.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from array import array
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+if DEVICE == "cpu" and not INTERPRETED:
+
+    def test_in_the_interpreter() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        run = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+else:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+
+    from obcache_sglang.cells import create_one_space
+    from obcache_sglang.config import CompressionSettings
+    from obcache_sglang.gpu.score_kernel import accumulate_scores_paged
+    from obcache_sglang.scheduler.forward import ForwardPlan, ScoringRows
+    from obcache_sglang.scheduler.replay import ReplayPass
+    from obcache_sglang.scheduler.requests import CompressionJob
+    from obcache_sglang.scoring.ops import accumulate_scores_in_slots
+
+    LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 2, 3, 64
+    CONTEXT, PASS, ROWS = 150, 40, 20
+    NUM_SLOTS = 50
+
+    class Pool(MHATokenToKVPool):
+        def _create_buffers_normal(self) -> None:
+            assert create_one_space(self)
+
+    def compress(accumulate: object, wish: dict[str, object]) -> tuple[CompressionJob, MHATokenToKVPool]:
+        """A context of CONTEXT tokens whose last chunk, of ROWS tokens or of a replay's pass, is computed in one forward."""
+        torch.manual_seed(3)
+        settings = CompressionSettings.resolve(wish)
+        replayed = settings.method == "replay"
+        num_tokens = CONTEXT + (PASS if replayed else 0)
+        pool = Pool(400, 1, torch.float32, KV_HEADS, HEAD_DIM, layer_num=LAYERS, device=DEVICE, enable_memory_saver=False)
+        for buffer in pool.k_buffer + pool.v_buffer:
+            buffer.normal_()
+        req_to_token = ReqToTokenPool(2, 512, DEVICE, enable_memory_saver=False)
+        taken = torch.randperm(399, device=DEVICE) + 1
+        context = SimpleNamespace(
+            id="0f" * 16,
+            settings=settings,
+            num_tokens=CONTEXT,
+            num_slots=NUM_SLOTS,
+            is_uneven=settings.budget != "uniform",
+            tokens=array("q", range(CONTEXT)),
+        )
+        # A job without SGLang's Req: its fields that the hook reads.
+        job = CompressionJob.__new__(CompressionJob)
+        job.context, job.passes, job.earlier, job.earlier_seconds = context, [], {}, 0.0
+        job.replay = ReplayPass(array("q", range(PASS)), 30, 60) if replayed else None
+        job.reset()
+        job.slots = taken[num_tokens : num_tokens + NUM_SLOTS]
+        first = CONTEXT if replayed else num_tokens - ROWS
+        plan = ForwardPlan(pool, req_to_token, accumulate)
+        plan._rows = [ScoringRows(job, 5, num_tokens - first, first, taken[:num_tokens], last=True)]
+        plan._rids = ["job"]
+        for layer_id in range(LAYERS):
+            layer = RadixAttention(KV_HEADS * GROUP, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, layer_id=layer_id)
+            shape = (5 + num_tokens - first, KV_HEADS * GROUP * HEAD_DIM)
+            q, output = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE) / 4
+            plan.after_attention(q, output, layer, SimpleNamespace(rids=["job"]))
+        assert job.error is None
+        return job, pool
+
+    @pytest.mark.parametrize(
+        "wish",
+        [
+            {"method": "snapkv", "score": "obcache-kv", "budget": "adakv", "window": ROWS},
+            {"method": "snapkv", "score": "attention", "budget": "uniform", "window": ROWS},
+            {"method": "replay", "score": "obcache-v", "budget": "global"},
+            {"preset": "kvzip"},
+        ],
+        ids=str,
+    )
+    def test_the_kernel_keeps_what_torch_keeps(wish: dict[str, object]) -> None:
+        expected, expected_pool = compress(accumulate_scores_in_slots, wish)
+        job, pool = compress(accumulate_scores_paged, wish)
+        assert job.kept is not None and expected.kept is not None
+        assert torch.equal(job.kept.offsets, expected.kept.offsets)
+        assert torch.equal(job.kept.positions, expected.kept.positions)
+        for buffers in ("k_buffer", "v_buffer"):
+            for got, wanted in zip(getattr(pool, buffers), getattr(expected_pool, buffers), strict=True):
+                assert torch.equal(got, wanted)
+        scattered = compress(accumulate_scores_in_slots, wish | {"sink_tokens": 30})[0]
+        assert not torch.equal(scattered.kept.positions, expected.kept.positions)  # the comparison can fail
