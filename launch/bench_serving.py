@@ -1,8 +1,9 @@
 """What compression costs and what a later question saves, on real servers:  python -m launch.bench_serving
 
-Prints three tables: the share of a context's compression that is spent on scoring, selecting and copying; time to the first
-token of a later question, exact radix hit against compressed hit, in turn; and plain requests (no compression asked for) on
-a server with --obcache against one without, burst by burst. Machines are noisy: medians, and ratios pair by pair.
+Prints three tables: a context's compression by a window, by a window with a head profile and by replay, against its exact prefill
+(which is what the first question waits for with --obcache-when idle), with the share spent on scoring, selecting and copying; time
+to the first token of a later question, exact radix hit against compressed hit, in turn; and plain requests (no compression asked
+for) on a server with --obcache against one without, burst by burst. Machines are noisy: medians, and ratios pair by pair.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from launch.model import cache_dir, ensure_model
-from launch.quickstart import read_prose
+from obcache_sglang.eval.prose import opticks
 from obcache_sglang.server import Server, serve
 
 LENGTHS = (1024, 2048, 4096)
+ARMS = (("snapkv", "obcache-k", "adakv"), ("snapkv", "obcache-k", "profile"), ("replay", "obcache-v", "global"))
 COMMON = ("--max-total-tokens", "32768", "--chunked-prefill-size", "8192", "--sleep-on-idle")
 
 
@@ -30,11 +33,17 @@ def main() -> None:
     model_dir = arguments.model or ensure_model("bfloat16")
     ids = tokenize(model_dir, max(LENGTHS))
     logs = cache_dir()
-    with serve(model_dir, logs / "bench-obcache.log", (*COMMON, "--obcache")) as server:
+    flags = (*COMMON, "--obcache", *(() if arguments.model else ("--obcache-head-profile", "smollm2-135m")))
+    arms = [arm for arm in ARMS if arguments.model is None or arm[2] != "profile"]
+    with serve(model_dir, logs / "bench-obcache.log", flags) as server:
         generate(server, ids[:200])
-        print("\ntokens  slots  compression s  scoring s   share", flush=True)
+        print(
+            "\ntokens  slots  arm                          s  scoring share  / exact prefill, pair by pair (min median max)",
+            flush=True,
+        )
         for length in LENGTHS:
-            print(compression_row(server, ids[:length], arguments.repeats), flush=True)
+            for row in compression_rows(server, ids[:length], arms, arguments.repeats):
+                print(row, flush=True)
         print("\ntokens  exact hit s  compressed hit s  exact / compressed, pair by pair (min median max)", flush=True)
         for length in LENGTHS:
             print(first_token_row(server, ids[:length], arguments.repeats), flush=True)
@@ -46,7 +55,7 @@ def main() -> None:
 def tokenize(model_dir: Path, num_tokens: int) -> list[int]:
     from transformers import AutoTokenizer
 
-    return list(AutoTokenizer.from_pretrained(model_dir)(read_prose()[: 8 * num_tokens]).input_ids[:num_tokens])
+    return list(AutoTokenizer.from_pretrained(model_dir)(opticks()[: 8 * num_tokens]).input_ids[:num_tokens])
 
 
 def generate(server: Server, ids: list[int], *, obcache: Any = False, max_new_tokens: int = 1) -> float:
@@ -59,17 +68,28 @@ def generate(server: Server, ids: list[int], *, obcache: Any = False, max_new_to
     return time.perf_counter() - start
 
 
-def compression_row(server: Server, ids: list[int], repeats: int) -> str:
-    runs = []
+def compression_rows(server: Server, ids: list[int], arms: Sequence[tuple[str, str, str]], repeats: int) -> Iterator[str]:
+    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {arm: [] for arm in arms}
+    exact = []
     for repeat in range(repeats + 1):
-        server.request("POST", "/flush_cache", params={"timeout": 30})
-        made = server.post("/obcache/compress", {"input_ids": ids})
+        flush(server)
+        seconds = generate(server, ids)
         if repeat:  # the first warms up
-            runs.append(server.get(f"/obcache/contexts/{made['id']}"))
-    seconds = statistics.median(run["seconds"] for run in runs)
-    scoring = statistics.median(run["scoring_seconds"] for run in runs)
-    share = statistics.median(run["scoring_seconds"] / run["seconds"] for run in runs)
-    return f"{len(ids):6d} {runs[0]['slots']:6d} {seconds:14.3f} {scoring:10.3f} {share:7.1%}"
+            exact.append(seconds)
+        for method, score, budget in arms:
+            flush(server)
+            made = server.post("/obcache/compress", {"input_ids": ids, "method": method, "score": score, "budget": budget})
+            if repeat:
+                runs[method, score, budget].append(server.get(f"/obcache/contexts/{made['id']}"))
+    for arm, made in runs.items():
+        seconds = statistics.median(run["seconds"] for run in made)
+        share = statistics.median(run["scoring_seconds"] / run["seconds"] for run in made)
+        ratios = spread([run["seconds"] / prefill for run, prefill in zip(made, exact, strict=True)])
+        yield f"{len(ids):6d} {made[0]['slots']:6d}  {'/'.join(arm):24s} {seconds:5.2f} {share:14.1%}  {ratios}"
+
+
+def flush(server: Server) -> None:
+    server.request("POST", "/flush_cache", params={"timeout": 30})
 
 
 def first_token_row(server: Server, ids: list[int], repeats: int) -> str:
@@ -90,7 +110,7 @@ def first_token_row(server: Server, ids: list[int], repeats: int) -> str:
 def plain_row(server: Server, stock: Server, ids: list[int], repeats: int) -> str:
     def burst(target: Server) -> float:
         prompts = [ids[20 * i : 20 * i + 100] for i in range(16)]
-        target.request("POST", "/flush_cache", params={"timeout": 30})
+        flush(target)
         start = time.perf_counter()
         with ThreadPoolExecutor(len(prompts)) as pool:
             list(pool.map(lambda prompt: generate(target, prompt, obcache=None, max_new_tokens=16), prompts))

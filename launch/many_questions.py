@@ -16,7 +16,7 @@ from typing import Any
 
 import sglang as sgl
 
-from launch.document import read_prose
+from obcache_sglang.eval.prose import opticks
 from obcache_sglang.lang import context
 
 QUESTIONS = [
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--document", type=Path, help="a text file (default: the first pages of Newton's Opticks)")
     arguments = parser.parse_args()
     sgl.set_default_backend(sgl.RuntimeEndpoint(arguments.url))
-    document = arguments.document.read_text(encoding="utf-8") if arguments.document else read_prose()[:8000]
+    document = arguments.document.read_text(encoding="utf-8") if arguments.document else opticks()[:8000]
 
     start = time.perf_counter()
     state = ask_all.run(document=document, questions=QUESTIONS)

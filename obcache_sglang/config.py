@@ -254,7 +254,10 @@ class ServerSettings:
         compression = {name: value for name, value in values.items() if OPTIONS[name].per_request}
         server = {name: value for name, value in values.items() if not OPTIONS[name].per_request}
         if "head_profile" in server and compression.get("preset") != "kvzip":
-            compression.setdefault("budget", "profile")
+            budget = compression.setdefault("budget", "profile")
+            if budget == "profile" and not compression.keys() & {"method", "preset", "score"}:
+                # Of all that choose inside the heads without a replay, what keeps the most answers (README, Results).
+                compression |= {"method": "tova", "score": "obcache-v"}
         return cls(compression=CompressionSettings.resolve(compression), given=compression, **server)
 
     def compression_for(self, overrides: Mapping[str, Any]) -> CompressionSettings:
@@ -408,14 +411,14 @@ COMPRESSION_OPTIONS = (
         _one_of(METHODS),
         "Which queries score a context's tokens. snapkv: its last ones, scores smoothed over neighbours; h2o: its last ones or all; "
         "tova: its last one, one choice for all heads; replay: the model re-reads the context, once more the work of its prefill, and "
-        "those queries score; streaming (first and last tokens) and random are sanity floors. Default: snapkv.",
+        "those queries score; streaming (first and last tokens) and random are sanity floors. Default: snapkv (with a head profile: tova).",
         metavar="|".join(METHODS),
     ),
     Option(
         "score",
         _one_of(SCORES),
         "How a query scores a token: its attention weight, or the attention output error of removing its value, key or both "
-        "(OBCache, arXiv 2510.07651). Default: obcache-k (replay: obcache-v).",
+        "(OBCache, arXiv 2510.07651). Default: obcache-k (replay, and with a head profile: obcache-v).",
         metavar="|".join(SCORES),
     ),
     Option(

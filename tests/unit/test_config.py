@@ -219,7 +219,11 @@ def test_a_head_profile_decides_budgets_unless_told():
     assert (server.compression.budget, server.compression.heads) == ("profile", "per-head")
     assert server.compression_for({"method": "snapkv"}).budget == "profile"
     assert server.compression_for({"budget": "uniform"}).heads == "shared"
-    assert settings_from_python({"head_profile": "smollm2-135m", "budget": "global"}).compression.budget == "global"
+    alone = settings_from_python({"head_profile": "smollm2-135m"}).compression
+    assert (alone.method, alone.score, alone.budget, alone.heads) == ("tova", "obcache-v", "profile", "per-head")
+    otherwise = settings_from_python({"head_profile": "smollm2-135m", "budget": "global"}).compression
+    assert (otherwise.method, otherwise.budget) == ("snapkv", "global")
+    assert settings_from_python({"head_profile": "smollm2-135m", "score": "obcache-kv"}).compression.method == "snapkv"
     for without in (
         lambda: settings_from_python({"budget": "profile"}),
         lambda: settings_from_python(True).compression_for({"budget": "profile"}),

@@ -15,9 +15,9 @@ import torch
 from transformers import AttentionInterface, AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from launch.document import read_prose
 from obcache_sglang import calibrate
 from obcache_sglang.errors import ConfigError, HostError
+from obcache_sglang.eval.prose import opticks
 from obcache_sglang.profile import PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.scheduler.replay import ReplayPrompts
 from obcache_sglang.scoring import reference
@@ -299,7 +299,7 @@ def test_shares_are_what_a_global_selection_keeps() -> None:
 def test_calibrating_a_model(model_dir: Path, tmp_path: Path) -> None:
     """Half a thousand tokens of another text show which heads need much as the packaged profile does (measured: 0.97, 0.98)."""
     text, output = tmp_path / "text.txt", tmp_path / "profile.json"
-    text.write_text(read_prose()[100_000:104_000], encoding="utf-8")
+    text.write_text(opticks()[100_000:104_000], encoding="utf-8")
     arguments = [str(model_dir), "--text", str(text), "--output", str(output), "--ratios", "0.9", "0.7", "--max-tokens", "512"]
     assert calibrate.main(arguments) == 0
     measured = HeadProfile.load(output)
@@ -325,7 +325,7 @@ def test_calibrating_a_model(model_dir: Path, tmp_path: Path) -> None:
     ],
 )
 def test_calibrating_refuses(model_dir: Path, tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:
-    (tmp_path / "text.txt").write_text(read_prose()[:40_000], encoding="utf-8")
+    (tmp_path / "text.txt").write_text(opticks()[:40_000], encoding="utf-8")
     output = tmp_path / "profile.json"
     assert calibrate.main([str(model_dir), "--text", str(tmp_path / "text.txt"), "--output", str(output), *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)

@@ -1,0 +1,1 @@
+"""What compression does to answers: `python -m obcache_sglang.eval`."""
