@@ -52,8 +52,8 @@ def measure(tokens: int, rows: int, score: str, repeats: int) -> str:
         plain_scores(scores, q, k, v, o, mask, score)
 
     def sdpa() -> None:
-        heads = [each.transpose(0, 1)[None] for each in (q, k, v)]
-        scaled_dot_product_attention(*heads, attn_mask=mask, scale=SCALE, enable_gqa=True)
+        query, key, value = (each.transpose(0, 1)[None] for each in (q, k, v))
+        scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=SCALE, enable_gqa=True)
 
     for warm_up in (ours, plain, sdpa):
         warm_up()

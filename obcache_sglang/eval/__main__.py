@@ -11,13 +11,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import shlex
 import sys
-import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from transformers import AutoTokenizer
 from obcache_sglang.errors import ConfigError, ObcacheError
 from obcache_sglang.eval.arms import MODES, RATIO_PRESETS, Arm, parse_arms, parse_ratios
 from obcache_sglang.eval.datasets import load
+from obcache_sglang.eval.provenance import provenance
 from obcache_sglang.eval.report import check_requirements, write_report
 from obcache_sglang.eval.run import Runner
 from obcache_sglang.eval.samples import Sample
@@ -152,16 +149,7 @@ def _samples(arguments: argparse.Namespace, tokenizer: Any) -> Iterator[Sample]:
 
 def _write_run(file: Path, model: str, arguments: argparse.Namespace, given: list[str]) -> None:
     """What the report says of the run. One that goes on must be the same run."""
-    names = ("sglang", "torch", "transformers", "obcache_sglang")
-    run = {
-        "command": shlex.join(["python", "-m", "obcache_sglang.eval", *given]),
-        "model": Path(model).name if Path(model).exists() else model,
-        "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_device()}",
-        "seed": arguments.seed,
-        "tokens": arguments.tokens,
-        "started": time.strftime("%Y-%m-%d %H:%M"),
-    }
+    run = provenance("obcache_sglang.eval", given, model) | {"seed": arguments.seed, "tokens": arguments.tokens}
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         for name in ("model", "seed", "tokens"):
@@ -172,12 +160,6 @@ def _write_run(file: Path, model: str, arguments: argparse.Namespace, given: lis
                 )
         run["started"] = before["started"]
     file.write_text(json.dumps(run, indent=1), encoding="utf-8")
-
-
-def _device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
 if __name__ == "__main__":

@@ -47,9 +47,7 @@ class Table:
 
 def run_facts(run: Mapping[str, Any]) -> dict[str, str]:
     """What every figure of the run rests on, by name. run: of run.json."""
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    facts = {"command": run["command"], "model": run["model"], "versions": versions, "machine": run["machine"]}
-    return facts | {"seed": str(run["seed"]), "started": run["started"]}
+    return {name: str(run[name]) for name in ("command", "model", "versions", "machine", "seed", "started")}
 
 
 def findings(rows: Sequence[Row]) -> list[Section]:

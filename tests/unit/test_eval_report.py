@@ -26,7 +26,7 @@ from obcache_sglang.eval.results import ALL_TASKS, Estimate, Row, read_answers, 
 RUN = {
     "command": "python -m obcache_sglang.eval small --seed 7",
     "model": "small <model>",
-    "versions": {"sglang": "0.5.23", "torch": "2.14.1"},
+    "versions": "sglang 0.5.23, torch 2.14.1",
     "machine": "two cores",
     "seed": 7,
     "started": "2025-01-02 03:04",

@@ -1,0 +1,1 @@
+"""What compression buys: `python -m obcache_sglang.bench`."""

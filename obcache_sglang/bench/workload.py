@@ -1,0 +1,94 @@
+"""What the bench asks: documents with several questions each, which arrive interleaved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from obcache_sglang.errors import ConfigError
+from obcache_sglang.eval.run import Prompts
+from obcache_sglang.eval.samples import Question, Sample
+from obcache_sglang.eval.tasks import generate
+
+_TASK = "facts"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question about one document. input_ids: of the whole prompt, whose first `context_len` are the document."""
+
+    document: int
+    question: Question
+    context_len: int
+    input_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Documents and all questions about them. asks: document by document; they arrive in the order of `order`."""
+
+    samples: tuple[Sample, ...]
+    asks: tuple[Ask, ...]
+    seed: int
+
+    def order(self, round_index: int) -> list[Ask]:
+        """All questions in the order in which they arrive in a round: another one each round, the same for all arms."""
+        asks = list(self.asks)
+        random.Random(f"{self.seed}/{round_index}").shuffle(asks)
+        return asks
+
+    @cached_property
+    def context_tokens(self) -> int:
+        """KV slots that all documents need exactly."""
+        return sum({ask.document: ask.context_len for ask in self.asks}.values())
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return max(len(ask.input_ids) + ask.question.max_new_tokens for ask in self.asks)
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for equal prompts and orders."""
+        asked = [[ask.input_ids for ask in self.asks], [ask.input_ids[-8:] for ask in self.order(0)]]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def make_workload(
+    tokenizer: Any, *, documents: int, tokens: int, questions: int, seed: int, answer_tokens: int | None
+) -> Workload:
+    """`documents` documents of `tokens` tokens with `questions` questions each (task facts of the evaluation).
+
+    tokenizer: a fast one of transformers. answer_tokens: the most tokens of an answer; None for the task's own number.
+    The same arguments give the same workload. Raises ConfigError for a length or number that cannot be had.
+    """
+    for name, value in (("documents", documents), ("tokens", tokens), ("questions", questions), ("answer-tokens", answer_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: give 1 or more.")
+    prompts = Prompts(tokenizer)
+    samples, asks = [], []
+    for index in range(documents):
+        sample = generate(_TASK, tokenizer, tokens, seed, index, questions)
+        if answer_tokens is not None:
+            shorter = tuple(replace(question, max_new_tokens=answer_tokens) for question in sample.questions)
+            sample = replace(sample, questions=shorter)
+        samples.append(sample)
+        for question in sample.questions:
+            context, rest = prompts.ask(sample.context, question)
+            asks.append(Ask(index, question, len(context), context + rest))
+    return Workload(tuple(samples), tuple(asks), seed)
+
+
+def pool_size(workload: Workload, share: float) -> int:
+    """KV slots that hold `share` of the documents exactly. Raises ConfigError where they cannot hold one to work on beside another."""
+    slots = int(workload.context_tokens * share)
+    if slots < 2 * workload.longest:
+        raise ConfigError(
+            f"--pool-share {share:g} of {len(workload.samples)} documents is a pool of {slots} KV slots; compressing one needs room for "
+            f"two, {2 * workload.longest}: raise --pool-share or --documents."
+        )
+    return slots
