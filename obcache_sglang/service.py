@@ -61,6 +61,9 @@ async def compress_progress(
     shown = None
     try:
         while not (await asyncio.wait({task}, timeout=_PROGRESS_SECONDS))[0]:
+            # A stream is not told of a client that hung up, and SGLang itself looks every few seconds only.
+            if http_request is not None and await http_request.is_disconnected():
+                return
             answers = await control.call(tokenizer_manager, {"op": "progress", "rid": rid})
             counted = _summed([_checked(answer) for _, answer in answers])
             if counted != shown and not task.done():
