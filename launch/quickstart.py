@@ -10,7 +10,6 @@ each head keeps comes from the head profile of the model, which was measured on 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import signal
 import statistics
@@ -98,7 +97,7 @@ def main() -> None:
         progress("the server is ready; warming up")
         ask(server, "Hello", compressed=False)
         exact = ask_all(server, questions, compressed=False)
-        server.request("POST", "/flush_cache")
+        server.flush_cache()
         compressed = ask_all(server, questions, compressed=True)
     print_tables(questions, num_tokens, arguments, exact, compressed)
 
@@ -144,14 +143,8 @@ def ask(server: Server, prompt: str, *, compressed: bool) -> Answer:
     }
     start = time.perf_counter()
     seconds, last = 0.0, {}
-    with server.request("POST", "/generate", json=body, stream=True) as response:
-        for line in response.iter_lines():
-            if not line.startswith(b"data: {"):
-                continue
-            last = json.loads(line.removeprefix(b"data: "))
-            if "error" in last:
-                raise RuntimeError(f"the server answered: {last['error']}")
-            seconds = seconds or time.perf_counter() - start
+    for last in server.stream("/generate", body):
+        seconds = seconds or time.perf_counter() - start
     return Answer(last["text"].strip(), seconds, last["meta_info"])
 
 

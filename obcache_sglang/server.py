@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import requests
 START_TIMEOUT_SECONDS = 600
 STOP_TIMEOUT_SECONDS = 30
 REQUEST_TIMEOUT_SECONDS = 300
+FLUSH_TIMEOUT_SECONDS = 60
 
 
 class Client:
@@ -41,11 +43,34 @@ class Client:
         """The JSON answer. Raises RuntimeError with the server's own words on any status but 200."""
         return self._json(self.request("GET", path, **kwargs))
 
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
+        """The server-sent JSON events that answer `body`, as they come.
+
+        Raises RuntimeError with the server's own words on any status but 200, and on an event that is an error.
+        """
+        with self.request("POST", path, json=body, stream=True) as response:
+            self._check(response)
+            for line in response.iter_lines():
+                if not line.startswith(b"data: {"):
+                    continue
+                event = json.loads(line.removeprefix(b"data: "))
+                if "error" in event:
+                    raise RuntimeError(f"{response.url} answered: {event['error']}")
+                yield event
+
+    def flush_cache(self) -> None:
+        """Empties the radix cache, once the server is idle. Raises RuntimeError where it is not in `FLUSH_TIMEOUT_SECONDS`."""
+        self._check(self.request("POST", "/flush_cache", params={"timeout": FLUSH_TIMEOUT_SECONDS}))
+
+    @classmethod
+    def _json(cls, response: requests.Response) -> Any:
+        cls._check(response)
+        return response.json()
+
     @staticmethod
-    def _json(response: requests.Response) -> Any:
+    def _check(response: requests.Response) -> None:
         if response.status_code != 200:
             raise RuntimeError(f"{response.url} answered {response.status_code}: {response.text}")
-        return response.json()
 
 
 class Server(Client):

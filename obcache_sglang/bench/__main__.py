@@ -27,9 +27,10 @@ from obcache_sglang.bench.cases import CASES, SCALING_DOCUMENTS, SCALING_TOKENS,
 from obcache_sglang.bench.kvpress import Kvpress, KvpressArm, ensure_environment, parse_press
 from obcache_sglang.bench.report import Point, write_report
 from obcache_sglang.bench.rounds import Round
-from obcache_sglang.bench.served import Contender, ServedArm, compression_cost, parse_bench_arms, served_arms
+from obcache_sglang.bench.served import Contender, ServedArm, compression_cost, parse_bench_arms
 from obcache_sglang.bench.workload import Workload, make_workload, pool_size
 from obcache_sglang.errors import ConfigError, ObcacheError
+from obcache_sglang.eval.arms import EXACT, check_head_profile
 from obcache_sglang.eval.provenance import provenance
 from obcache_sglang.eval.report import check_requirements
 from obcache_sglang.server import serve
@@ -108,8 +109,7 @@ class Bench:
         self.arms = parse_bench_arms(arguments.arms)
         self.press = parse_press(arguments.kvpress) if arguments.kvpress else None
         obcache_flags = shlex.split(arguments.obcache_flags)
-        if any(arm.budget == "profile" for arm in self.arms) and "--obcache-head-profile" not in obcache_flags:
-            raise ConfigError("an arm has budget profile: say --obcache-flags '--obcache-head-profile FILE'.")
+        check_head_profile(self.arms, obcache_flags, "--obcache-flags")
         self.obcache_flags = ["--obcache", *obcache_flags]
         chosen = {name: getattr(arguments, name) for name in ("documents", "tokens", "questions", "pool_share", "clients")}
         self.case = replace(CASES[arguments.case], **{name: value for name, value in chosen.items() if value is not None})
@@ -165,7 +165,9 @@ class Bench:
             log_file = output / f"server-{name}.log"
             _say(f"starting the {name} server (its log: {log_file})")
             servers.append(stack.enter_context(serve(self.arguments.model, log_file, [*flags, *more])))
-        return served_arms(servers[0], servers[1], self.arms, self.case.clients)
+        stock, obcache = servers
+        clients = self.case.clients
+        return [ServedArm(stock, EXACT, clients), *(ServedArm(obcache, arm, clients) for arm in self.arms)]
 
     def _start_kvpress(self, stack: contextlib.ExitStack, output: Path) -> Kvpress:
         assert self.press is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,13 +12,11 @@ from typing import Any, Protocol
 from obcache_sglang.bench.rounds import Answer, Cost, Round, summarise
 from obcache_sglang.bench.workload import Ask
 from obcache_sglang.errors import ConfigError
-from obcache_sglang.eval.arms import EXACT, Arm, parse_arms, parse_ratios
+from obcache_sglang.eval.arms import Arm, parse_arms, parse_ratios
 from obcache_sglang.eval.metrics import METRICS
 from obcache_sglang.server import Client
 
 STOCK = "stock"
-
-_FLUSH_SECONDS = 60
 
 
 class Contender(Protocol):
@@ -61,7 +58,7 @@ class ServedArm:
         return list(asks)
 
     def run(self, index: int, asks: Sequence[Ask], answered: Callable[[], Any]) -> Round:
-        self.flush()
+        self.client.flush_cache()
         replayed = self._replayed_tokens()
 
         def answer(ask: Ask) -> Answer:
@@ -76,30 +73,18 @@ class ServedArm:
         replayed = self._replayed_tokens() - replayed
         return summarise(self.name, index, answers, seconds, resident=self._resident(asks), replayed_tokens=replayed)
 
-    def flush(self) -> None:
-        response = self.client.request("POST", "/flush_cache", params={"timeout": _FLUSH_SECONDS})
-        if response.status_code != 200:
-            raise RuntimeError(f"the cache of {self.client.url} was not flushed: {response.text}")
-
     def _body(self, ask: Ask, max_new_tokens: int) -> dict[str, Any]:
         params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0}
         if not self.arm.is_exact:
-            params["custom_params"] = {"obcache": {"context_len": ask.context_len, **self.arm.wish}}
+            params["custom_params"] = {"obcache": self.arm.wish_for(ask.context_len)}
         return {"input_ids": ask.input_ids, "sampling_params": params}
 
     def _answer(self, ask: Ask) -> Answer:
         body = self._body(ask, ask.question.max_new_tokens) | {"stream": True}
         start = time.perf_counter()
         first, last = None, None
-        with self.client.request("POST", "/generate", json=body, stream=True) as response:
-            if response.status_code != 200:
-                raise RuntimeError(f"{response.url} answered {response.status_code}: {response.text}")
-            for line in response.iter_lines():
-                if line.startswith(b"data: {"):
-                    first = first or time.perf_counter() - start
-                    last = json.loads(line.removeprefix(b"data: "))
-                    if "error" in last:
-                        raise RuntimeError(f"{response.url} answered: {last['error']}")
+        for last in self.client.stream("/generate", body):
+            first = first or time.perf_counter() - start
         seconds = time.perf_counter() - start
         if last is None:
             raise RuntimeError(f"{self.client.url} ended a stream without an answer")
@@ -144,7 +129,7 @@ def compression_cost(stock: ServedArm, arm: ServedArm, asks: Iterable[Ask]) -> C
     for ask in asks:
         context = ask.input_ids[: ask.context_len]
         for each in (stock, arm):
-            each.flush()
+            each.client.flush_cache()
         start = time.perf_counter()
         stock.client.post("/generate", {"input_ids": context, "sampling_params": {"max_new_tokens": 1, "temperature": 0}})
         reads.append(time.perf_counter() - start)
@@ -161,9 +146,3 @@ def compression_cost(stock: ServedArm, arm: ServedArm, asks: Iterable[Ask]) -> C
         statistics.median(each["scoring_seconds"] for each in made),
         statistics.median(reads),
     )
-
-
-def served_arms(stock: Client, obcache: Client | None, arms: Iterable[Arm], clients: int) -> list[ServedArm]:
-    """Stock first, then `arms`, which share the server `obcache`."""
-    compressed = [] if obcache is None else [ServedArm(obcache, arm, clients) for arm in arms]
-    return [ServedArm(stock, EXACT, clients), *compressed]

@@ -77,8 +77,7 @@ def make_workload(
             shorter = tuple(replace(question, max_new_tokens=answer_tokens) for question in sample.questions)
             sample = replace(sample, questions=shorter)
         samples.append(sample)
-        for question in sample.questions:
-            context, rest = prompts.ask(sample.context, question)
+        for question, (context, rest) in zip(sample.questions, prompts.split(sample), strict=True):
             asks.append(Ask(index, question, len(context), context + rest))
     return Workload(tuple(samples), tuple(asks), seed)
 

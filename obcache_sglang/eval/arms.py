@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,10 @@ class Arm:
             settings = {"preset": self.method}
         return settings | {"compression_ratio": self.ratio} | ({"mode": "prompt"} if self.mode == "aware" else {})
 
+    def wish_for(self, context_len: int) -> Any:
+        """What a request says in custom_params["obcache"] whose first `context_len` tokens are the context."""
+        return self.wish if self.is_exact or self.mode == "aware" else {"context_len": context_len, **self.wish}
+
     def to_dict(self) -> dict[str, Any]:
         if self.is_exact:
             return {"method": "exact", "ratio": 0.0}
@@ -80,6 +84,12 @@ def parse_arms(texts: Iterable[str], ratios: Iterable[float], modes: Iterable[st
         score, budget = others
         arms += [Arm(method, score, budget, ratio, mode) for mode in modes for ratio in ratios]
     return list(dict.fromkeys(arms))
+
+
+def check_head_profile(arms: Iterable[Arm], flags: Sequence[str], option: str) -> None:
+    """Raises ConfigError where an arm needs a head profile and `flags`, which `option` gave, bring the server none."""
+    if any(arm.budget == "profile" for arm in arms) and "--obcache-head-profile" not in flags:
+        raise ConfigError(f"an arm has budget profile: say {option} '--obcache-head-profile FILE'.")
 
 
 def parse_ratios(texts: Iterable[str]) -> list[float]:

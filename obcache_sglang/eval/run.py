@@ -26,6 +26,8 @@ TOP_LOGPROBS = 256
 _SEPARATOR = "<|obcache-eval-context-ends-here|>"
 
 Key = tuple[Arm, str, int, int]
+Prompt = tuple[list[int], list[int]]
+"""Token ids of a context, and of all behind it."""
 
 
 class Prompts:
@@ -38,7 +40,12 @@ class Prompts:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def ask(self, context: str, question: Question) -> tuple[list[int], list[int]]:
+    def split(self, sample: Sample) -> list[Prompt]:
+        """The prompt of each question of a sample."""
+        split = self.continuation if sample.metric == "nll" else self.ask
+        return [split(sample.context, question) for question in sample.questions]
+
+    def ask(self, context: str, question: Question) -> Prompt:
         """Ids of the context, with what the template puts before it, and of all behind it."""
         text = f"{context}{_SEPARATOR}{question.text}"
         if self.tokenizer.chat_template:
@@ -50,7 +57,7 @@ class Prompts:
             return self._encode(before, special=False), self._encode(after, special=False)
         return self.continuation(context, question)
 
-    def continuation(self, context: str, question: Question) -> tuple[list[int], list[int]]:
+    def continuation(self, context: str, question: Question) -> Prompt:
         """Ids of plain text, and of what follows it."""
         return self._encode(context, special=True), self._encode(question.text + question.answer_prefix, special=False)
 
@@ -75,24 +82,27 @@ class Runner:
         with self.answers_file.open("a", encoding="utf-8") as file, tqdm(total=total, unit="answer", smoothing=0.05) as bar:
             for sample in samples:
                 bar.set_description(f"{sample.task} {sample.index}")
+                asked = range(len(sample.questions))
+                missing = {arm: [i for i in asked if (arm, sample.task, sample.index, i) not in done] for arm in arms}
+                prompts = self.prompts.split(sample) if any(missing.values()) else []
                 for arm in arms:
-                    missing = [i for i in range(len(sample.questions)) if (arm, sample.task, sample.index, i) not in done]
-                    for line in self._answers(sample, arm, missing):
+                    for line in self._answers(sample, prompts, arm, missing[arm]):
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
                     bar.update(len(sample.questions))
 
-    def _answers(self, sample: Sample, arm: Arm, missing: list[int]) -> list[dict[str, Any]]:
+    def _answers(self, sample: Sample, prompts: Sequence[Prompt], arm: Arm, missing: list[int]) -> list[dict[str, Any]]:
+        """prompts: of all questions of the sample; missing: those to ask."""
         if not missing:
             return []
         if sample.metric == "nll":
-            return self._continuation(sample, arm) if arm.mode == "agnostic" else []
-        prompts = [self.prompts.ask(sample.context, sample.questions[i]) for i in missing]
+            return self._continuation(sample, prompts[0], arm) if arm.mode == "agnostic" else []
+        prompts = [prompts[i] for i in missing]
         params = [
             {
                 "max_new_tokens": sample.questions[i].max_new_tokens,
                 "temperature": 0,
-                "custom_params": {"obcache": _wish(arm, context)},
+                "custom_params": {"obcache": arm.wish_for(len(context))},
             }
             for i, (context, _) in zip(missing, prompts, strict=True)
         ]
@@ -105,9 +115,9 @@ class Runner:
             lines.append(line | {"output": answer["text"], "references": list(question.references)})
         return lines
 
-    def _continuation(self, sample: Sample, arm: Arm) -> list[dict[str, Any]]:
+    def _continuation(self, sample: Sample, prompt: Prompt, arm: Arm) -> list[dict[str, Any]]:
         """NLL of the tokens of the sample's question, which continue its context, and their KL from the exact distribution."""
-        context, rest = self.prompts.continuation(sample.context, sample.questions[0])
+        context, rest = prompt
         answer, top = self._score(context, rest, arm)
         # The first token's probability belongs to the context's last query, which a compressed context no longer has.
         logprobs = [value for value, *_ in answer["meta_info"]["input_token_logprobs"][-len(rest) + 1 :]]
@@ -119,7 +129,7 @@ class Runner:
 
     def _score(self, context: list[int], rest: list[int], arm: Arm) -> tuple[Any, list[Any]]:
         """The server's answer, and the most likely tokens at the place of each of `rest` but the first."""
-        params = {"max_new_tokens": 1, "temperature": 0, "custom_params": {"obcache": _wish(arm, context)}}
+        params = {"max_new_tokens": 1, "temperature": 0, "custom_params": {"obcache": arm.wish_for(len(context))}}
         body = {"input_ids": context + rest, "sampling_params": params, "return_logprob": True}
         answer = self.client.post("/generate", body | {"logprob_start_len": len(context), "top_logprobs_num": TOP_LOGPROBS})
         return answer, answer["meta_info"]["input_top_logprobs"][-len(rest) + 1 :]
@@ -127,12 +137,13 @@ class Runner:
     def note_survivors(self, samples: Iterable[Sample], arms: Iterable[Arm]) -> None:
         """Writes down which tokens of the samples' contexts each arm's heads keep; exact and query-aware arms are left out."""
         arms = [arm for arm in arms if not arm.is_exact and arm.mode == "agnostic"]
-        noted = [self._survivors(sample, arm) for sample in samples for arm in tqdm(arms, unit="arm", desc=f"{sample.task} kept")]
+        noted = []
+        for sample in samples:
+            context, _ = self.prompts.split(sample)[0]
+            noted += [self._survivors(sample, context, arm) for arm in tqdm(arms, unit="arm", desc=f"{sample.task} kept")]
         self.survivors_file.write_text(json.dumps([each for each in noted if each], ensure_ascii=False), encoding="utf-8")
 
-    def _survivors(self, sample: Sample, arm: Arm) -> dict[str, Any] | None:
-        split = self.prompts.continuation if sample.metric == "nll" else self.prompts.ask
-        context, _ = split(sample.context, sample.questions[0])
+    def _survivors(self, sample: Sample, context: list[int], arm: Arm) -> dict[str, Any] | None:
         made = self.client.post("/obcache/compress", {"input_ids": context, **arm.wish})
         if made["status"] == "exact":
             return None
@@ -174,12 +185,6 @@ def _answered(file: Path) -> set[Key]:
     if whole != content:
         file.write_bytes(whole)
     return {_key(json.loads(line)) for line in whole.splitlines()}
-
-
-def _wish(arm: Arm, context: list[int]) -> Any:
-    if arm.is_exact or arm.mode == "aware":
-        return arm.wish
-    return {"context_len": len(context), **arm.wish}
 
 
 def _key(line: dict[str, Any]) -> Key:

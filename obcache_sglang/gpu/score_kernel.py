@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from obcache_sglang.config import SCORES
 from obcache_sglang.gpu.paged_contexts import PagedCache, PagedContexts, load_tokens, num_tokens
 from obcache_sglang.gpu.score_lse import MAX_REGISTERS, row_lse
+from obcache_sglang.scoring.ops import check_statistic
 
 # Multiplied with this, a log-sum-exp becomes one to base 2.
 LSE_BASES = {"2": 1.0, "e": math.log2(math.e)}
@@ -74,10 +74,7 @@ def score_tokens_paged(
     score.
     Nothing waits for the device; results are the same in each run. Raises ValueError when arguments do not fit together.
     """
-    if score not in SCORES:
-        raise ValueError(f"score {score!r} is unknown; choose one of {', '.join(SCORES)}")
-    if reduce not in ("sum", "max") or (reduce == "max" and score != "attention"):
-        raise ValueError(f"reduce {reduce!r} of score {score!r} is unknown; choose sum, or max with attention")
+    check_statistic(score, reduce)
     if lse_base not in LSE_BASES:
         raise ValueError(f"lse_base {lse_base!r} is unknown; choose one of {', '.join(LSE_BASES)}")
     cache.check_queries("q", q)

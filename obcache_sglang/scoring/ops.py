@@ -64,8 +64,7 @@ def accumulate_scores(
     """
     rows, num_q_heads, head_dim = q.shape
     num_tokens, num_kv_heads, _ = k.shape
-    if score not in SCORES:
-        raise ValueError(f"score {score!r} is unknown; choose one of {', '.join(SCORES)}")
+    check_statistic(score, reduce)
     if v.shape != k.shape or k.shape[2] != head_dim or num_q_heads % num_kv_heads or num_tokens != start + rows:
         raise ValueError(
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} and start={start} do not fit: k and v need shape "
@@ -75,8 +74,6 @@ def accumulate_scores(
         raise ValueError(f"o {list(o.shape)} must have the shape of q, {list(q.shape)}")
     if scores.dtype != torch.float32 or scores.shape[0] != num_kv_heads:
         raise ValueError(f"scores is {list(scores.shape)} {scores.dtype}; it must be float32 [{num_kv_heads}, tokens]")
-    if reduce not in ("sum", "max") or (reduce == "max" and score != "attention"):
-        raise ValueError(f"reduce {reduce!r} of score {score!r} is unknown; choose sum, or max with attention")
 
     group = num_q_heads // num_kv_heads
     tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * _row_stride(num_tokens))))
@@ -108,6 +105,14 @@ def accumulate_scores(
                 total[:scored] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:scored], o_tile, score)
         if reduce == "sum":
             scores[head].add_(total, alpha=1.0 / group)
+
+
+def check_statistic(score: str, reduce: str) -> None:
+    """Raises ValueError when there is no such score, or it cannot be reduced so over queries."""
+    if score not in SCORES:
+        raise ValueError(f"score {score!r} is unknown; choose one of {', '.join(SCORES)}")
+    if reduce not in ("sum", "max") or (reduce == "max" and score != "attention"):
+        raise ValueError(f"reduce {reduce!r} of score {score!r} is unknown; choose sum, or max with attention")
 
 
 def accumulate_scores_in_slots(

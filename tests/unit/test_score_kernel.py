@@ -7,9 +7,6 @@ process of its own, and this module is run in it once more.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,17 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+from tests.unit.interpreter import DEVICE, NEEDS_INTERPRETER, run_in_interpreter
 
-if DEVICE == "cpu" and not INTERPRETED:
+if NEEDS_INTERPRETER:
 
     @pytest.mark.parametrize("markers", ["not long", pytest.param("long", marks=pytest.mark.long)])
     def test_in_the_interpreter(markers: str) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", markers, __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        run = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=1200)
-        assert run.returncode == 0, run.stdout + run.stderr
+        run_in_interpreter(__file__, timeout_seconds=1200, markers=markers)
 
 else:
     import triton.language as tl

@@ -5,25 +5,18 @@ Without a GPU the kernel runs in Triton's interpreter, in a process of its own: 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from array import array
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+from tests.unit.interpreter import DEVICE, NEEDS_INTERPRETER, run_in_interpreter
 
-if DEVICE == "cpu" and not INTERPRETED:
+if NEEDS_INTERPRETER:
 
     def test_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        run = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=600)
-        assert run.returncode == 0, run.stdout + run.stderr
+        run_in_interpreter(__file__, timeout_seconds=600)
 
 else:
     from sglang.srt.layers.radix_attention import RadixAttention
