@@ -28,7 +28,8 @@ def main() -> None:
     arguments = parser.parse_args()
     model_dir = arguments.model or ensure_model("bfloat16")
     ids = tokenize(model_dir, arguments.tokens)
-    flags = ("--max-total-tokens", "32768", "--chunked-prefill-size", "8192", "--sleep-on-idle", "--obcache")
+    # Room for the exact context and its three compressed ones.
+    flags = ("--max-total-tokens", str(16 * len(ids)), "--chunked-prefill-size", "8192", "--sleep-on-idle", "--obcache")
     with serve(model_dir, cache_dir() / "bench-budgets.log", flags) as server:
         made = [server.post("/obcache/compress", {"input_ids": ids, "budget": budget, "pin": True}) for budget in BUDGETS]
         assert len({context["kept_tokens"] for context in made}) == 1, made

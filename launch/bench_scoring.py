@@ -69,10 +69,13 @@ def measure(tokens: int, rows: int, score: str, repeats: int) -> str:
 def plain_scores(
     scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, mask: torch.Tensor, score: str
 ) -> None:
-    """The formulas as one writes them first: all heads at once, in float32."""
-    group = NUM_Q_HEADS // NUM_KV_HEADS
+    """The formulas as one writes them first: all heads at once, in float32. Arguments as of `accumulate_scores`.
+
+    mask: bool [rows, tokens], which tokens a row sees.
+    """
+    group = q.shape[1] // k.shape[1]
     keys, values = (each.float().repeat_interleave(group, 1) for each in (k, v))
-    z = torch.einsum("ihd,jhd->hij", q.float(), keys) * SCALE
+    z = torch.einsum("ihd,jhd->hij", q.float(), keys) * q.shape[-1] ** -0.5
     a = torch.softmax(z.masked_fill(~mask, float("-inf")), -1)
     v_sq = values.square().sum(-1).T[:, None]
     if score == "attention":
@@ -87,7 +90,7 @@ def plain_scores(
             each = b.square() * (v_sq + o_sq - 2 * dot)
         else:
             each = (a + b).square() * v_sq + b.square() * o_sq - 2 * (a + b) * b * dot
-    scores += each.sum(1).view(NUM_KV_HEADS, group, -1).mean(1)
+    scores += each.sum(1).view(k.shape[1], group, -1).mean(1)
 
 
 def timed(run: Callable[[], None]) -> float:

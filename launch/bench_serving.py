@@ -20,20 +20,22 @@ from launch.model import cache_dir, ensure_model
 from obcache_sglang.eval.prose import opticks
 from obcache_sglang.server import Server, serve
 
-LENGTHS = (1024, 2048, 4096)
 ARMS = (("snapkv", "obcache-k", "adakv"), ("snapkv", "obcache-k", "profile"), ("replay", "obcache-v", "global"))
-COMMON = ("--max-total-tokens", "32768", "--chunked-prefill-size", "8192", "--sleep-on-idle")
+COMMON = ("--chunked-prefill-size", "8192", "--sleep-on-idle")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each measurement (default: 5)")
     parser.add_argument("--model", type=Path, help="model directory (default: SmolLM2-135M-Instruct in bfloat16)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="context lengths (1024 2048 4096)")
     arguments = parser.parse_args()
     model_dir = arguments.model or ensure_model("bfloat16")
-    ids = tokenize(model_dir, max(LENGTHS))
+    ids = tokenize(model_dir, max(arguments.tokens))
     logs = cache_dir()
-    flags = (*COMMON, "--obcache", *(() if arguments.model else ("--obcache-head-profile", "smollm2-135m")))
+    # Room for a context, its compressed copy and a replay's chunk, several times.
+    common = (*COMMON, "--max-total-tokens", str(8 * len(ids)))
+    flags = (*common, "--obcache", *(() if arguments.model else ("--obcache-head-profile", "smollm2-135m")))
     arms = [arm for arm in ARMS if arguments.model is None or arm[2] != "profile"]
     with serve(model_dir, logs / "bench-obcache.log", flags) as server:
         generate(server, ids[:200])
@@ -41,13 +43,13 @@ def main() -> None:
             "\ntokens  slots  arm                          s  scoring share  / exact prefill, pair by pair (min median max)",
             flush=True,
         )
-        for length in LENGTHS:
+        for length in arguments.tokens:
             for row in compression_rows(server, ids[:length], arms, arguments.repeats):
                 print(row, flush=True)
         print("\ntokens  exact hit s  compressed hit s  exact / compressed, pair by pair (min median max)", flush=True)
-        for length in LENGTHS:
+        for length in arguments.tokens:
             print(first_token_row(server, ids[:length], arguments.repeats), flush=True)
-        with serve(model_dir, logs / "bench-stock.log", COMMON) as stock:
+        with serve(model_dir, logs / "bench-stock.log", common) as stock:
             print("\nplain requests, seconds per burst of 16: --obcache / stock, pair by pair (min median max)", flush=True)
             print(plain_row(server, stock, ids, arguments.repeats), flush=True)
 
@@ -72,12 +74,12 @@ def compression_rows(server: Server, ids: list[int], arms: Sequence[tuple[str, s
     runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {arm: [] for arm in arms}
     exact = []
     for repeat in range(repeats + 1):
-        flush(server)
+        server.flush_cache()
         seconds = generate(server, ids)
         if repeat:  # the first warms up
             exact.append(seconds)
         for method, score, budget in arms:
-            flush(server)
+            server.flush_cache()
             made = server.post("/obcache/compress", {"input_ids": ids, "method": method, "score": score, "budget": budget})
             if repeat:
                 runs[method, score, budget].append(server.get(f"/obcache/contexts/{made['id']}"))
@@ -86,10 +88,6 @@ def compression_rows(server: Server, ids: list[int], arms: Sequence[tuple[str, s
         share = statistics.median(run["scoring_seconds"] / run["seconds"] for run in made)
         ratios = spread([run["seconds"] / prefill for run, prefill in zip(made, exact, strict=True)])
         yield f"{len(ids):6d} {made[0]['slots']:6d}  {'/'.join(arm):24s} {seconds:5.2f} {share:14.1%}  {ratios}"
-
-
-def flush(server: Server) -> None:
-    server.request("POST", "/flush_cache", params={"timeout": 30})
 
 
 def first_token_row(server: Server, ids: list[int], repeats: int) -> str:
@@ -110,7 +108,7 @@ def first_token_row(server: Server, ids: list[int], repeats: int) -> str:
 def plain_row(server: Server, stock: Server, ids: list[int], repeats: int) -> str:
     def burst(target: Server) -> float:
         prompts = [ids[20 * i : 20 * i + 100] for i in range(16)]
-        flush(target)
+        target.flush_cache()
         start = time.perf_counter()
         with ThreadPoolExecutor(len(prompts)) as pool:
             list(pool.map(lambda prompt: generate(target, prompt, obcache=None, max_new_tokens=16), prompts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ START_TIMEOUT_SECONDS = 600
 STOP_TIMEOUT_SECONDS = 30
 REQUEST_TIMEOUT_SECONDS = 300
 FLUSH_TIMEOUT_SECONDS = 60
+# More flags for each server started here, say "--attention-backend triton" to run the tests and benchmarks on a GPU with it.
+FLAGS_VARIABLE = "OBCACHE_SERVER_FLAGS"
 
 
 class Client:
@@ -90,12 +93,13 @@ class Server(Client):
 def serve(model: Path | str, log_file: Path, flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Iterator[Server]:
     """A server on a free port, ready for requests; its whole process group is gone afterwards.
 
-    model: a directory, or a name on the Hugging Face Hub. flags: for `python -m sglang.launch_server`. env: on top of this
-    process's environment. Raises RuntimeError with the end of the log when the server exits or does not become healthy in
+    model: a directory, or a name on the Hugging Face Hub. flags: for `python -m sglang.launch_server`; those in the environment
+    variable `FLAGS_VARIABLE` come behind. env: on top of this process's environment. Raises RuntimeError with the end of the log when the server exits or does not become healthy in
     `START_TIMEOUT_SECONDS`.
     """
     port = _free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *flags]
+    command += shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("wb") as log:
         process = subprocess.Popen(
