@@ -238,9 +238,9 @@ def _needle(request: Request, *, haystack: str, code: bool = False, num_keys: in
     else:
         build = _line_haystack(lambda lines: [_NOISE] * lines, needles, depths)
     if code:
-        # "in the provided text", as RULER says: without it a small model writes a program ("The code for x is: def ...").
-        asked = f"the code for {keys[0]} mentioned in the provided text"
-        text, prefix = f"What is {asked}? ", f"{asked[0].upper()}{asked[1:]} is"
+        # "in the provided text", as RULER says: without it a small model writes a program ("The code for x is: def ..."). Not in
+        # the prefix: behind it the model says the whole sentence again.
+        text, prefix = f"What is the code for {keys[0]} mentioned in the provided text? ", f"The code for {keys[0]} is"
     else:
         text = _NIAH_ONE_QUESTION.format(kind="number", query=keys[0])
         prefix = _NIAH_ONE_PREFIX.format(kind="number", query=keys[0])
