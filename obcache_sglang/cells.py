@@ -129,6 +129,10 @@ class KeptTokens:
         bounds: list[int] = self.offsets.tolist()
         return bounds
 
+    def largest_layer(self, num_kv_heads: int) -> int:
+        """The most that the heads of one layer keep together."""
+        return max(last - first for first, last in pairwise(self.bounds[::num_kv_heads]))
+
     def counts(self, num_kv_heads: int) -> list[list[int]]:
         """Kept tokens per layer and KV head."""
         counts = [last - first for first, last in pairwise(self.bounds)]

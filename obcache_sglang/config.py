@@ -171,11 +171,6 @@ class CompressionSettings:
         return self.preset != "kvpress"
 
     @property
-    def crosses_layers(self) -> bool:
-        """Whether layers share a budget: one may then keep more tokens than it has cells, and hold cells of another."""
-        return self.budget in ("global", "profile")
-
-    @property
     def reduce(self) -> str:
         """How the scores of several queries join: `max` for the attention of a replay (KVzip's statistic), else `sum`."""
         return "max" if self.method == "replay" and self.score == "attention" else "sum"
@@ -211,6 +206,7 @@ class ServerSettings:
     max_contexts: contexts remembered at once.
     max_pinned_slots: KV slots that pinned contexts may hold together; None for half of the pool.
     head_attention: whose kernels attend heads of different length on GPUs.
+    decode_graphs: whether decode batches with such heads run in CUDA graphs, of which a second set is captured at start-up.
     allow_untested_sglang: start on another SGLang release than the tested one.
     given: the compression settings that were given explicitly, from which a request's overrides are resolved.
     """
@@ -224,6 +220,7 @@ class ServerSettings:
     max_contexts: int = 1024
     max_pinned_slots: int | None = None
     head_attention: str = "triton"
+    decode_graphs: bool = False
     allow_untested_sglang: bool = False
     given: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -232,6 +229,12 @@ class ServerSettings:
         if self.when == "idle" and self.mode == "prompt":
             raise InvalidValue(
                 "when", "idle", "has no use in mode prompt, whose contexts have one question each; set when=first."
+            )
+        if self.decode_graphs and self.head_attention != "triton":
+            raise InvalidValue(
+                "decode_graphs",
+                True,
+                f"cannot be had with head_attention={self.head_attention}, which plans each step on the host; set triton.",
             )
         self._check_budget(self.compression)
 
@@ -563,6 +566,13 @@ SERVER_OPTIONS = (
         "Kernels for heads of different length (budgets adakv and global) on GPUs; flashinfer plans on the host, layer by layer. "
         "Default: triton.",
         metavar="|".join(HEAD_ATTENTIONS),
+        per_request=False,
+    ),
+    Option(
+        "decode_graphs",
+        _switch,
+        "Capture a second set of CUDA graphs at start-up, for decode batches with heads of different length; without it they run "
+        "eagerly, several times slower. Not yet run on a GPU.",
         per_request=False,
     ),
     Option(

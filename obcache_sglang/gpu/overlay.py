@@ -88,19 +88,19 @@ class HeadOverlay:
         num_new = [1] * len(forward_batch.seq_lens) if decode else list(forward_batch.extend_seq_lens_cpu)
         lengths = forward_batch.seq_lens if forward_batch.seq_lens_cpu is None else forward_batch.seq_lens_cpu
         own_lengths = lengths.tolist()
-        # Where cells leave their layers one may keep all of its tokens: then no layer reads more than the real tokens.
-        most = sum(
-            own_lengths[row] + (context.position_offset if context.settings.crosses_layers else 0)
-            for row, context in zip(rows, contexts, strict=True)
-        )
         kept = [context.kept for context in contexts if context.kept is not None]
+        num_kv_heads = self.heads.space.num_kv_heads
+        most = sum(
+            tokens.largest_layer(num_kv_heads) + num_kv_heads * (own_lengths[row] - context.num_slots)
+            for row, context, tokens in zip(rows, contexts, kept, strict=True)
+        )
         index = torch.tensor(rows)
         host = HeadBatch(
             req_pool_indices=torch.empty(0),
             seq_lens=torch.tensor(own_lengths)[index],
             num_slots=torch.tensor([context.num_slots for context in contexts]),
             offsets=torch.empty(0),
-            max_entries=most * self.heads.space.num_kv_heads,
+            max_entries=most,
             num_new=None if decode else torch.tensor(num_new)[index],
             max_new=max(num_new[row] for row in rows),
         )

@@ -108,6 +108,10 @@ class ForwardPlan:
         contexts = self.contexts(forward_batch) or ()
         return [(row, context) for row, context in enumerate(contexts) if context is not None and context.is_uneven]
 
+    def scores(self, forward_batch: ForwardBatch) -> bool:
+        """Whether a context of the batch is scored in this forward."""
+        return bool(self._rows) and forward_batch.rids == self._rids
+
     def _scoring_rows(self, job: CompressionJob, first_row: int, start: int, end: int) -> ScoringRows | None:
         last = job.is_final and end == len(job.origin_input_ids)
         if last and job.slots is None:
@@ -122,7 +126,7 @@ class ForwardPlan:
 
     def after_attention(self, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
         """Scores this layer for the jobs in the forward; in their last chunk also selects and copies. Never raises."""
-        if not self._rows or forward_batch.rids != self._rids:
+        if not self.scores(forward_batch):
             return
         for rows in self._rows:
             job = rows.job

@@ -31,12 +31,15 @@ from obcache_sglang.scheduler.requests import REPORT_KEY
 from obcache_sglang.scoring.ops import accumulate_scores_in_slots
 
 if TYPE_CHECKING:
+    from obcache_sglang.gpu.head_graphs import HeadGraphs
     from obcache_sglang.gpu.overlay import HeadOverlay
 
 logger = logging.getLogger(__name__)
 
 _manager: CompressionManager | None = None
 _plan: ForwardPlan | None = None
+_overlay: HeadOverlay | None = None
+_graphs: HeadGraphs | None = None
 
 
 def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
@@ -104,12 +107,12 @@ def around_create_buffers_normal(create: Any, pool: Any) -> None:
 
 def after_init_attention_backends(result: None, model_runner: Any, *args: Any, **kwargs: Any) -> None:
     """Puts our scoring behind this model's attention calls."""
-    global _plan
+    global _plan, _overlay
     if model_runner.is_draft_worker:
         return
     _plan = ForwardPlan(model_runner.token_to_kv_pool, model_runner.req_to_token_pool, _scoring(model_runner))
     backends = {id(b): b for b in (model_runner.attn_backend, model_runner.decode_attn_backend) if b is not None}.values()
-    overlay = _head_overlay(_plan, model_runner)
+    _overlay = overlay = _head_overlay(_plan, model_runner)
     for backend in backends:
         if isinstance(backend, CpuAttentionBackend):
             backend.plan = _plan
@@ -147,11 +150,44 @@ def _head_overlay(plan: ForwardPlan, model_runner: Any) -> HeadOverlay | None:
     return HeadOverlay(plan, TritonHeads(space, table, num_heads))
 
 
+def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    """Captures decode graphs for heads of different length, if asked to and where SGLang captured its own."""
+    global _graphs
+    settings = ServerSettings.from_environment()
+    if settings is None or not settings.decode_graphs or _plan is None or _overlay is None or model_runner.is_draft_worker:
+        return
+    from obcache_sglang.gpu.head_graphs import HeadGraphs
+    from obcache_sglang.gpu.triton_heads import TritonHeads
+
+    if not HeadGraphs.possible(model_runner):
+        logger.warning("obcache: no decode graphs for heads of different length: SGLang captured none, or serves LoRA adapters")
+        return
+    assert isinstance(_overlay.heads, TritonHeads), "settings exclude others"
+    logger.info("obcache: capturing decode graphs for heads of different length")
+    try:
+        _graphs = HeadGraphs(_plan, _overlay.heads, model_runner)
+    except Exception:
+        logger.exception("obcache: no decode graphs for heads of different length; such batches run eagerly")
+
+
 def around_can_run_graph(can_run_graph: Any, runner: Any, forward_batch: Any) -> bool:
-    """Decode graphs were captured with one length for all heads: batches that have others run eagerly."""
-    if _plan is not None and _plan.uneven_contexts(forward_batch):
+    """SGLang's graphs were captured without scoring, and with one length for all heads."""
+    if _plan is None or not (_plan.scores(forward_batch) or _plan.uneven_contexts(forward_batch)):
+        return bool(can_run_graph(runner, forward_batch))
+    if _graphs is None or runner is not _graphs.beside or not can_run_graph(runner, forward_batch):
         return False
-    return bool(can_run_graph(runner, forward_batch))
+    try:
+        return _graphs.prepare(forward_batch)
+    except Exception:
+        logger.exception("obcache: a batch runs eagerly")
+        return False
+
+
+def around_execute_graph(execute: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """A batch that `around_can_run_graph` prepared is replayed by our graphs."""
+    if _graphs is not None and runner is _graphs.beside and _graphs.plan.uneven_contexts(forward_batch):
+        return _graphs.runner.execute(forward_batch, *args, **kwargs)
+    return execute(runner, forward_batch, *args, **kwargs)
 
 
 def after_get_init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
@@ -271,6 +307,7 @@ def after_take_events(events: list[Any], tree_cache: Any) -> list[Any]:
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _REQ = "sglang.srt.managers.schedule_batch.Req"
 _POOL = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool"
+_DECODE_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 
 
@@ -337,11 +374,35 @@ SCHEDULER_TOUCHES: tuple[Touch, ...] = (
         "scoring runs after the attention backend's forward",
     ),
     _hook(
-        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph",
+        "sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs",
+        "after",
+        after_init_cuda_graphs,
+        "decode graphs for heads of different length",
+    ),
+    _hook(
+        f"{_DECODE_GRAPHS}.can_run_graph",
         "around",
         around_can_run_graph,
-        "decode batches with heads of different length run eagerly",
+        "decode batches with heads of different length do not run in SGLang's graphs",
         ("forward_batch",),
+    ),
+    _hook(f"{_DECODE_GRAPHS}.execute", "around", around_execute_graph, "but in ours", ("forward_batch",)),
+    _hook(
+        "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.can_run_graph",
+        "around",
+        around_can_run_graph,
+        "prefill batches with such heads run eagerly, and those that compress",
+        ("forward_batch",),
+    ),
+    _use(_DECODE_GRAPHS, "call", "captures our decode graphs", ("model_runner", "attn_backend")),
+    _use(
+        "sglang.srt.layers.attention.base_attn_backend.AttentionBackend",
+        "subclass",
+        "the attention in them: init_cuda_graph_state, get_cuda_graph_seq_len_fill_value, shared_read_ends, "
+        "init_forward_metadata_in_graph, forward_decode",
+    ),
+    _use(
+        "sglang.srt.layers.attention.base_attn_backend.SharedReadEnds.POST_REPLAY", "read", "they read the page table to the end"
     ),
     _hook(
         f"{_POOL}._create_buffers_normal",

@@ -148,14 +148,21 @@ def test_flags_reach_the_settings():
             "10",
             "--obcache-max-pinned-slots",
             "0",
+            "--obcache-decode-graphs",
             "--obcache-allow-untested-sglang",
         ],
     )
     assert settings is not None
+    assert settings.decode_graphs
     assert settings.compression.compression_ratio == 0.5
     assert settings.compression.window == EVERY_QUERY
     assert (settings.mode, settings.marker, settings.min_tokens, settings.max_pinned_slots) == ("prompt", "<|cut|>", 10, 0)
     assert settings.allow_untested_sglang
+
+
+def test_decode_graphs_go_with_triton_only():
+    with pytest.raises(ConfigError, match="--obcache-decode-graphs=True cannot be had with head_attention=flashinfer"):
+        parse("--obcache", "--obcache-decode-graphs", "--obcache-head-attention", "flashinfer")
 
 
 def test_wrong_flags_are_named_as_the_operator_wrote_them():

@@ -7,9 +7,6 @@ that is a process of its own, and this module is run in it once more.
 from __future__ import annotations
 
 import inspect
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -18,16 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+from tests.unit.interpreter import DEVICE, NEEDS_INTERPRETER, run_in_interpreter
 
-if DEVICE == "cpu" and not INTERPRETED:
+if NEEDS_INTERPRETER:
 
     def test_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        run = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stdout + run.stderr
+        run_in_interpreter(__file__, timeout_seconds=300)
 
     @pytest.mark.parametrize("capability", [80, 90, 100])
     def test_the_table_kernel_compiles(capability: int) -> None:
@@ -54,10 +47,10 @@ else:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
     from obcache_sglang.cells import KeptTokens, KVSpace, create_one_space
-    from obcache_sglang.config import CompressionSettings
     from obcache_sglang.gpu import flashinfer_heads, head_tables, triton_heads
     from obcache_sglang.gpu.flashinfer_heads import FlashInferHeads
     from obcache_sglang.gpu.head_attention import HeadStep
+    from obcache_sglang.gpu.head_graphs import HeadGraphBackend, HeadGraphs
     from obcache_sglang.gpu.head_tables import HeadBatch, HeadTables
     from obcache_sglang.gpu.overlay import HeadOverlay
     from obcache_sglang.gpu.triton_heads import MAX_SPLITS, SPLIT_LENGTH, TritonHeads
@@ -66,7 +59,7 @@ else:
     POOL_TOKENS = 2500
     MAX_TOKENS = 900
     # float32 sums of up to 2000 terms of order 1; on GPUs Triton multiplies float32 as TF32, with 10 bits.
-    TOLERANCE = {torch.float32: 3e-6 if DEVICE == "cpu" else 3e-3, torch.float16: 2e-3}
+    TOLERANCE = {torch.float32: 3e-6 if DEVICE == "cpu" else 5e-3, torch.float16: 2e-3}
 
     @dataclass
     class Request:
@@ -159,6 +152,14 @@ else:
                 num_new=torch.tensor(num_new, device=DEVICE) if max(num_new) > 1 else None,
                 max_new=max(num_new),
             )
+
+        def uneven_contexts(self, batch: HeadBatch) -> list[tuple[int, SimpleNamespace]]:
+            """What `ForwardPlan.uneven_contexts` has of the requests that have cells."""
+            rows = [(row, request) for row, request in enumerate(self.requests) if request.kept]
+            return [
+                (row, SimpleNamespace(kept=KeptTokens(torch.empty(0), batch.offsets[row]), num_slots=self.num_slots(request)))
+                for row, request in rows
+            ]
 
         def row(self, place: tuple[int, int, int]) -> int:
             """The KVSpace row of a place, from the addresses of SGLang's own buffers."""
@@ -314,26 +315,12 @@ else:
 
     @pytest.mark.usefixtures("few_splits")
     @pytest.mark.parametrize("new", [DECODE, SHORT_EXTEND], ids=["decode", "extend"])
-    @pytest.mark.parametrize(
-        ("mixed", "budget"), [(True, "global"), (False, "profile")], ids=["beside-an-ordinary-request", "alone"]
-    )
-    def test_overlay_on_a_stock_backend(new: tuple[int, int, int, int], mixed: bool, budget: str) -> None:
+    @pytest.mark.parametrize("mixed", [True, False], ids=["beside-an-ordinary-request", "alone"])
+    def test_overlay_on_a_stock_backend(new: tuple[int, int, int, int], mixed: bool) -> None:
         """SGLang's own backend computes the ordinary request; where there is none, decode does not ask it at all."""
         requests = mixed_requests(2, 63, new)[0 if mixed else 1 :]
         engine = Engine(requests, 2, 16, torch.float32)
         batch, group_size = engine.batch(), 3
-        contexts = [
-            SimpleNamespace(
-                kept=KeptTokens(torch.empty(0), offsets),
-                num_slots=engine.num_slots(request),
-                position_offset=engine.num_slots(request) * (NUM_LAYERS - 1),
-                is_uneven=True,
-                settings=CompressionSettings.resolve({"budget": budget}),
-            )
-            if request.kept
-            else None
-            for request, offsets in zip(requests, batch.offsets, strict=True)
-        ]
         num_new = [request.num_new for request in requests]
         slots = torch.cat(
             [
@@ -361,7 +348,7 @@ else:
             device=DEVICE, dtype=engine.dtype, token_to_kv_pool=engine.pool, req_to_token_pool=pools, model_config=None
         )
         backend = TorchNativeAttnBackend(runner)
-        uneven = [(row, context) for row, context in enumerate(contexts) if context is not None]
+        uneven = engine.uneven_contexts(batch)
         plan = SimpleNamespace(serial=0, kv_pool=engine.pool, uneven_contexts=lambda batch: uneven)
         asked = []
 
@@ -377,9 +364,77 @@ else:
             k, v = engine.pool.get_key_buffer(number)[slots], engine.pool.get_value_buffer(number)[slots]
             engine.pool.get_key_buffer(number)[slots] = float("nan")  # whoever computes it must also write it
             output = overlay.over(stock)(q, k, v, layer, forward_batch)
-            expected = engine.expected(q.double(), number, group_size, 0.3)
-            torch.testing.assert_close(output.double(), expected, rtol=0, atol=TOLERANCE[engine.dtype])
+            expected = engine.expected(q.double().cpu(), number, group_size, 0.3)
+            torch.testing.assert_close(output.double().cpu(), expected, rtol=0, atol=TOLERANCE[engine.dtype])
         assert len(asked) == (NUM_LAYERS if mixed or not decode else 0)
+
+    @pytest.mark.usefixtures("few_splits")
+    def test_graphs_read_what_is_loaded() -> None:
+        """As in a replay: tables that another batch left, other contexts then, and two requests of padding."""
+        engine = Engine(mixed_requests(2, 63, DECODE), 2, 16, torch.float32)
+        batch, group_size, padded = engine.batch(), 3, len(engine.requests) + 2
+        contexts = engine.uneven_contexts(batch)
+        padding = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        lengths = torch.cat([batch.seq_lens, padding + 1])
+        rows = torch.cat([batch.req_pool_indices, padding + batch.req_pool_indices[0]])
+        tokens = engine.req_to_token[rows, lengths - 1].long()
+        slots = torch.cat([tokens[: len(engine.requests)], padding])
+        forward_batch = SimpleNamespace(
+            batch_size=padded, req_pool_indices=rows, seq_lens=lengths, seq_lens_cpu=None, out_cache_loc=slots
+        )
+        plan = SimpleNamespace(uneven_contexts=lambda batch: contexts, kv_pool=engine.pool)
+        graphs = HeadGraphs.__new__(HeadGraphs)
+        graphs.plan = plan
+        graphs.backend = HeadGraphBackend(TritonHeads(engine.space, engine.req_to_token, group_size * 2), engine.pool)
+        graphs.backend.init_cuda_graph_state(padded + 1, padded + 1)
+        assert graphs.prepare(SimpleNamespace(batch_size=4, seq_lens=batch.seq_lens, seq_lens_cpu=batch.seq_lens.cpu()))
+        new = [[pool[slots] for pool in pools] for pools in zip(engine.pool.k_buffer, engine.pool.v_buffer, strict=True)]
+        queries = []
+        for k, v in new:
+            k[-2:], v[-2:] = 0, 0
+            q = engine.queries(group_size)[0]
+            queries.append(torch.cat([q, torch.zeros_like(q[:2])]))
+
+        def step() -> list[torch.Tensor]:
+            graphs.backend.init_forward_metadata_in_graph(forward_batch)
+            layers = [RadixAttention(group_size * 2, engine.head_dim, 0.3, 2, layer_id=number) for number in range(NUM_LAYERS)]
+            return [
+                graphs.backend.forward_decode(q, k, v, layer, forward_batch)
+                for layer, q, (k, v) in zip(layers, queries, new, strict=True)
+            ]
+
+        if DEVICE == "cuda":
+            graphs.backend.load([(0, contexts[-1][1])], 1)
+            step()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = step()
+            graphs.prepare(forward_batch)
+            for layer in range(NUM_LAYERS):  # whoever computes them must also write them
+                engine.pool.get_key_buffer(layer)[slots] = float("nan")
+            graph.replay()
+        else:
+            graphs.prepare(forward_batch)
+            for layer in range(NUM_LAYERS):
+                engine.pool.get_key_buffer(layer)[slots] = float("nan")
+            outputs = step()
+        for number, (q, output) in enumerate(zip(queries, outputs, strict=True)):
+            expected = engine.expected(q[:-2].double().cpu(), number, group_size, 0.3)
+            torch.testing.assert_close(output[:-2].double().cpu(), expected, rtol=0, atol=TOLERANCE[engine.dtype])
+
+    def test_batches_beyond_the_tables_run_eagerly() -> None:
+        engine = Engine(mixed_requests(2, 63, DECODE), 2, 16, torch.float32)
+        batch = engine.batch()
+        graphs = HeadGraphs.__new__(HeadGraphs)
+        graphs.plan = SimpleNamespace(uneven_contexts=lambda batch: engine.uneven_contexts(engine.batch()))
+        graphs.backend = HeadGraphBackend(TritonHeads(engine.space, engine.req_to_token, 4), engine.pool)
+        graphs.backend.init_cuda_graph_state(4, 4)
+        forward_batch = SimpleNamespace(batch_size=4, seq_lens=batch.seq_lens, seq_lens_cpu=batch.seq_lens.cpu())
+        graphs.backend.max_entries = 2 * batch.max_entries
+        assert graphs.prepare(forward_batch)
+        graphs.backend.max_entries = batch.max_entries - 1
+        assert not graphs.prepare(forward_batch)
 
     class PagedWrapper:
         """FlashInfer's contract in torch: calls must bind to its own signatures, and its page table means what it says."""

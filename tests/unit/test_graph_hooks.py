@@ -1,0 +1,81 @@
+"""Which batches may run in CUDA graphs, and in whose. The graphs are stand-ins: they need a GPU, the decision does not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from obcache_sglang.scheduler import hooks
+
+BATCH = object()
+
+
+class Graphs:
+    """`HeadGraphs` as the hooks see it."""
+
+    def __init__(self, plan: Any, prepared: bool | Exception = True) -> None:
+        self.plan = plan
+        self.beside = object()
+        self.runner = SimpleNamespace(execute=lambda batch, *args, **kwargs: ("ours", batch, args, kwargs))
+        self._prepared = prepared
+
+    def prepare(self, forward_batch: object) -> bool:
+        if isinstance(self._prepared, Exception):
+            raise self._prepared
+        return self._prepared
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets what this process has: a batch that is scored or has uneven contexts, and graphs or none."""
+
+    def serve(*, scored: bool = False, uneven: bool = False, graphs: bool = False, prepared: bool | Exception = True) -> Any:
+        plan = SimpleNamespace(scores=lambda batch: scored, uneven_contexts=lambda batch: [(0, object())] if uneven else [])
+        ours = Graphs(plan, prepared) if graphs else None
+        monkeypatch.setattr(hooks, "_plan", plan)
+        monkeypatch.setattr(hooks, "_graphs", ours)
+        return ours
+
+    return serve
+
+
+def can_run(runner: object, verdict: bool = True) -> bool:
+    return hooks.around_can_run_graph(lambda runner, batch: verdict, runner, BATCH)
+
+
+@pytest.mark.parametrize("verdict", [True, False])
+def test_other_batches_are_sglangs_to_decide(serve: Any, verdict: bool) -> None:
+    graphs = serve(graphs=True)
+    assert can_run(graphs.beside, verdict) is verdict
+    executed = hooks.around_execute_graph(lambda runner, batch, *args: ("stock", runner, batch, args), graphs.beside, BATCH, 1)
+    assert executed == ("stock", graphs.beside, BATCH, (1,))
+
+
+@pytest.mark.parametrize("batch", [{"scored": True}, {"uneven": True}])
+def test_what_sglangs_graphs_cannot_do_runs_eagerly(serve: Any, batch: dict[str, bool]) -> None:
+    serve(**batch)
+    assert not can_run(object())
+
+
+def test_heads_of_different_length_run_in_our_graphs(serve: Any) -> None:
+    graphs = serve(uneven=True, graphs=True)
+    assert can_run(graphs.beside)
+    stock = pytest.fail
+    assert hooks.around_execute_graph(stock, graphs.beside, BATCH, pp_proxy_tensors=None) == (
+        "ours",
+        BATCH,
+        (),
+        {"pp_proxy_tensors": None},
+    )
+    # The runner of our graphs is of the same class, and passes through the same hook.
+    assert hooks.around_execute_graph(lambda runner, batch: "replayed", graphs.runner, BATCH) == "replayed"
+
+
+@pytest.mark.parametrize("prepared", [False, RuntimeError("no tables")])
+def test_or_eagerly_where_these_cannot_either(serve: Any, prepared: bool | Exception) -> None:
+    graphs = serve(uneven=True, graphs=True, prepared=prepared)
+    assert not can_run(graphs.beside)
+    assert not can_run(graphs.beside, verdict=False)
+    assert not can_run(object()), "prefill graphs"
