@@ -19,5 +19,9 @@ ruff check .
 ruff format --check .
 echo "== mypy"
 mypy obcache_sglang launch
+echo "== models"
+python launch/model.py --dtype float32
+python launch/model.py --dtype bfloat16
 echo "== pytest"
-exec python -m pytest -m "$markers" --durations=10
+# Two at a time: the tests with servers, which wait a lot, and beside them all others (tests/conftest.py).
+exec python -m pytest -m "$markers" --numprocesses=2 --dist=loadgroup --durations=10
