@@ -296,12 +296,24 @@ class ContextCache:
         """Evicts the context's node and what is cached behind it, as far as no request has it locked.
 
         What is left (locked, or behind more than MAX_TRACKED_SUFFIXES requests) is ordinary evictable content.
-        The tree can drop unlocked leaves only (its Rust core panics on any other node), and cannot list a node's children:
-        so the deepest end of all remembered suffixes, which must be a leaf, goes first, until the context is the leaf.
         """
-        if not context.suffixes_complete:
-            return
-        suffixes = [array("q", raw) for raw in context.suffixes] + [array("q")]
+        if context.suffixes_complete:
+            self._drop_ends(context, [array("q", raw) for raw in context.suffixes] + [array("q")])
+
+    def drop_suffixes(self, context: Context) -> None:
+        """Evicts what is cached behind a context that no request uses; the context itself stays."""
+        if context.suffixes and context.suffixes_complete:
+            left = self._drop_ends(context, [array("q", raw) for raw in context.suffixes])
+            context.suffixes = dict.fromkeys(suffix.tobytes() for suffix in left)
+
+    def _drop_ends(self, context: Context, suffixes: list[array[int]]) -> list[array[int]]:
+        """Evicts the paths of suffixes, of all that are in the tree, up to the context; an empty one is the context's own node.
+
+        Returns those of which a part is left. The tree can drop unlocked leaves only (its Rust core panics on any other node),
+        and cannot list a node's children: so the deepest end of all suffixes goes first, which must be a leaf, or locked, as is
+        then every node that it has in common with others.
+        """
+        left = []
         # Of each suffix, minus the depth at which it ends at the latest.
         heap = [(-(context.num_slots + len(suffix)), index) for index, suffix in enumerate(suffixes)]
         heapq.heapify(heap)
@@ -310,15 +322,16 @@ class ContextCache:
             match = self.tree.match_prefix(MatchPrefixParams(key=self.key(context, suffixes[index])))
             depth = match.device_prefix_len
             if depth < context.num_slots:
-                return  # the node itself is gone, and with it everything behind it
+                return []  # the context's node itself is gone, and with it everything behind it
+            if depth == context.num_slots and suffixes[index]:
+                continue  # nothing of this suffix is left
             if -depth != bound:
                 heapq.heappush(heap, (-depth, index))
-                continue
-            if not self._drop_leaf(match.last_device_node):
-                return
-            if depth == context.num_slots:
-                return
-            heapq.heappush(heap, (1 - depth, index))  # what is left of this suffix ends before
+            elif not self._drop_leaf(match.last_device_node):
+                left.append(suffixes[index])
+            elif depth > context.num_slots:
+                heapq.heappush(heap, (1 - depth, index))  # what is left of this suffix ends before
+        return left
 
     def clear(self) -> None:
         """The tree was reset: every node and lock is gone."""

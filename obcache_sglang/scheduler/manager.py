@@ -123,6 +123,8 @@ class CompressionManager:
         self._compress_deferred()
         self._started_now = []
         queue = self.scheduler.waiting_queue
+        if queue:
+            self._make_room(int(TIGHT_POOL * self.pool_slots))
         if not any(isinstance(req, ContextReq) for req in queue):
             result = pick_prefill_batch(**kwargs)
             self._release_pins_if_starved(result)
@@ -285,6 +287,22 @@ class CompressionManager:
         req.compressions_started += 1
         return Verdict.HOLD, job
 
+    def _make_room(self, num_slots: int) -> None:
+        """Frees what answered questions left behind contexts, from the least recently used on, until so many slots are free.
+
+        By last use alone the tree would evict idle contexts before: a question's own tokens are newer than every context but one,
+        and are rarely asked for again.
+        """
+        if self.cache.allocator.available_size() >= num_slots:
+            return
+        # What these will leave is not in the tree yet.
+        readers = self.readers()
+        for context in self.cache:
+            if context.state is ContextState.RESIDENT and context.id not in readers:
+                self.cache.drop_suffixes(context)
+                if self.cache.allocator.available_size() >= num_slots:
+                    return
+
     def _make_job(self, req: ContextReq, context: Context) -> tuple[CompressionJob | None, str]:
         """The compression of a context for `req`, or None and why it cannot be."""
         if context.settings.method == "replay" and self.scheduler.tokenizer is None:
@@ -295,6 +313,7 @@ class CompressionManager:
         longest = max((len(each.tokens) for each in passes), default=0)
         if context.num_tokens + longest + context.num_slots > self.pool_slots:
             return None, "pool_too_small"
+        self._make_room(context.num_tokens + longest + context.num_slots)
         job = self._queue_job(context, req, passes)
         if job.window < context.settings.window:
             logger.warning(

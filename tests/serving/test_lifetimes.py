@@ -12,6 +12,7 @@ from typing import Any
 
 from obcache_sglang.server import Server
 from tests.serving.client import (
+    QUESTIONS,
     compressions,
     document,
     flush,
@@ -138,6 +139,18 @@ def test_an_evicted_context_comes_back(tight_server: Server, model_dir: Path) ->
     again = generate(tight_server, prompts[0], obcache=w)
     assert report(again)["status"] == "compressed"
     assert again["output_ids"] == first[0]["output_ids"]
+
+
+def test_answered_questions_yield_before_idle_contexts(tight_server: Server, model_dir: Path) -> None:
+    """Ten different questions leave more in the pool of 1536 than it has; the context that nobody asks meanwhile is older."""
+    idle, asked = (document(model_dir, L, topic) for topic in ("numbers", "class"))
+    w = wish(compression_ratio=0.8)
+    flush(tight_server)
+    assert report(generate(tight_server, idle + question(model_dir, QUESTIONS[0]), obcache=w))["status"] == "compressed"
+    endings = document(model_dir, 1600, "strings")
+    for first in range(0, 1600, 160):
+        generate(tight_server, asked + endings[first : first + 160], obcache=w)
+    assert report(generate(tight_server, idle + question(model_dir, QUESTIONS[1]), obcache=w))["status"] == "reused"
 
 
 def test_a_pool_too_small_for_the_compression_serves_exactly(tight_server: Server, model_dir: Path) -> None:

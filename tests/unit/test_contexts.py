@@ -114,6 +114,37 @@ def test_deleting_frees_what_is_cached_behind_the_context_too(cache: ContextCach
     assert cache.is_resident(other)
 
 
+def test_what_is_cached_behind_a_context_can_go_without_it(cache: ContextCache) -> None:
+    context, other = make(cache, tokens(0)), make(cache, tokens(100))
+    for suffix in ([1, 2, 3, 4], [1, 2, 3], [7], [1, 2, 9, 5]):
+        leave_behind(cache, context, suffix)
+    leave_behind(cache, other, [1])
+    cache.remember_suffix(context, array("q", [8, 8]))  # never came into the tree
+    cache.drop_suffixes(context)
+    assert accounts(cache) == (POOL - 41, 41, 0)
+    assert cache.is_resident(context)
+    leave_behind(cache, context, [7])
+    cache.delete(context)
+    cache.sweep(set())
+    assert accounts(cache) == (POOL - 21, 21, 0)
+
+
+def test_what_is_locked_behind_a_context_stays_and_is_known(cache: ContextCache) -> None:
+    context = make(cache, tokens(0))
+    for suffix in ([1, 2, 3], [1, 2, 4, 5], [6]):
+        leave_behind(cache, context, suffix)
+    lock = cache.tree.lock(
+        cache.tree.match_prefix(MatchPrefixParams(key=cache.key(context, array("q", [1, 2, 3])))).last_device_node
+    )
+    cache.drop_suffixes(context)
+    assert accounts(cache) == (POOL - 23, 0, 23)
+    cache.drop_node(context)
+    assert accounts(cache) == (POOL - 23, 0, 23)
+    cache.tree.unlock(lock)
+    cache.drop_node(context)
+    assert accounts(cache) == (POOL, 0, 0)
+
+
 def test_a_context_in_use_is_deleted_when_its_readers_are_gone(cache: ContextCache) -> None:
     context = make(cache, tokens(0))
     lock = cache.tree.lock(cache.tree.match_prefix(MatchPrefixParams(key=cache.key(context))).last_device_node)
