@@ -23,5 +23,5 @@ echo "== models"
 python launch/model.py --dtype float32
 python launch/model.py --dtype bfloat16
 echo "== pytest"
-# Two at a time: the tests with servers, which wait a lot, and beside them all others (tests/conftest.py).
+# Two at a time: the tests with servers, which wait a lot, and beside them all others (tests/serving/conftest.py).
 exec python -m pytest -m "$markers" --numprocesses=2 --dist=loadgroup --durations=10

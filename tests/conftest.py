@@ -9,13 +9,6 @@ import pytest
 from launch.model import ensure_model
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist one worker runs all tests with servers, so that each server starts once."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent / "serving"):
-            item.add_marker(pytest.mark.xdist_group("servers"))
-
-
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
     """SmolLM2-135M-Instruct in float32, where equal computations give equal greedy tokens."""
