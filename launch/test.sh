@@ -22,6 +22,13 @@ mypy obcache_sglang launch
 echo "== models"
 python launch/model.py --dtype float32
 python launch/model.py --dtype bfloat16
-echo "== pytest"
-# Two at a time: the tests with servers, which wait a lot, and beside them all others (tests/serving/conftest.py).
-exec python -m pytest -m "$markers" --numprocesses=2 --dist=loadgroup --durations=10
+echo "== pytest: tests with servers; all others at the same time, their results follow"
+others="$(mktemp)"
+python -m pytest tests/unit tests/contract -m "$markers" --durations=5 >"$others" 2>&1 &
+trap 'kill %1 2>/dev/null || true; rm -f "$others"' EXIT
+status=0
+# Both wait a lot: for servers, and in one thread of Triton's interpreter.
+python -m pytest tests/serving -m "$markers" --durations=10 || status=$?
+wait %1 || status=$?
+cat "$others"
+exit "$status"

@@ -15,11 +15,6 @@ STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 COMMON = ("--dtype", "float32", "--sleep-on-idle", "--enable-cache-report")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Under pytest-xdist one worker runs all of these, so that each server starts once."""
-    item.add_marker(pytest.mark.xdist_group("servers"))
-
-
 def checked(server: Server) -> Iterator[Server]:
     """The server for its tests; afterwards it must have lost no slot and raised nothing."""
     yield server
