@@ -25,10 +25,11 @@ python launch/model.py --dtype bfloat16
 echo "== pytest: tests with servers; all others at the same time, their results follow"
 others="$(mktemp)"
 python -m pytest tests/unit tests/contract -m "$markers" --durations=5 >"$others" 2>&1 &
-trap 'kill %1 2>/dev/null || true; rm -f "$others"' EXIT
+others_pid=$!
+trap 'kill "$others_pid" 2>/dev/null || true; rm -f "$others"' EXIT
 status=0
 # Both wait a lot: for servers, and in one thread of Triton's interpreter.
 python -m pytest tests/serving -m "$markers" --durations=10 || status=$?
-wait %1 || status=$?
+wait "$others_pid" || status=$?
 cat "$others"
 exit "$status"
