@@ -24,7 +24,7 @@ from obcache_sglang.eval.tasks import CONTINUATION_TOKENS, MAX_FACTS, MULTI_QUES
 FINGERPRINTS: dict[str, str] = {
     "needle_prose": "f0b06a9e6d80",
     "needle_noise": "d6d29a81fbc7",
-    "needle_code": "a7a93974ae67",
+    "needle_code": "52c5972d09fe",
     "needle_two_keys": "3a26d5d3c7b2",
     "niah_single_1": "d259b99a5811",
     "niah_single_2": "e0f15a5b7827",
