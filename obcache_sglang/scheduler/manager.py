@@ -295,10 +295,14 @@ class CompressionManager:
         """
         if self.cache.allocator.available_size() >= num_slots:
             return
+        # A pool full of cached text is an ordinary state, and this runs in each pass of it: mostly there is nothing to drop.
+        followed = [context for context in self.cache if context.suffixes and context.state is ContextState.RESIDENT]
+        if not followed:
+            return
         # What these will leave is not in the tree yet.
         readers = self.readers()
-        for context in self.cache:
-            if context.state is ContextState.RESIDENT and context.id not in readers:
+        for context in followed:
+            if context.id not in readers:
                 self.cache.drop_suffixes(context)
                 if self.cache.allocator.available_size() >= num_slots:
                     return
