@@ -94,8 +94,8 @@ def serve(model: Path | str, log_file: Path, flags: Sequence[str] = (), env: Map
     """A server on a free port, ready for requests; its whole process group is gone afterwards.
 
     model: a directory, or a name on the Hugging Face Hub. flags: for `python -m sglang.launch_server`; those in the environment
-    variable `FLAGS_VARIABLE` come behind. env: on top of this process's environment. Raises RuntimeError with the end of the log when the server exits or does not become healthy in
-    `START_TIMEOUT_SECONDS`.
+    variable `FLAGS_VARIABLE` come behind. env: on top of this process's environment. Raises RuntimeError with the end of the
+    log when the server exits or does not become healthy in `START_TIMEOUT_SECONDS`.
     """
     port = _free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *flags]

@@ -14,7 +14,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
-from obcache_sglang.gpu.head_tables import HeadBatch
+from obcache_sglang.gpu.head_tables import HeadBatch, count_entries
 from obcache_sglang.gpu.triton_heads import TritonHeads
 
 if TYPE_CHECKING:
@@ -120,12 +120,9 @@ class HeadGraphs:
     def prepare(self, forward_batch: ForwardBatch) -> bool:
         """Loads the contexts of a batch that SGLang's graphs could take but for them. False: it must run eagerly."""
         contexts = self.plan.uneven_contexts(forward_batch)
-        num_kv_heads = self.backend.heads.space.num_kv_heads
         lengths = forward_batch.seq_lens if forward_batch.seq_lens_cpu is None else forward_batch.seq_lens_cpu
-        entries = num_kv_heads * int(lengths.sum())
-        for _, context in contexts:
-            assert context.kept is not None
-            entries += context.kept.largest_layer(num_kv_heads) - num_kv_heads * context.num_slots
+        num_kv_heads = self.backend.heads.space.num_kv_heads
+        entries = count_entries(int(lengths.sum()), (context for _, context in contexts), num_kv_heads)
         if entries > self.backend.max_entries:
             return False
         self.backend.load(contexts, forward_batch.batch_size)

@@ -7,7 +7,9 @@ the device from the batch's tables, in shapes that the host knows: nothing waits
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -15,6 +17,9 @@ import triton.language as tl
 from torch.nn.functional import pad
 
 from obcache_sglang.cells import KVSpace
+
+if TYPE_CHECKING:
+    from obcache_sglang.scheduler.contexts import Context
 
 # Entries that a program writes at a time, and programs that share a sequence at most; a longer sequence takes them more rounds.
 _BLOCK = 512
@@ -50,6 +55,15 @@ class HeadBatch:
         The queries of a sequence must lie one behind the other. With one query each, they do as the model leaves them.
         """
         return self.num_new is not None
+
+
+def count_entries(total_length: int, contexts: Iterable[Context], num_kv_heads: int) -> int:
+    """`HeadBatch.max_entries` of requests whose seq_lens add up to total_length. contexts: those behind which they stand."""
+    most = num_kv_heads * total_length
+    for context in contexts:
+        assert context.kept is not None, "a context that is read is resident"
+        most += context.kept.largest_layer(num_kv_heads) - num_kv_heads * context.num_slots
+    return most
 
 
 def sequence_lengths(space: KVSpace, batch: HeadBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from obcache_sglang.gpu.flashinfer_heads import FlashInferHeads
-from obcache_sglang.gpu.head_tables import HeadBatch
+from obcache_sglang.gpu.head_tables import HeadBatch, count_entries
 from obcache_sglang.gpu.triton_heads import TritonHeads
 
 if TYPE_CHECKING:
@@ -89,18 +89,14 @@ class HeadOverlay:
         lengths = forward_batch.seq_lens if forward_batch.seq_lens_cpu is None else forward_batch.seq_lens_cpu
         own_lengths = lengths.tolist()
         kept = [context.kept for context in contexts if context.kept is not None]
-        num_kv_heads = self.heads.space.num_kv_heads
-        most = sum(
-            tokens.largest_layer(num_kv_heads) + num_kv_heads * (own_lengths[row] - context.num_slots)
-            for row, context, tokens in zip(rows, contexts, kept, strict=True)
-        )
+        total_length = sum(own_lengths[row] for row in rows)
         index = torch.tensor(rows)
         host = HeadBatch(
             req_pool_indices=torch.empty(0),
             seq_lens=torch.tensor(own_lengths)[index],
             num_slots=torch.tensor([context.num_slots for context in contexts]),
             offsets=torch.empty(0),
-            max_entries=most,
+            max_entries=count_entries(total_length, contexts, self.heads.space.num_kv_heads),
             num_new=None if decode else torch.tensor(num_new)[index],
             max_new=max(num_new[row] for row in rows),
         )
