@@ -22,6 +22,8 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
+from obcache_sglang.cpu.sdpa import attention_with_lse, causal_attention_with_lse
+
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -30,10 +32,6 @@ if TYPE_CHECKING:
     from obcache_sglang.cells import KeptTokens
     from obcache_sglang.scheduler.contexts import Context
     from obcache_sglang.scheduler.forward import ForwardPlan
-
-# New tokens of a request with a cached prefix are attended in blocks of this many: a block sees no key behind its last
-# query, which skips the masked half, and bounds the mask. Smaller blocks keep SDPA from using its threads well.
-QUERY_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         self._sequences: list[_Sequence | None] = []
         self._readers: list[_Readers] = []
         self.plan: ForwardPlan | None = None
-        self._mask = _LowerRightCausalMask(model_runner.dtype)
+        self._dtype = model_runner.dtype
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
@@ -118,7 +116,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         longest = max(len(suffix) for suffix in suffixes)
         padded = torch.stack([torch.cat([suffix, suffix[-1:].expand(longest - len(suffix))]) for suffix in suffixes])
         lengths = torch.tensor([len(suffix) for suffix in suffixes])
-        mask = torch.zeros(len(rows), 1, 1, longest, dtype=self._mask.dtype)
+        mask = torch.zeros(len(rows), 1, 1, longest, dtype=self._dtype)
         mask.masked_fill_(torch.arange(longest) >= lengths[:, None, None, None], float("-inf"))
         kept = context.kept if context.is_uneven else None
         return _Readers(torch.tensor(rows), slots[0][: context.num_slots], kept, padded, mask)
@@ -140,19 +138,22 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         if not _is_decoder_self_attention(layer):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         self._save(k, v, layer, forward_batch, save_kv_cache)
-        # [1, heads, tokens, head_dim] views, as SDPA takes them.
-        queries = q.view(1, -1, layer.tp_q_head_num, layer.qk_head_dim).transpose(1, 2)
-        output = torch.empty_like(q)
-        outputs = output.view(1, -1, layer.tp_q_head_num, layer.v_head_dim).transpose(1, 2)
+        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        outputs = torch.empty_like(queries)
+        lse = torch.empty(queries.shape[:2], dtype=torch.float32)
         first_row, group = 0, layer.tp_q_head_num // layer.tp_k_head_num
         for sequence in self._sequences:
             assert sequence is not None
             rows = slice(first_row, first_row + sequence.num_new)
             for kv_heads, keys, values in self._gather(sequence, layer, q.dtype):
                 heads = slice(kv_heads.start * group, kv_heads.stop * group)
-                self._extend_one(queries[:, heads, rows], keys, values, layer.scaling, outputs[:, heads, rows])
+                outputs[rows, heads], lse[rows, heads] = causal_attention_with_lse(
+                    queries[rows, heads], keys[0], values[0], layer.scaling
+                )
             first_row = rows.stop
-        return output
+        if self.plan is not None:
+            self.plan.row_lse = lse
+        return outputs.view_as(q)
 
     def forward_decode(
         self,
@@ -200,13 +201,13 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         num_readers, _, group, head_dim = queries.shape
         keys, values = self._gather_slots(readers.suffix_slots.reshape(-1), layer, queries.dtype)
         keys, values = (kv[0].unflatten(1, (num_readers, -1)).transpose(0, 1) for kv in (keys, values))
-        output, lse = _attention_with_lse(queries, keys, values, layer.scaling, readers.suffix_mask)
+        output, lse = attention_with_lse(queries, keys, values, layer.scaling, readers.suffix_mask)
         context = _Sequence(readers.slots, 0, readers.kept)
         for heads, keys, values in self._gather(context, layer, queries.dtype):
             if keys.shape[2] == 0:
                 continue  # a head that keeps nothing
             rows = queries[:, heads].transpose(0, 1).reshape(1, -1, num_readers * group, head_dim)
-            of_context, context_lse = _attention_with_lse(rows, keys, values, layer.scaling)
+            of_context, context_lse = attention_with_lse(rows, keys, values, layer.scaling)
             of_context = of_context.view(-1, num_readers, group, head_dim).transpose(0, 1)
             context_lse = context_lse.view(-1, num_readers, group).transpose(0, 1)
             share = torch.sigmoid(context_lse - lse[:, heads])[..., None].to(output.dtype)
@@ -248,35 +249,6 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             yield slice(head, head + 1), keys[None, None, tokens], values[None, None, tokens]
             start = tokens.stop
 
-    def _extend_one(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, output: torch.Tensor
-    ) -> None:
-        """One request: queries [1, heads, n, head_dim] are the last n of the sequence's positions; writes `output`."""
-        num_new, length = queries.shape[2], keys.shape[2]
-        if num_new == length:
-            output.copy_(scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True))
-            return
-        for start in range(0, num_new, QUERY_BLOCK):
-            rows = slice(start, min(start + QUERY_BLOCK, num_new))
-            visible = length - num_new + rows.stop
-            output[:, :, rows] = scaled_dot_product_attention(
-                queries[:, :, rows],
-                keys[:, :, :visible],
-                values[:, :, :visible],
-                attn_mask=self._mask.view(rows.stop - start, visible),
-                scale=scale,
-                enable_gqa=True,
-            )
-
-
-def _attention_with_lse(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """SDPA on [batch, heads, tokens, head_dim], and each query's natural log-sum-exp, [batch, heads, queries] float32."""
-    # What scaled_dot_product_attention calls on a CPU; only this form returns the log-sum-exp.
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=mask, scale=scale)
-    return output, lse
-
 
 def _is_decoder_self_attention(layer: RadixAttention) -> bool:
     return (
@@ -285,25 +257,3 @@ def _is_decoder_self_attention(layer: RadixAttention) -> bool:
         and layer.sliding_window_size in (None, -1)
         and layer.qk_head_dim == layer.v_head_dim
     )
-
-
-class _LowerRightCausalMask:
-    """Additive masks in which the last row sees every column, the row above it one less, and so on.
-
-    All are views of one buffer: `QUERY_BLOCK` columns of a triangle, behind as many columns of zeros as were ever needed.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._triangle = torch.full((QUERY_BLOCK, QUERY_BLOCK), float("-inf"), dtype=dtype).triu(1)
-        self._buffer = self._triangle
-
-    def view(self, rows: int, columns: int) -> torch.Tensor:
-        """[rows, columns] with 0 where seen and -inf elsewhere; rows <= QUERY_BLOCK and rows <= columns."""
-        before = self._buffer.shape[1] - QUERY_BLOCK
-        if before < columns - rows:
-            # Doubled, so that a prefix that grows from batch to batch does not rebuild it each time.
-            before = max(columns - rows, 2 * before)
-            self._buffer = torch.cat([self._triangle.new_zeros(QUERY_BLOCK, before), self._triangle], dim=1)
-        first = before - (columns - rows)
-        return self._buffer[:rows, first : before + rows]

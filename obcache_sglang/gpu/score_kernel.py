@@ -143,9 +143,9 @@ def accumulate_scores_paged(
     scale: float,
     score: str,
     o: torch.Tensor | None = None,
-    reduce: str = "sum",
     lse: torch.Tensor | None = None,
-    lse_base: str = "2",
+    reduce: str = "sum",
+    lse_base: str = "e",
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> None:

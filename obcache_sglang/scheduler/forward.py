@@ -54,7 +54,8 @@ class ForwardPlan:
     accumulate: scores the tokens in slots of the pool; as `scoring.ops.accumulate_scores_in_slots`. space: where the heads of
     uneven contexts lie; None where the pool cannot hold such. attends_uneven_heads: whether the attention backends read them.
     head_profile, lanes: for budget profile; which KV heads of a layer this rank has. serial: of the current forward.
-    mean_over_ranks: averages a tensor over the ranks that share a layer's KV heads; None with one rank.
+    mean_over_ranks: averages a tensor over the ranks that share a layer's KV heads; None with one rank. row_lse: [rows, query heads]
+    float32, the natural log-sum-exps of the attention call that ended last, from a backend that gives them.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ForwardPlan:
         self.lanes = (0, kv_pool.head_num)
         self.mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.serial = 0
+        self.row_lse: torch.Tensor | None = None
         self._rows: list[ScoringRows] = []
         self._rids: list[str] = []
         self._contexts: dict[str, Context] = {}
@@ -126,6 +128,7 @@ class ForwardPlan:
 
     def after_attention(self, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
         """Scores this layer for the jobs in the forward; in their last chunk also selects and copies. Never raises."""
+        lse, self.row_lse = self.row_lse, None
         if not self.scores(forward_batch):
             return
         for rows in self._rows:
@@ -134,18 +137,20 @@ class ForwardPlan:
                 continue
             started_at = time.perf_counter()
             try:
-                self._compress_layer(rows, q, output, layer)
+                self._compress_layer(rows, q, output, lse, layer)
             except Exception:  # whatever it is, the context must be served exactly
                 job.error = "error"
                 logger.exception("obcache: context %s is served exactly", job.context.id)
             job.scoring_seconds += time.perf_counter() - started_at
 
-    def _compress_layer(self, rows: ScoringRows, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention) -> None:
+    def _compress_layer(
+        self, rows: ScoringRows, q: torch.Tensor, output: torch.Tensor, lse: torch.Tensor | None, layer: RadixAttention
+    ) -> None:
         job, context, settings = rows.job, rows.job.context, rows.job.context.settings
         if layer.logit_cap > 0 or layer.is_cross_attention:
             job.error = "unsupported_attention"
             return
-        scores = self._score_layer(rows, q, output, layer)
+        scores = self._score_layer(rows, q, output, lse, layer)
         if not rows.last:
             job.scores[layer.layer_id] = scores
             return
@@ -183,7 +188,9 @@ class ForwardPlan:
             assert self.space is not None and job.slots is not None
             job.kept = replace(job.kept, rows=self.space.cell_rows(job.slots).to(torch.int32))
 
-    def _score_layer(self, rows: ScoringRows, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention) -> LayerScores:
+    def _score_layer(
+        self, rows: ScoringRows, q: torch.Tensor, output: torch.Tensor, lse: torch.Tensor | None, layer: RadixAttention
+    ) -> LayerScores:
         """The scores of this layer from all queries so far, this forward's included."""
         job, context, settings = rows.job, rows.job.context, rows.job.context.settings
         if not job.scores_context:
@@ -196,12 +203,13 @@ class ForwardPlan:
             scores = LayerScores(tokens, torch.zeros((), device=q.device))
         scoring = slice(rows.first_row, rows.first_row + rows.num_rows)
         outputs = output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[scoring]
+        lse = None if lse is None else lse[scoring]
         visible, scored, start = rows.slots, scores.tokens, rows.first_position
         if settings.preset == "kvzip" and job.replay is not None:
             # Its queries see the sinks, the chunk they repeat and each other, and score the chunk.
             chunk, num_sinks = slice(job.replay.first, job.replay.last), min(settings.sink_tokens, job.replay.first)
             visible = torch.cat([visible[:num_sinks], visible[chunk], visible[context.num_tokens :]])
-            start = len(visible) - rows.num_rows
+            start, lse = len(visible) - rows.num_rows, None
             scored = torch.nn.functional.pad(scored[:, chunk], (num_sinks, 0))
         self._accumulate(
             scored,
@@ -213,6 +221,7 @@ class ForwardPlan:
             scale=layer.scaling,
             score=settings.score,
             o=outputs,
+            lse=lse,
             reduce=settings.reduce,
         )
         if scored is not scores.tokens:

@@ -10,6 +10,10 @@ costs three passes of matrix products over ``[queries, tokens]`` and no ``[queri
     obcache-kv   ||a v_j + b (v_j - o_i)||^2 = (a+b)^2 ||v_j||^2 + b^2 ||o_i||^2 - 2 (a+b) b v_j.o_i
 
 and the sum over i of ``w_ij v_j.o_i`` is ``v_j . (w^T o)_j``, one more matrix product.
+
+On a CPU the first two need no weights in memory at all. With l_i the log-sum-exp of query i, ``A_ij^p = exp(p z_ij - p l_i)``: the
+logarithm of its sum over i is the log-sum-exp of an attention in which tokens look at queries. PyTorch's flash attention
+returns that.
 """
 
 from typing import Any
@@ -17,6 +21,7 @@ from typing import Any
 import torch
 
 from obcache_sglang.config import SCORES
+from obcache_sglang.cpu.sdpa import attention_with_lse, causal_attention_with_lse
 
 # Logit of a token the query cannot see. Finite, so that A z is 0 there (0 * -inf would be NaN), and low enough that
 # its softmax weight is exactly 0 in float32.
@@ -25,6 +30,9 @@ _MASKED_LOGIT = -1e30
 # Elements of one [queries, tokens] buffer (8 MiB of float32), as long as one query's row fits. Smaller tiles make thinner
 # matrix products, which cost more than the better cache use gains.
 _TILE_ELEMENTS = 1 << 21
+
+# Queries score each other in blocks of this many: what a block's tokens cannot see is masked inside it, and left out behind it.
+_OWN_BLOCK = 256
 
 
 def accumulate_scores(
@@ -37,6 +45,7 @@ def accumulate_scores(
     scale: float,
     score: str,
     o: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
     reduce: str = "sum",
 ) -> None:
     """Add the scores that the queries at positions ``start .. start + rows - 1`` give to the tokens they see.
@@ -50,6 +59,8 @@ def accumulate_scores(
     score: one of ``config.SCORES``.
     o: [rows, num_q_heads, head_dim], any float dtype: the attention outputs of these queries, if the caller has them. It
         saves obcache-k and obcache-kv one of their three matrix products; the other scores do not read it.
+    lse: [rows, num_q_heads] float32: the natural log-sum-exps of these queries' logits, if the caller has them. It saves sums of
+        attention and obcache-v on a CPU half of their work; nothing else reads it.
     reduce: "sum" adds to each token the sum of its scores over queries, averaged over the query heads that share its KV head
         (GQA); "max" leaves it the largest of its scores from any query and query head, and of what it had (KVzip's statistic,
         arXiv 2505.23416; score "attention" only).
@@ -58,7 +69,9 @@ def accumulate_scores(
     read only and computed with in float32.
 
     Scratch, whatever the number of queries: float32 copies of one KV head's K and V, and two buffers (three for
-    obcache-kv) of about ``max(2**21, group * (start + rows))`` float32, group = num_q_heads / num_kv_heads.
+    obcache-kv) of about ``max(2**21, group * (start + rows))`` float32, group = num_q_heads / num_kv_heads. Sums of attention and
+    obcache-v on a CPU instead: about as much as k, q and two blocks of ``num_q_heads * 2**16`` float32, and with rows that see
+    tokens before the first and no lse twice q in float32.
 
     Raises ValueError when score or reduce is unknown or the shapes do not fit together.
     """
@@ -75,6 +88,12 @@ def accumulate_scores(
     if scores.dtype != torch.float32 or scores.shape[0] != num_kv_heads:
         raise ValueError(f"scores is {list(scores.shape)} {scores.dtype}; it must be float32 [{num_kv_heads}, tokens]")
 
+    if lse is not None and (lse.dtype != torch.float32 or lse.shape != q.shape[:2]):
+        raise ValueError(f"lse is {list(lse.shape)} {lse.dtype}; it must be float32 {list(q.shape[:2])}")
+
+    if q.device.type == "cpu" and reduce == "sum" and score in ("attention", "obcache-v"):
+        _accumulate_weight_sums(scores, q, k, v, start, scale, score, lse)
+        return
     group = num_q_heads // num_kv_heads
     tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * _row_stride(num_tokens))))
     buffers = torch.empty(2, tile_rows * group * _row_stride(num_tokens), dtype=torch.float32, device=q.device)
@@ -105,6 +124,52 @@ def accumulate_scores(
                 total[:scored] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:scored], o_tile, score)
         if reduce == "sum":
             scores[head].add_(total, alpha=1.0 / group)
+
+
+def _accumulate_weight_sums(
+    scores: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: int,
+    scale: float,
+    score: str,
+    lse: torch.Tensor | None,
+) -> None:
+    """`accumulate_scores` of attention and obcache-v by PyTorch's flash attention for CPUs."""
+    rows, num_q_heads, head_dim = q.shape
+    num_kv_heads, scored = k.shape[1], min(k.shape[0], scores.shape[1])
+    group, power = num_q_heads // num_kv_heads, 1 if score == "attention" else 2
+    if not q.dtype == k.dtype == v.dtype:
+        q, k, v = q.float(), k.float(), v.float()
+    keys = k.transpose(0, 1)
+    if lse is None:
+        lse = causal_attention_with_lse(q, keys, v.transpose(0, 1), scale)[1]
+    # Queries as the keys of their KV head's tokens: [num_kv_heads, rows * group ...
+    queries = q.reshape(rows, num_kv_heads, group, head_dim).transpose(0, 1).reshape(1, num_kv_heads, rows * group, head_dim)
+    bias = lse.view(rows, num_kv_heads, group).transpose(0, 1).reshape(1, num_kv_heads, 1, rows * group) * -power
+    sums = torch.zeros(num_kv_heads, scored, dtype=torch.float32)
+
+    def add(tokens: slice, first_row: int, last_row: int, mask: torch.Tensor | None = None) -> None:
+        if tokens.start == tokens.stop or first_row == last_row:
+            return
+        seen_by = slice(first_row * group, last_row * group)
+        added = bias[..., seen_by] if mask is None else bias[..., seen_by] + mask
+        added = added.expand(-1, -1, tokens.stop - tokens.start, -1)
+        rows_of = queries[:, :, seen_by]
+        sums[:, tokens] += attention_with_lse(keys[None, :, tokens], rows_of, rows_of, power * scale, added)[1][0].exp_()
+
+    add(slice(0, min(start, scored)), 0, rows)
+    for first in range(0, scored - start, _OWN_BLOCK):
+        last = min(first + _OWN_BLOCK, rows)
+        tokens = slice(start + first, min(start + last, scored))
+        unseen = torch.ones(tokens.stop - tokens.start, last - first, dtype=torch.bool).tril_(diagonal=-1)
+        mask = torch.zeros(unseen.shape).masked_fill_(unseen, float("-inf")).repeat_interleave(group, dim=1)
+        add(tokens, first, last, mask)
+        add(tokens, last, rows)
+    if score == "obcache-v":
+        sums *= torch.linalg.vector_norm(v[:scored], dim=-1, dtype=torch.float32).square_().T
+    scores[:, :scored].add_(sums, alpha=1.0 / group)
 
 
 def check_statistic(score: str, reduce: str) -> None:

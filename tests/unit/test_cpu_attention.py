@@ -13,7 +13,8 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
 from obcache_sglang.cells import KeptTokens, KVSpace, create_one_space
-from obcache_sglang.cpu.attention import QUERY_BLOCK, CpuAttentionBackend
+from obcache_sglang.cpu.attention import CpuAttentionBackend
+from obcache_sglang.scheduler.forward import ForwardPlan
 
 HEAD_DIM = 32
 POOL_TOKENS = 4096
@@ -23,13 +24,14 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 @dataclass
 class Batch:
-    """One batch in SGLang's form, and what attention over it must give."""
+    """One batch in SGLang's form, and the outputs and log-sum-exps that attention over it must give, unless the test says them."""
 
     forward_batch: ForwardBatch
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    expected: torch.Tensor
+    expected: torch.Tensor | None = None
+    expected_lse: torch.Tensor | None = None
 
 
 class Engine:
@@ -57,6 +59,7 @@ class Engine:
         value_pool = self.token_to_kv_pool.get_value_buffer(layer.layer_id).fill_(float("nan"))
         free = torch.randperm(POOL_TOKENS, generator=generator).int() + 1
         q, k, v, new_slots, expected = [], [], [], [], []
+        expected_lse = []
         for row, (prefix_len, new_len) in enumerate(zip(prefix_lens, new_lens, strict=True), start=1):
             length = prefix_len + new_len
             slots, free = free[:length], free[length:]
@@ -70,7 +73,9 @@ class Engine:
             k.append(keys[prefix_len:])
             v.append(values[prefix_len:])
             new_slots.append(slots[prefix_len:])
-            expected.append(attention(queries, keys, values, layer.scaling))
+            output, lse = attention(queries, keys, values, layer.scaling)
+            expected.append(output)
+            expected_lse.append(lse)
         forward_batch = ForwardBatch(
             forward_mode=mode,
             batch_size=len(new_lens),
@@ -83,21 +88,31 @@ class Engine:
         if mode.is_extend():
             forward_batch.extend_prefix_lens = torch.tensor(prefix_lens)
             forward_batch.extend_seq_lens = torch.tensor(new_lens)
-        return Batch(forward_batch, torch.cat(q).flatten(1), torch.cat(k), torch.cat(v), torch.cat(expected).flatten(1))
+        return Batch(
+            forward_batch,
+            torch.cat(q).flatten(1),
+            torch.cat(k),
+            torch.cat(v),
+            torch.cat(expected).flatten(1),
+            torch.cat(expected_lse),
+        )
 
     def attend(self, backend: TorchNativeAttnBackend, batch: Batch) -> torch.Tensor:
         backend.init_forward_metadata(batch.forward_batch)
         return backend.forward(batch.q, batch.k, batch.v, self.layer, batch.forward_batch)
 
 
-def attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention in float64: queries [n, heads, d] are the last n positions of keys and values [length, kv_heads, d]."""
+def attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention in float64: queries [n, heads, d] are the last n positions of keys and values [length, kv_heads, d].
+
+    Returns the outputs, shaped like queries, and the log-sum-exps, [n, heads].
+    """
     group = queries.shape[1] // keys.shape[1]
     q, k, v = queries.double(), keys.double().repeat_interleave(group, 1), values.double().repeat_interleave(group, 1)
     logits = torch.einsum("ihd,jhd->hij", q, k) * scale
     position = torch.arange(len(keys))
     logits.masked_fill_(position > position[-len(queries) :, None], float("-inf"))
-    return torch.einsum("hij,jhd->ihd", logits.softmax(-1), v)
+    return torch.einsum("hij,jhd->ihd", logits.softmax(-1), v), logits.logsumexp(-1).T
 
 
 HEADS = [(3, 3), (9, 3), (7, 1), (16, 2)]
@@ -118,7 +133,7 @@ def lens(pairs: list[tuple[int, int]]) -> str:
         [(0, 63), (0, 500), (0, 1)],
         [(1, 1), (500, 63), (63, 500)],
         [(0, 63), (500, 1), (1, 500)],
-        [(300, 2 * QUERY_BLOCK + 1)],
+        [(300, 513)],
     ],
     ids=lens,
 )
@@ -139,13 +154,16 @@ def test_decode(num_heads: int, num_kv_heads: int, dtype: torch.dtype, prefixes:
     torch.testing.assert_close(output.double(), batch.expected, atol=TOLERANCE[dtype], rtol=0)
 
 
-def test_one_backend_serves_long_and_short_prefixes_in_turn() -> None:
-    """The mask is kept between batches: it must follow a longer prefix and a shorter one."""
-    engine = Engine(9, 3, torch.float32)
+@heads
+@dtypes
+def test_the_log_sum_exps_that_scores_are_made_of(num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
+    engine = Engine(num_heads, num_kv_heads, dtype)
     backend = CpuAttentionBackend(engine)
-    for prefix_len, new_len in [(10, 5), (1000, 300), (3, 2), (1200, 64), (700, QUERY_BLOCK)]:
-        batch = engine.batch(ForwardMode.EXTEND, [prefix_len], [new_len])
-        torch.testing.assert_close(engine.attend(backend, batch).double(), batch.expected, atol=TOLERANCE[torch.float32], rtol=0)
+    backend.plan = ForwardPlan(engine.token_to_kv_pool, engine.req_to_token_pool)
+    batch = engine.batch(ForwardMode.EXTEND, [0, 500, 63], [63, 1, 500])
+    engine.attend(backend, batch)
+    assert backend.plan.row_lse is not None
+    torch.testing.assert_close(backend.plan.row_lse.double(), batch.expected_lse, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.DECODE], ids=lambda mode: mode.name.lower())
@@ -288,7 +306,8 @@ def test_heads_of_different_length(
             head_keys, head_values = (
                 torch.cat([part, own[:, head]])[:, None] for part, own in zip(before, (keys, values), strict=True)
             )
-            outputs.append(attention(queries[:, head * group : (head + 1) * group], head_keys, head_values, layer.scaling))
+            rows_of = queries[:, head * group : (head + 1) * group]
+            outputs.append(attention(rows_of, head_keys, head_values, layer.scaling)[0])
         expected.append(torch.cat(outputs, 1))
         q.append(queries)
         k.append(keys[cached:])
@@ -311,7 +330,7 @@ def test_heads_of_different_length(
         forward_batch.extend_seq_lens = num_new
     backend = CpuAttentionBackend(engine)
     backend.plan = SimpleNamespace(contexts=lambda batch: behind, space=engine.space)
-    output = engine.attend(backend, Batch(forward_batch, torch.cat(q).flatten(1), torch.cat(k), torch.cat(v), q[0]))
+    output = engine.attend(backend, Batch(forward_batch, torch.cat(q).flatten(1), torch.cat(k), torch.cat(v)))
     torch.testing.assert_close(output.double(), torch.cat(expected).flatten(1), atol=TOLERANCE[dtype], rtol=0)
 
 

@@ -66,10 +66,12 @@ def assert_agrees(
 
     A logit of 15 summed in float32 is off by a few 1e-6, which the exponential turns into a relative error of the score;
     squaring doubles it: 5e-5 of the score. Where o_i comes close to v_j, the expanded ||v_j - o_i||^2 cancels: 1e-6 of the
-    terms that cancel. bfloat16 inputs are exact in float32 and get no tolerance of their own.
+    terms that cancel. bfloat16 inputs are exact in float32; only PyTorch's flash attention, which sums attention and obcache-v on
+    a CPU, takes an exponential for them that is off by 5e-5, up to three times in a score.
     """
     expected = score_tokens(q, k, v, start=start, scale=SCALE, score=score, reduce=reduce)
-    tolerance = 5e-5 * expected
+    by_flash_attention = reduce == "sum" and score in ("attention", "obcache-v")
+    tolerance = (2e-4 if by_flash_attention and q.dtype == torch.bfloat16 else 5e-5) * expected
     if score in ("obcache-k", "obcache-kv"):
         group = q.shape[1] // k.shape[1]
         for q_head in range(q.shape[1]):
@@ -106,6 +108,7 @@ def test_window_over_two_chunks_equals_one_call(score: str, reduce: str) -> None
 @each_statistic
 @pytest.mark.parametrize("tile_elements", [1, 5000], ids=lambda elements: f"tile{elements}")
 def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, tile_elements: int, score: str, reduce: str) -> None:
+    monkeypatch.setattr(ops, "_OWN_BLOCK", 64)
     monkeypatch.setattr(ops, "_TILE_ELEMENTS", tile_elements)  # one query row per tile, and a few with a ragged last one
     q, k, v, start = make_qkv(259, 259)
     assert_agrees(computed(q, k, v, start, score, reduce), q, k, v, start, score, reduce)
@@ -173,6 +176,29 @@ def test_outputs_the_caller_has(dtype: torch.dtype, score: str) -> None:
         assert not torch.equal(scores, expected)  # the rounded outputs were really used
 
 
+@pytest.mark.parametrize("num_scored", [50, 129])
+@pytest.mark.parametrize("score", SCORES)
+def test_log_sum_exps_the_caller_has(score: str, num_scored: int) -> None:
+    """They give the same scores; and where they are read, they are not computed again: a wrong one shows."""
+    q, k, v, start = make_qkv(129, 63)
+    z = torch.einsum("ihd,jhd->ihj", SCALE * q.double(), k.double().repeat_interleave(3, 1))
+    unseen = torch.ones(63, 129, dtype=torch.bool).triu_(start + 1)
+    lse = z.masked_fill_(unseen[:, None], float("-inf")).logsumexp(-1).float()
+    scores, doubled = torch.zeros(2, 2, num_scored).unbind()
+    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, lse=lse)
+    assert_agrees(scores, q, k, v, start, score)
+    accumulate_scores(doubled, q, k, v, start=start, scale=SCALE, score=score, lse=lse - torch.tensor(2.0).log())
+    factor = {"attention": 2, "obcache-v": 4}.get(score, 1)
+    torch.testing.assert_close(doubled, factor * scores, rtol=1e-4, atol=0)
+
+
+def test_queries_of_another_dtype_than_the_cache() -> None:
+    q, k, v, start = make_qkv(129, 63)
+    k, v = k.bfloat16(), v.bfloat16()
+    for score in SCORES:
+        assert_agrees(computed(q, k, v, start, score), q, k, v, start, score)
+
+
 def test_attention_of_each_query_sums_to_one() -> None:
     q, k, v, start = make_qkv(211, 64)
     torch.testing.assert_close(computed(q, k, v, start, "attention").sum(-1), torch.full((2,), 64.0))
@@ -196,12 +222,24 @@ def test_a_token_with_all_the_attention(score: str) -> None:
         ({"q": torch.zeros(9, 5, HEAD_DIM)}, "num_q_heads must be a multiple of num_kv_heads"),
         ({"v": torch.zeros(40, 1, HEAD_DIM)}, "do not fit"),
         ({"o": torch.zeros(9, 2, HEAD_DIM)}, r"o \[9, 2, 16\] must have the shape of q, \[9, 6, 16\]"),
+        ({"lse": torch.zeros(6, 9)}, r"lse is \[6, 9\] torch.float32; it must be float32 \[9, 6\]"),
         ({"scores": torch.zeros(3, 40)}, r"scores is \[3, 40\] torch.float32; it must be float32 \[2, tokens\]"),
         ({"scores": torch.zeros(2, 40, dtype=torch.bfloat16)}, "must be float32"),
         ({"reduce": "mean"}, "reduce 'mean' of score 'attention' is unknown; choose sum, or max with attention"),
         ({"reduce": "max", "score": "obcache-v"}, "reduce 'max' of score 'obcache-v' is unknown"),
     ],
-    ids=["score", "start", "q-heads", "v-shape", "o-shape", "scores-heads", "scores-dtype", "reduce", "max-of-obcache"],
+    ids=[
+        "score",
+        "start",
+        "q-heads",
+        "v-shape",
+        "o-shape",
+        "lse-shape",
+        "scores-heads",
+        "scores-dtype",
+        "reduce",
+        "max-of-obcache",
+    ],
 )
 def test_refuses(change: dict, message: str) -> None:
     q, k, v, start = make_qkv(40, 9)
