@@ -64,6 +64,10 @@ class Kvpress:
         self._log_file = log_file
         self.versions: dict[str, str] = self._read()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     @classmethod
     @contextlib.contextmanager
     def running(cls, python: Path, model: str, press: str, ratio: float, log_file: Path) -> Iterator[Kvpress]:
