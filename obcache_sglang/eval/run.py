@@ -1,7 +1,7 @@
 """Asks a server every question under every arm, and writes one JSON line per answer.
 
-A sample's arms follow one another, so that a run that was stopped half-way compares what it has pair by pair. Its exact cache is
-found again by each arm, and each compresses it once for all of the sample's questions.
+A sample is asked under all arms before the next, so that a run that was stopped half-way compares what it has pair by pair. The exact
+cache goes first: every arm finds its KV again, and compresses it once for all of the sample's questions.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,14 @@ from obcache_sglang.server import Client
 TOP_LOGPROBS = 256
 """Next-token probabilities compared for the KL divergence: the others count as one token, which can only make it smaller."""
 
+BATCH = 16
+"""Questions that are sent together, in one request: the engine decodes them side by side, and groups them alike in each run."""
+
 _SEPARATOR = "<|obcache-eval-context-ends-here|>"
 
 Key = tuple[Arm, str, int, int]
+Ask = tuple[Arm, int]
+"""An arm, and the number of a sample's question."""
 Prompt = tuple[list[int], list[int]]
 """Token ids of a context, and of all behind it."""
 
@@ -73,8 +78,8 @@ class Runner:
         self.prompts = Prompts(tokenizer)
         self.answers_file = run_dir / "answers.jsonl"
         self.survivors_file = run_dir / "survivors.json"
-        # The exact next-token distributions of the sample that was asked last, with its key.
-        self._exact: tuple[tuple[str, int], list[Any]] | None = None
+        # Of the sample that was asked last: its key, the exact cache's answer, and its next-token distributions.
+        self._exact: tuple[tuple[str, int], Any, list[Any]] | None = None
 
     def run(self, samples: Sequence[Sample], arms: Sequence[Arm]) -> None:
         done = _answered(self.answers_file)
@@ -82,57 +87,65 @@ class Runner:
         with self.answers_file.open("a", encoding="utf-8") as file, tqdm(total=total, unit="answer", smoothing=0.05) as bar:
             for sample in samples:
                 bar.set_description(f"{sample.task} {sample.index}")
-                asked = range(len(sample.questions))
-                missing = {arm: [i for i in asked if (arm, sample.task, sample.index, i) not in done] for arm in arms}
-                prompts = self.prompts.split(sample) if any(missing.values()) else []
-                for arm in arms:
-                    for line in self._answers(sample, prompts, arm, missing[arm]):
+                asked = [(arm, i) for arm in arms for i in range(len(sample.questions))]
+                missing = [(arm, i) for arm, i in asked if (arm, sample.task, sample.index, i) not in done]
+                bar.update(len(asked) - len(missing))
+                prompts = self.prompts.split(sample) if missing else []
+                for batch in _batches(missing):
+                    for line in self._answers(sample, prompts, batch):
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
-                    bar.update(len(sample.questions))
+                    bar.update(len(batch))
 
-    def _answers(self, sample: Sample, prompts: Sequence[Prompt], arm: Arm, missing: list[int]) -> list[dict[str, Any]]:
-        """prompts: of all questions of the sample; missing: those to ask."""
-        if not missing:
-            return []
+    def _answers(self, sample: Sample, prompts: Sequence[Prompt], batch: Sequence[Ask]) -> list[dict[str, Any]]:
+        """prompts: of all questions of the sample."""
         if sample.metric == "nll":
-            return self._continuation(sample, prompts[0], arm) if arm.mode == "agnostic" else []
-        prompts = [prompts[i] for i in missing]
+            return self._continuations(sample, prompts[0], [arm for arm, _ in batch if arm.mode == "agnostic"])
         params = [
             {
                 "max_new_tokens": sample.questions[i].max_new_tokens,
                 "temperature": 0,
-                "custom_params": {"obcache": arm.wish_for(len(context))},
+                "custom_params": {"obcache": arm.wish_for(len(prompts[i][0]))},
             }
-            for i, (context, _) in zip(missing, prompts, strict=True)
+            for arm, i in batch
         ]
-        body = {"input_ids": [context + rest for context, rest in prompts], "sampling_params": params}
+        body = {"input_ids": [prompts[i][0] + prompts[i][1] for _, i in batch], "sampling_params": params}
         lines = []
-        for i, answer in zip(missing, self.client.post("/generate", body), strict=True):
+        for (arm, i), answer in zip(batch, self.client.post("/generate", body), strict=True):
             question = sample.questions[i]
             accuracy = METRICS[sample.metric](answer["text"], question.references, sample.options)
-            line = _line(sample, arm, i, {"accuracy": accuracy}, answer, len(prompts[0][0]))
+            line = _line(sample, arm, i, {"accuracy": accuracy}, answer, len(prompts[i][0]))
             lines.append(line | {"output": answer["text"], "references": list(question.references)})
         return lines
 
-    def _continuation(self, sample: Sample, prompt: Prompt, arm: Arm) -> list[dict[str, Any]]:
+    def _continuations(self, sample: Sample, prompt: Prompt, arms: Sequence[Arm]) -> list[dict[str, Any]]:
         """NLL of the tokens of the sample's question, which continue its context, and their KL from the exact distribution."""
         context, rest = prompt
-        answer, top = self._score(context, rest, arm)
-        # The first token's probability belongs to the context's last query, which a compressed context no longer has.
-        logprobs = [value for value, *_ in answer["meta_info"]["input_token_logprobs"][-len(rest) + 1 :]]
         key = (sample.task, sample.index)
-        if self._exact is None or self._exact[0] != key:
-            self._exact = key, top if arm.is_exact else self._score(context, rest, EXACT)[1]
-        kl = 0.0 if arm.is_exact else math.fsum(map(divergence, self._exact[1], top)) / len(top)
-        return [_line(sample, arm, 0, {"nll": -math.fsum(logprobs) / len(logprobs), "kl": kl}, answer, len(context))]
+        if arms and (self._exact is None or self._exact[0] != key):
+            ((answer, top),) = self._score(context, rest, [EXACT])
+            self._exact = key, answer, top
+        lines = []
+        asked = [arm for arm in arms if not arm.is_exact]
+        scored = dict(zip(asked, self._score(context, rest, asked), strict=True)) if asked else {}
+        for arm in arms:
+            assert self._exact is not None
+            answer, top = scored.get(arm) or self._exact[1:]
+            # The first token's probability belongs to the context's last query, which a compressed context no longer has.
+            logprobs = [value for value, *_ in answer["meta_info"]["input_token_logprobs"][-len(rest) + 1 :]]
+            kl = 0.0 if arm.is_exact else math.fsum(map(divergence, self._exact[2], top)) / len(top)
+            metrics = {"nll": -math.fsum(logprobs) / len(logprobs), "kl": kl}
+            lines.append(_line(sample, arm, 0, metrics, answer, len(context)))
+        return lines
 
-    def _score(self, context: list[int], rest: list[int], arm: Arm) -> tuple[Any, list[Any]]:
-        """The server's answer, and the most likely tokens at the place of each of `rest` but the first."""
-        params = {"max_new_tokens": 1, "temperature": 0, "custom_params": {"obcache": arm.wish_for(len(context))}}
-        body = {"input_ids": context + rest, "sampling_params": params, "return_logprob": True}
-        answer = self.client.post("/generate", body | {"logprob_start_len": len(context), "top_logprobs_num": TOP_LOGPROBS})
-        return answer, answer["meta_info"]["input_top_logprobs"][-len(rest) + 1 :]
+    def _score(self, context: list[int], rest: list[int], arms: Sequence[Arm]) -> list[tuple[Any, list[Any]]]:
+        """For each arm the server's answer, and the most likely tokens at the place of each of `rest` but the first."""
+        params = [
+            {"max_new_tokens": 1, "temperature": 0, "custom_params": {"obcache": arm.wish_for(len(context))}} for arm in arms
+        ]
+        body = {"input_ids": [context + rest] * len(arms), "sampling_params": params, "return_logprob": True}
+        answers = self.client.post("/generate", body | {"logprob_start_len": len(context), "top_logprobs_num": TOP_LOGPROBS})
+        return [(answer, answer["meta_info"]["input_top_logprobs"][-len(rest) + 1 :]) for answer in answers]
 
     def note_survivors(self, samples: Iterable[Sample], arms: Iterable[Arm]) -> None:
         """Writes down which tokens of the samples' contexts each arm's heads keep; exact and query-aware arms are left out."""
@@ -159,6 +172,14 @@ class Runner:
             "tokens": [self.prompts.tokenizer.decode([token]) for token in context],
             "kept": kept,
         }
+
+
+def _batches(asked: Sequence[Ask]) -> Iterator[Sequence[Ask]]:
+    """What is sent together: the exact cache by itself, before all others."""
+    exact = [each for each in asked if each[0].is_exact]
+    others = [each for each in asked if not each[0].is_exact]
+    for some in (exact, others):
+        yield from (some[first : first + BATCH] for first in range(0, len(some), BATCH))
 
 
 def divergence(exact: Iterable[Any], other: Iterable[Any]) -> float:
