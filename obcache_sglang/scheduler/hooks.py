@@ -154,7 +154,15 @@ def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs
     """Captures decode graphs for heads of different length, if asked to and where SGLang captured its own."""
     global _graphs
     settings = ServerSettings.from_environment()
-    if settings is None or not settings.decode_graphs or _plan is None or _overlay is None or model_runner.is_draft_worker:
+    if settings is None or _plan is None or _overlay is None or model_runner.is_draft_worker:
+        return
+    if not settings.decode_graphs:
+        if settings.compression.budget != "uniform" and model_runner.decode_cuda_graph_runner is not None:
+            logger.warning(
+                "obcache: batches that decode behind contexts of budget %s run outside CUDA graphs, a step of them takes several times "
+                "as long: --obcache-decode-graphs captures graphs for them, --obcache-budget uniform needs none.",
+                settings.compression.budget,
+            )
         return
     from obcache_sglang.gpu.head_graphs import HeadGraphs
     from obcache_sglang.gpu.triton_heads import TritonHeads

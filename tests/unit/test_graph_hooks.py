@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from obcache_sglang.config import SETTINGS_ENV, settings_from_python
 from obcache_sglang.scheduler import hooks
 
 BATCH = object()
@@ -79,3 +80,20 @@ def test_or_eagerly_where_these_cannot_either(serve: Any, prepared: bool | Excep
     assert not can_run(graphs.beside)
     assert not can_run(graphs.beside, verdict=False)
     assert not can_run(object()), "prefill graphs"
+
+
+@pytest.mark.parametrize(
+    ("budget", "captured", "told"), [("adakv", True, True), ("adakv", False, False), ("uniform", True, False)]
+)
+def test_steps_without_graphs_are_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, budget: str, captured: bool, told: bool
+) -> None:
+    monkeypatch.setattr(hooks, "_plan", object())
+    monkeypatch.setattr(hooks, "_overlay", object())
+    settings = settings_from_python({"budget": budget})
+    assert settings is not None
+    monkeypatch.setenv(SETTINGS_ENV, "")  # to be taken back
+    settings.publish()
+    runner = SimpleNamespace(is_draft_worker=False, decode_cuda_graph_runner=object() if captured else None)
+    hooks.after_init_cuda_graphs(None, runner)
+    assert ("--obcache-decode-graphs captures graphs for them" in caplog.text) is told
