@@ -18,7 +18,7 @@ sweep() { # NAME SAMPLES RATIOS OPTIONS...
         --server-flags "--obcache-head-profile smollm2-135m --max-total-tokens 65536"
 }
 sweep needles 8 "0.5 0.7 0.9" --tasks "${needles[@]}" --arms "${windows[@]}" "${profiles[@]}" "${replays[@]}"
-sweep continuation 30 "0.5 0.7 0.9" --tasks continuation --arms "${windows[@]}" "${profiles[@]}" "${replays[@]}"
 sweep aware 8 "0.5 0.7 0.9" --modes aware --tasks "${needles[@]}" --arms "${windows[@]}" "${profiles[@]}"
+sweep continuation 30 "0.5 0.7 0.9" --tasks continuation --arms "${windows[@]}" "${profiles[@]}" "${replays[@]}"
 sweep highest 8 0.95 --tasks "${needles[@]}" --arms tova/obcache-v/profile replay/{attention,obcache-v}/global
 sweep highest-continuation 30 0.95 --tasks continuation --arms tova/obcache-v/profile replay/{attention,obcache-v}/global

@@ -4,19 +4,24 @@ Each text is put into the user's turn of the chat template and scored by replay,
 re-reads the text, and the queries with which it does score what it reads. The highest tokens of all heads of all layers are
 kept, and the share that falls to each head, averaged over the texts, is its share of the profile. No server is needed: the
 model runs in transformers, on the GPU if there is one (in the checkpoint's dtype), else on the CPU (in float32).
+
+`--obcache-head-profile auto` calls it before the server starts, once for a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
+import subprocess
 import sys
 import time
 from array import array
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -34,13 +39,18 @@ from transformers.masking_utils import sdpa_mask
 from obcache_sglang import __version__
 from obcache_sglang.config import CompressionSettings
 from obcache_sglang.errors import ConfigError, HostError, ObcacheError
-from obcache_sglang.profile import HeadProfile, ModelIdentity
+from obcache_sglang.profile import PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.scheduler.replay import ReplayPrompts
 from obcache_sglang.scoring.ops import accumulate_scores
 from obcache_sglang.scoring.selection import keep_across_heads, rank_positions
 
 SCORES = ("obcache-v", "attention")
 """The scores that a profile may be measured with; the key terms of the others mislead under replay."""
+
+DEFAULT_TOPICS = ("compound", "typesseq", "specialnames")
+"""Chapters of Python's own documentation, which lie in `pydoc_data`: the texts where none are given."""
+
+DEFAULT_MAX_TOKENS = 4096
 
 # Shorter texts say little about a head, and sinks would be most of what it keeps.
 _MIN_TOKENS = 128
@@ -54,17 +64,29 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m obcache_sglang.calibrate", description=(__doc__ or "").split(": ", 1)[1].split("\n\n")[0]
     )
     parser.add_argument("model", help="model directory, or its name on the Hugging Face Hub")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="texts of the kind to be served")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="texts of the kind to be served (default: chapters of Python's manual)",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="the profile (default: MODEL.head-profile.json, here)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8, 0.9], help="default: 0.3 0.5 0.7 0.8 0.9")
-    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of each text, the first N (default: 4096)")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=DEFAULT_MAX_TOKENS,
+        metavar="N",
+        help=f"of each text, the first N (default: {DEFAULT_MAX_TOKENS})",
+    )
     parser.add_argument("--score", choices=SCORES, default=SCORES[0], help="how a query scores a token (default: obcache-v)")
     arguments = parser.parse_args(given)
     output = arguments.output or Path(f"{Path(arguments.model).name}.head-profile.json")
     try:
         profile = calibrate(
             arguments.model,
-            [_read(file) for file in arguments.text],
+            [_read(file) for file in arguments.text] if arguments.text else [topics[name] for name in DEFAULT_TOPICS],
             ratios=arguments.ratios,
             max_tokens=arguments.max_tokens,
             score=arguments.score,
@@ -76,6 +98,49 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"calibrate: {output} written")
     return 0
+
+
+def profile_for(model_name: str) -> Path:
+    """The file of a model's head profile: one that comes with the package, or was made here before; else it is made (minutes).
+
+    model_name: directory or Hugging Face name. Profiles are kept in `$XDG_CACHE_HOME/obcache_sglang`, by default ~/.cache.
+    Raises HostError where it cannot be made, and OSError where transformers cannot load the model's configuration.
+    """
+    config = AutoConfig.from_pretrained(model_name)
+    digest = ModelIdentity.of(config).digest
+    for packaged in sorted(PACKAGED.glob("*.json")):
+        if HeadProfile.load(packaged).model.digest == digest:
+            return packaged
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "obcache_sglang"
+    file = folder / f"{Path(model_name).name}-{digest}.head-profile.json"
+    if file.exists():
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    max_tokens = int(min(DEFAULT_MAX_TOKENS, limit // 2 - _MIN_TOKENS))
+    # Complete or absent, also where two servers start at once.
+    partial = file.with_suffix(f".{os.getpid()}")
+    command = [
+        sys.executable,
+        "-m",
+        "obcache_sglang.calibrate",
+        model_name,
+        "--output",
+        str(partial),
+        "--max-tokens",
+        str(max_tokens),
+    ]
+    print(
+        f"obcache: measuring the head profile of {model_name}, once (minutes): {shlex.join(command)}", file=sys.stderr, flush=True
+    )
+    # A process of its own gives all memory back, the GPU's too, before the server takes it.
+    if subprocess.run(command, check=False, stdout=sys.stderr).returncode or not partial.exists():
+        raise HostError(
+            f"the head profile of {model_name} could not be measured here, see above. Measure it where the model fits into one process, "
+            "`python -m obcache_sglang.calibrate MODEL --output FILE`, and say --obcache-head-profile FILE; or leave it out."
+        )
+    partial.replace(file)
+    return file
 
 
 def calibrate(

@@ -516,9 +516,10 @@ SERVER_OPTIONS = (
     Option(
         "head_profile",
         _text,
-        "File of python -m obcache_sglang.calibrate, or the name of a profile that comes with the package: divides the kept tokens "
-        "over heads as a replay would, without one (budget profile, the default then).",
-        metavar="FILE",
+        "Divides the kept tokens over heads as a replay would, without one (budget profile, the default then). auto: the served model's, "
+        "measured before the server starts for the first time (minutes); FILE: of python -m obcache_sglang.calibrate, or the name of a "
+        "profile that comes with the package.",
+        metavar="auto|FILE",
         per_request=False,
     ),
     Option(

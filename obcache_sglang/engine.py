@@ -29,7 +29,8 @@ class Engine(SGLangEngine):
     def __init__(self, *, obcache: bool | Mapping[str, Any] = True, **kwargs: Any) -> None:
         settings = settings_from_python(obcache)
         if settings is not None:
-            plugin.activate(settings)
+            model = getattr(kwargs.get("server_args"), "model_path", kwargs.get("model_path"))
+            plugin.activate(plugin.with_head_profile(settings, str(model)))
         try:
             super().__init__(**kwargs)
         finally:

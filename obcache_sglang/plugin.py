@@ -18,12 +18,14 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 from obcache_sglang import __version__
 from obcache_sglang.config import SETTINGS_ENV, ServerSettings, add_cli_flags, settings_from_cli
 from obcache_sglang.errors import ConfigError, HostError
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
+from obcache_sglang.profile import AUTO
 from obcache_sglang.support import check_supported
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,28 @@ def activate(settings: ServerSettings) -> None:
         settings.min_tokens,
         settings.marker,
     )
+    if settings.head_profile is None and settings.mode == "marked" and compression.method in ("snapkv", "tova", "h2o"):
+        logger.warning(
+            "obcache: %s judges a context by its last queries, which do not know what will be asked: details get lost. "
+            "--obcache-head-profile auto, or --obcache-method replay, keeps them (README, Limits).",
+            compression.method,
+        )
+
+
+def with_head_profile(settings: ServerSettings, model: str) -> ServerSettings:
+    """The settings with the file of the model's head profile in place of `auto`; measures it if need be.
+
+    Raises HostError where that fails.
+    """
+    if settings.head_profile != AUTO:
+        return settings
+    # Imports transformers' models, which a launcher has no other use for.
+    from obcache_sglang.calibrate import profile_for
+
+    try:
+        return replace(settings, head_profile=str(profile_for(model)))
+    except (OSError, ValueError) as error:
+        raise HostError(f"--obcache-head-profile auto: {error}") from error
 
 
 def deactivate() -> None:
@@ -110,7 +134,7 @@ def _take_settings(server_args: Any, cls: type, args: argparse.Namespace) -> Non
             deactivate()
             return
         check_supported(settings, server_args)
-        activate(settings)
+        activate(with_head_profile(settings, server_args.model_path))
     except (ConfigError, HostError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 

@@ -26,6 +26,9 @@ FORMAT = 1
 PACKAGED = Path(__file__).parent / "profiles"
 """Where the profiles lie that come with the package."""
 
+AUTO = "auto"
+"""The name of a profile that is looked for, or else made, when a server starts: `calibrate.profile_for`."""
+
 # Shares are recorded to this many digits: finer than texts agree, and a small file.
 _DIGITS = 4
 # A head whose share is 0 gets tokens only when no other head can take more.

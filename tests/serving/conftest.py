@@ -28,7 +28,7 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Compression on; page size 1, overlap scheduling, chunks of 512 tokens."""
     flags = (*COMMON, "--max-total-tokens", "16384", "--chunked-prefill-size", "512", "--enable-metrics")
     flags += ("--obcache", "--obcache-min-tokens", "32", "--obcache-compression-ratio", "0.5")
-    flags += ("--obcache-head-profile", "smollm2-135m", "--obcache-budget", "adakv")
+    flags += ("--obcache-head-profile", "auto", "--obcache-budget", "adakv")
     with serve(model_dir, tmp_path_factory.mktemp("server") / "log", flags, STRICT) as running:
         yield from checked(running)
 

@@ -15,10 +15,11 @@ import torch
 from transformers import AttentionInterface, AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from obcache_sglang import calibrate
+from obcache_sglang import calibrate, plugin
+from obcache_sglang.config import settings_from_python
 from obcache_sglang.errors import ConfigError, HostError
 from obcache_sglang.eval.prose import opticks
-from obcache_sglang.profile import PACKAGED, HeadProfile, ModelIdentity
+from obcache_sglang.profile import AUTO, PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.scheduler.replay import ReplayPrompts
 from obcache_sglang.scoring import reference
 from obcache_sglang.scoring.selection import keep_across_heads, rank_positions
@@ -330,3 +331,51 @@ def test_calibrating_refuses(model_dir: Path, tmp_path: Path, capsys: Any, argum
     assert calibrate.main([str(model_dir), "--text", str(tmp_path / "text.txt"), "--output", str(output), *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not output.exists()
+
+
+def renamed_model(model_dir: Path, folder: Path, *, weights: bool) -> Path:
+    """A copy of the model under a name that no profile is of, whose short context length makes texts of 172 tokens of it."""
+    folder.mkdir()
+    for file in model_dir.iterdir():
+        if weights or file.suffix != ".safetensors":
+            (folder / file.name).symlink_to(file)
+    config = json.loads((model_dir / "config.json").read_text())
+    (folder / "config.json").unlink()
+    changed = config | {"_name_or_path": "renamed", "max_position_embeddings": 600}
+    (folder / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    return folder
+
+
+def test_auto_takes_the_profile_that_comes_with_the_package(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate.subprocess, "run", None)
+    assert calibrate.profile_for(str(model_dir)) == PACKAGED / f"{PACKAGED_NAME}.json"
+    settings = settings_from_python({"head_profile": AUTO})
+    assert settings is not None
+    found = plugin.with_head_profile(settings, str(model_dir))
+    assert found == replace(settings, head_profile=str(PACKAGED / f"{PACKAGED_NAME}.json"))
+    assert found.compression.budget == "profile"
+
+
+def test_auto_measures_another_model_once(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = renamed_model(model_dir, tmp_path / "model", weights=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = calibrate.profile_for(str(model))
+    assert file.parent == tmp_path / "cache" / "obcache_sglang"
+    profile = HeadProfile.load(file)
+    profile.check_model(AutoConfig.from_pretrained(model))
+    assert profile.made["texts"] == 3 and 3 * 172 <= profile.made["tokens"] < 3 * 172 + 100
+    monkeypatch.setattr(calibrate.subprocess, "run", None)
+    assert calibrate.profile_for(str(model)) == file
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_auto_that_fails_stops_the_server_with_the_reason(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = settings_from_python({"head_profile": AUTO})
+    assert settings is not None
+    with pytest.raises(HostError, match="could not be measured here, see above. Measure it where the model fits"):
+        plugin.with_head_profile(settings, str(renamed_model(model_dir, tmp_path / "model", weights=False)))
+    with pytest.raises(HostError, match=f"head-profile auto: .*{tmp_path / 'nowhere'}"):
+        plugin.with_head_profile(settings, str(tmp_path / "nowhere"))
