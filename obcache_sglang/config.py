@@ -38,6 +38,8 @@ EVERY_QUERY = 0
 # Settings that a method or preset decides unless they are given. A request that names another method or preset starts
 # from that one's own values: a window chosen for snapkv says nothing about tova.
 _DECIDED_BY_METHOD = frozenset({"window", "pooling", "kernel_size", "heads"})
+_KERNEL_SIZE = 5
+"""Neighbouring positions that pooling smooths over unless told."""
 _DECIDED_BY_PRESET = _DECIDED_BY_METHOD | {"sink_tokens"}
 
 
@@ -68,16 +70,16 @@ class CompressionSettings:
     """
 
     compression_ratio: float = 0.7
-    method: str = "snapkv"
-    score: str = "obcache-k"
+    method: str = "tova"
+    score: str = "obcache-v"
     preset: str = "default"
-    window: int = 64
-    pooling: str = "average"
-    kernel_size: int = 5
+    window: int = 1
+    pooling: str = "none"
+    kernel_size: int = 1
     sink_tokens: int = 4
-    heads: str = "per-head"
+    heads: str = "shared"
     max_kept_tokens: int | None = None
-    budget: str = "adakv"
+    budget: str = "uniform"
     adakv_safeguard: float = 0.2
     normalization: str = "layer"
     replay_chunk: int = 2048
@@ -103,7 +105,11 @@ class CompressionSettings:
                 "window", "all", f"is for method h2o only; {self.method} needs a number of last queries, 1 or more."
             )
         if self.method == "tova" and self.window != 1:
-            raise InvalidValue("window", self.window, "is not allowed with method tova: it scores with the last query only.")
+            raise InvalidValue(
+                "window",
+                self.window,
+                "is not allowed with method tova: it scores with the last query only; set method=snapkv or h2o.",
+            )
         if self.pooling == "none" and self.kernel_size != 1:
             raise InvalidValue(
                 "kernel_size",
@@ -125,16 +131,20 @@ class CompressionSettings:
         given: any of this class's field names; `window` may be "all". Raises InvalidValue.
         """
         preset = given.get("preset", cls.preset)
-        method = given.get("method", "replay" if preset == "kvzip" else cls.method)
-        decided: dict[str, Any] = {"window": 64, "pooling": "none", "kernel_size": 1, "budget": "uniform"}
+        # The other presets are forms of SnapKV.
+        method = given.get("method", {"default": cls.method, "kvzip": "replay"}.get(preset, "snapkv"))
+        decided: dict[str, Any] = {"window": 64, "pooling": "none", "kernel_size": 1, "heads": "per-head", "budget": "uniform"}
+        decided["score"] = "obcache-k" if method in ("snapkv", "h2o") else "obcache-v"
         if method == "snapkv":
-            decided |= {"pooling": "average", "kernel_size": 5}
+            decided |= {"pooling": "average", "kernel_size": _KERNEL_SIZE}
             if preset == "paper":
                 decided |= {"window": 16, "pooling": "max", "kernel_size": 7}
         elif method == "tova":
             decided |= {"window": 1, "heads": "shared" if given.get("budget", "uniform") == "uniform" else "per-head"}
         elif method == "replay":
-            decided |= {"window": EVERY_QUERY, "budget": "global", "score": "attention" if preset == "kvzip" else "obcache-v"}
+            decided |= {"window": EVERY_QUERY, "budget": "global"}
+        if preset == "kvzip":
+            decided["score"] = "attention"
         decided["method"] = method
         if preset == "kvpress":
             decided["sink_tokens"] = 0
@@ -143,7 +153,7 @@ class CompressionSettings:
         if given.get("pooling") == "none":
             decided["kernel_size"] = 1
         elif given.get("pooling") is not None and decided["kernel_size"] == 1:
-            decided["kernel_size"] = cls.kernel_size
+            decided["kernel_size"] = _KERNEL_SIZE
         return cls(**{**decided, **given})
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,10 +267,7 @@ class ServerSettings:
         compression = {name: value for name, value in values.items() if OPTIONS[name].per_request}
         server = {name: value for name, value in values.items() if not OPTIONS[name].per_request}
         if "head_profile" in server and compression.get("preset") != "kvzip":
-            budget = compression.setdefault("budget", "profile")
-            if budget == "profile" and not compression.keys() & {"method", "preset", "score"}:
-                # Of all that choose inside the heads without a replay, what keeps the most answers (README, Results).
-                compression |= {"method": "tova", "score": "obcache-v"}
+            compression.setdefault("budget", "profile")
         return cls(compression=CompressionSettings.resolve(compression), given=compression, **server)
 
     def compression_for(self, overrides: Mapping[str, Any]) -> CompressionSettings:
@@ -414,14 +421,14 @@ COMPRESSION_OPTIONS = (
         _one_of(METHODS),
         "Which queries score a context's tokens. snapkv: its last ones, scores smoothed over neighbours; h2o: its last ones or all; "
         "tova: its last one, one choice for all heads; replay: the model re-reads the context, once more the work of its prefill, and "
-        "those queries score; streaming (first and last tokens) and random are sanity floors. Default: snapkv (with a head profile: tova).",
+        "those queries score; streaming (first and last tokens) and random are sanity floors. Default: tova (presets kvpress and paper: snapkv).",
         metavar="|".join(METHODS),
     ),
     Option(
         "score",
         _one_of(SCORES),
         "How a query scores a token: its attention weight, or the attention output error of removing its value, key or both "
-        "(OBCache, arXiv 2510.07651). Default: obcache-k (replay, and with a head profile: obcache-v).",
+        "(OBCache, arXiv 2510.07651). Default: obcache-v (snapkv, h2o: obcache-k; preset kvzip: attention).",
         metavar="|".join(SCORES),
     ),
     Option(

@@ -68,8 +68,8 @@ def activate(settings: ServerSettings) -> None:
     )
     if settings.head_profile is None and settings.mode == "marked" and compression.method in ("snapkv", "tova", "h2o"):
         logger.warning(
-            "obcache: %s judges a context by its last queries, which do not know what will be asked: details get lost. "
-            "--obcache-head-profile auto, or --obcache-method replay, keeps them (README, Limits).",
+            "obcache: %s judges a context by its last queries, which do not know what will be asked: at high ratios details get lost. "
+            "--obcache-head-profile auto, or --obcache-method replay, keeps more of them (README, Limits).",
             compression.method,
         )
 

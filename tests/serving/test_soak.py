@@ -48,7 +48,7 @@ def test_a_pool_of_four_contexts_serves_twelve_with_random_aborts(model_dir: Pat
         "--max-running-requests",
         "4",
     )
-    flags += ("--obcache", "--obcache-min-tokens", "32")
+    flags += ("--obcache", "--obcache-min-tokens", "32", "--obcache-method", "snapkv")
     with serve(model_dir, tmp_path / "log", flags, STRICT) as server:
         for _ in checked(server):
             run(server, model_dir)

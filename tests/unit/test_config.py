@@ -27,7 +27,8 @@ def parse(*argv: str) -> ServerSettings | None:
 @pytest.mark.parametrize(
     ("given", "window", "pooling", "kernel_size", "sink_tokens", "heads", "budget"),
     [
-        ({}, 64, "average", 5, 4, "per-head", "adakv"),
+        ({}, 1, "none", 1, 4, "shared", "uniform"),
+        ({"method": "snapkv"}, 64, "average", 5, 4, "per-head", "adakv"),
         ({"preset": "kvpress"}, 64, "average", 5, 0, "per-head", "uniform"),
         ({"preset": "paper"}, 16, "max", 7, 4, "per-head", "uniform"),
         ({"method": "tova"}, 1, "none", 1, 4, "shared", "uniform"),
@@ -37,11 +38,13 @@ def parse(*argv: str) -> ServerSettings | None:
         ({"method": "h2o", "window": "all"}, EVERY_QUERY, "none", 1, 4, "per-head", "adakv"),
         ({"method": "h2o", "pooling": "max"}, 64, "max", 5, 4, "per-head", "adakv"),
         ({"method": "random"}, 64, "none", 1, 4, "per-head", "uniform"),
-        ({"pooling": "none"}, 64, "none", 1, 4, "per-head", "adakv"),
+        ({"pooling": "max"}, 1, "max", 5, 4, "shared", "uniform"),
+        ({"method": "snapkv", "pooling": "none"}, 64, "none", 1, 4, "per-head", "adakv"),
         ({"preset": "paper", "window": 32, "kernel_size": 3}, 32, "max", 3, 4, "per-head", "uniform"),
         ({"method": "tova", "budget": "global"}, 1, "none", 1, 4, "per-head", "global"),
         ({"method": "random", "budget": "adakv"}, 64, "none", 1, 4, "per-head", "adakv"),
-        ({"heads": "shared"}, 64, "average", 5, 4, "shared", "uniform"),
+        ({"budget": "adakv"}, 1, "none", 1, 4, "per-head", "adakv"),
+        ({"method": "snapkv", "heads": "shared"}, 64, "average", 5, 4, "shared", "uniform"),
         ({"method": "replay"}, EVERY_QUERY, "none", 1, 4, "per-head", "global"),
         ({"preset": "kvzip"}, EVERY_QUERY, "none", 1, 4, "per-head", "global"),
         ({"preset": "kvpress", "budget": "adakv"}, 64, "average", 5, 0, "per-head", "adakv"),
@@ -113,7 +116,7 @@ def test_settings_survive_json_and_identify_themselves():
     different = {CompressionSettings.resolve({"sink_tokens": n}).fingerprint() for n in range(8)}
     assert len(different) == 8
     # Contexts outlive a process: a fingerprint that changes makes every stored one unreachable.
-    assert CompressionSettings().fingerprint() == "1f0d582b70dc19f0"
+    assert CompressionSettings().fingerprint() == "219d2b27724e1a01"
 
 
 def test_every_setting_has_an_option_and_every_option_a_setting():
@@ -211,7 +214,7 @@ def test_settings_travel_through_the_environment(monkeypatch):
 
 
 def test_a_request_that_names_another_method_gets_that_methods_window():
-    server = settings_from_python({"window": 32, "compression_ratio": 0.5, "sink_tokens": 8})
+    server = settings_from_python({"method": "snapkv", "window": 32, "compression_ratio": 0.5, "sink_tokens": 8})
     assert server.compression_for({}) is server.compression
     assert server.compression_for({"score": "attention"}).window == 32
     tova = server.compression_for({"method": "tova"})
@@ -228,9 +231,7 @@ def test_a_head_profile_decides_budgets_unless_told():
     assert server.compression_for({"budget": "uniform"}).heads == "shared"
     alone = settings_from_python({"head_profile": "smollm2-135m"}).compression
     assert (alone.method, alone.score, alone.budget, alone.heads) == ("tova", "obcache-v", "profile", "per-head")
-    otherwise = settings_from_python({"head_profile": "smollm2-135m", "budget": "global"}).compression
-    assert (otherwise.method, otherwise.budget) == ("snapkv", "global")
-    assert settings_from_python({"head_profile": "smollm2-135m", "score": "obcache-kv"}).compression.method == "snapkv"
+    assert settings_from_python({"head_profile": "smollm2-135m", "budget": "global"}).compression.budget == "global"
     for without in (
         lambda: settings_from_python({"budget": "profile"}),
         lambda: settings_from_python(True).compression_for({"budget": "profile"}),
@@ -239,8 +240,12 @@ def test_a_head_profile_decides_budgets_unless_told():
             without()
 
 
-def test_a_replay_scores_values_and_kvzip_attention_unless_told():
-    assert CompressionSettings.resolve({"method": "replay"}).score == "obcache-v"
+def test_methods_and_presets_have_scores_of_their_own_unless_told():
+    scores = {method: CompressionSettings.resolve({"method": method}).score for method in ("tova", "snapkv", "h2o", "replay")}
+    assert scores == {"tova": "obcache-v", "snapkv": "obcache-k", "h2o": "obcache-k", "replay": "obcache-v"}
+    presets = {preset: CompressionSettings.resolve({"preset": preset}) for preset in ("default", "kvpress", "paper", "kvzip")}
+    assert [each.method for each in presets.values()] == ["tova", "snapkv", "snapkv", "replay"]
+    assert [each.score for each in presets.values()] == ["obcache-v", "obcache-k", "obcache-k", "attention"]
     assert (
         CompressionSettings.resolve({"preset": "kvzip"}).to_dict().items() >= {"method": "replay", "score": "attention"}.items()
     )
