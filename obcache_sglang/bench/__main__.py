@@ -35,7 +35,7 @@ from obcache_sglang.eval.provenance import provenance
 from obcache_sglang.eval.report import check_requirements
 from obcache_sglang.server import serve
 
-DEFAULT_ARMS = ("replay/obcache-v/global@0.7,0.85", "snapkv/obcache-k/adakv@0.85")
+DEFAULT_ARMS = ("replay/obcache-v/global@0.7,0.85", "tova/obcache-v/uniform@0.85")
 KVPRESS_FOLDER = Path(".cache", "obcache_sglang", "kvpress-venv")
 COST_DOCUMENTS = 3
 

@@ -29,7 +29,7 @@ from obcache_sglang.eval.samples import Sample
 from obcache_sglang.eval.tasks import TASKS, generate
 from obcache_sglang.server import Client, serve
 
-DEFAULT_ARMS = ("snapkv/obcache-k/adakv", "replay/obcache-v/global")
+DEFAULT_ARMS = ("tova/obcache-v/uniform", "replay/obcache-v/global")
 NEEDLES = ("needle_prose", "needle_noise", "needle_code", "needle_two_keys")
 
 
