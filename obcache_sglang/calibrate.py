@@ -116,8 +116,7 @@ def profile_for(model_name: str) -> Path:
     if file.exists():
         return file
     folder.mkdir(parents=True, exist_ok=True)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    max_tokens = int(min(DEFAULT_MAX_TOKENS, limit // 2 - _MIN_TOKENS))
+    max_tokens = int(min(DEFAULT_MAX_TOKENS, _max_positions(config) // 2 - _MIN_TOKENS))
     # Complete or absent, also where two servers start at once.
     partial = file.with_suffix(f".{os.getpid()}")
     command = [
@@ -291,8 +290,13 @@ def _context(tokenizer: Any, prompts: ReplayPrompts, text: str, max_tokens: int)
     return prompts.before + array("q", ids)
 
 
+def _max_positions(config: Any) -> float:
+    """Positions of the model of this configuration; infinite where it names none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def _check_lengths(lengths: Sequence[int], prompts: ReplayPrompts, config: Any) -> None:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = _max_positions(config)
     for number, num_tokens in enumerate(lengths, 1):
         if num_tokens < _MIN_TOKENS:
             raise ConfigError(f"text {number} has {num_tokens} tokens, which say too little; give at least {_MIN_TOKENS}.")

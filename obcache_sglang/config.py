@@ -38,9 +38,10 @@ EVERY_QUERY = 0
 # Settings that a method or preset decides unless they are given. A request that names another method or preset starts
 # from that one's own values: a window chosen for snapkv says nothing about tova.
 _DECIDED_BY_METHOD = frozenset({"window", "pooling", "kernel_size", "heads"})
+_DECIDED_BY_PRESET = _DECIDED_BY_METHOD | {"sink_tokens"}
+
 _KERNEL_SIZE = 5
 """Neighbouring positions that pooling smooths over unless told."""
-_DECIDED_BY_PRESET = _DECIDED_BY_METHOD | {"sink_tokens"}
 
 
 @dataclass(frozen=True)
