@@ -22,6 +22,8 @@ from obcache_sglang.config import SCORES
 from obcache_sglang.cpu.sdpa import causal_attention_with_lse
 from obcache_sglang.scoring.ops import accumulate_scores
 
+# Score and reduction over queries.
+STATISTICS = [*((score, "sum") for score in SCORES), ("attention", "max")]
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 9, 3, 64
 SCALE = HEAD_DIM**-0.5
 
@@ -32,14 +34,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384], help="context lengths (default: 4096 16384)")
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 512], help="queries that score (default: 64 512)")
     arguments = parser.parse_args()
-    print("tokens  rows  score         ms  time / plain (min median max)  memory MB  plain MB   time / SDPA (min median max)")
+    print("tokens  rows  score           ms  time / plain (min median max)  memory MB  plain MB   time / SDPA (min median max)")
     for rows in arguments.rows:
         for tokens in arguments.tokens:
-            for score in SCORES:
-                print(measure(tokens, rows, score, arguments.repeats), flush=True)
+            for score, reduce in STATISTICS:
+                print(measure(tokens, rows, score, reduce, arguments.repeats), flush=True)
 
 
-def measure(tokens: int, rows: int, score: str, repeats: int) -> str:
+def measure(tokens: int, rows: int, score: str, reduce: str, repeats: int) -> str:
     torch.manual_seed(0)
     q, o = torch.randn(2, rows, NUM_Q_HEADS, HEAD_DIM, dtype=torch.bfloat16).unbind()
     k, v = torch.randn(2, tokens, NUM_KV_HEADS, HEAD_DIM, dtype=torch.bfloat16).unbind()
@@ -49,10 +51,10 @@ def measure(tokens: int, rows: int, score: str, repeats: int) -> str:
     lse = causal_attention_with_lse(q, k.transpose(0, 1), v.transpose(0, 1), SCALE)[1]
 
     def ours() -> None:  # given what the CPU attention backend gives: outputs and log-sum-exps
-        accumulate_scores(scores, q, k, v, start=tokens - rows, scale=SCALE, score=score, o=o, lse=lse)
+        accumulate_scores(scores, q, k, v, start=tokens - rows, scale=SCALE, score=score, reduce=reduce, o=o, lse=lse)
 
     def plain() -> None:
-        plain_scores(scores, q, k, v, o, mask, score)
+        plain_scores(scores, q, k, v, o, mask, score, reduce)
 
     def sdpa() -> None:
         query, key, value = (each.transpose(0, 1)[None] for each in (q, k, v))
@@ -62,15 +64,23 @@ def measure(tokens: int, rows: int, score: str, repeats: int) -> str:
         warm_up()
     seconds = [[timed(run) for run in (ours, plain, sdpa)] for _ in range(repeats)]
     memory = [peak_bytes(run) / 2**20 for run in (ours, plain)]
+    statistic, median = score if reduce == "sum" else f"max {score}", sorted(each[0] for each in seconds)[repeats // 2]
     return (
-        f"{tokens:6d} {rows:5d}  {score:10s} {sorted(each[0] for each in seconds)[repeats // 2] * 1e3:5.1f}  "
+        f"{tokens:6d} {rows:5d}  {statistic:13s} {median * 1e3:5.1f}  "
         f"{spread([a / b for a, b, _ in seconds]):>28s}  {memory[0]:9.1f} {memory[1]:9.1f}  "
         f"{spread([a / c for a, _, c in seconds]):>28s}"
     )
 
 
 def plain_scores(
-    scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, mask: torch.Tensor, score: str
+    scores: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    mask: torch.Tensor,
+    score: str,
+    reduce: str = "sum",
 ) -> None:
     """The formulas as one writes them first: all heads at once, in float32. Arguments as of `accumulate_scores`.
 
@@ -93,7 +103,11 @@ def plain_scores(
             each = b.square() * (v_sq + o_sq - 2 * dot)
         else:
             each = (a + b).square() * v_sq + b.square() * o_sq - 2 * (a + b) * b * dot
-    scores += each.sum(1).view(k.shape[1], group, -1).mean(1)
+    each = each.view(k.shape[1], group, *each.shape[1:])
+    if reduce == "max":
+        torch.maximum(scores, each.amax((1, 2)), out=scores)
+    else:
+        scores += each.sum(2).mean(1)
 
 
 def timed(run: Callable[[], None]) -> float:

@@ -13,7 +13,7 @@ and the sum over i of ``w_ij v_j.o_i`` is ``v_j . (w^T o)_j``, one more matrix p
 
 On a CPU the first two need no weights in memory at all. With l_i the log-sum-exp of query i, ``A_ij^p = exp(p z_ij - p l_i)``: the
 logarithm of its sum over i is the log-sum-exp of an attention in which tokens look at queries. PyTorch's flash attention
-returns that.
+returns that. And the largest ``A_ij`` is ``exp(max_i z_ij - l_i)``.
 """
 
 from typing import Any
@@ -59,8 +59,8 @@ def accumulate_scores(
     score: one of ``config.SCORES``.
     o: [rows, num_q_heads, head_dim], any float dtype: the attention outputs of these queries, if the caller has them. It
         saves obcache-k and obcache-kv one of their three matrix products; the other scores do not read it.
-    lse: [rows, num_q_heads] float32: the natural log-sum-exps of these queries' logits, if the caller has them. It saves sums of
-        attention and obcache-v on a CPU half of their work; nothing else reads it.
+    lse: [rows, num_q_heads] float32: the natural log-sum-exps of these queries' logits, if the caller has them. It saves attention
+        and obcache-v on a CPU up to half of their work; nothing else reads it.
     reduce: "sum" adds to each token the sum of its scores over queries, averaged over the query heads that share its KV head
         (GQA); "max" leaves it the largest of its scores from any query and query head, and of what it had (KVzip's statistic,
         arXiv 2505.23416; score "attention" only).
@@ -70,8 +70,8 @@ def accumulate_scores(
 
     Scratch, whatever the number of queries: float32 copies of one KV head's K and V, and two buffers (three for
     obcache-kv) of about ``max(2**21, group * (start + rows))`` float32, group = num_q_heads / num_kv_heads. Sums of attention and
-    obcache-v on a CPU instead: about as much as k, q and two blocks of ``num_q_heads * 2**16`` float32, and with rows that see
-    tokens before the first and no lse twice q in float32.
+    obcache-v on a CPU instead: about as much as k, q and two blocks of ``num_q_heads * 2**16`` float32; maxima there: one of the two
+    buffers; both, with rows that see tokens before the first and no lse, twice q in float32.
 
     Raises ValueError when score or reduce is unknown or the shapes do not fit together.
     """
@@ -91,8 +91,14 @@ def accumulate_scores(
     if lse is not None and (lse.dtype != torch.float32 or lse.shape != q.shape[:2]):
         raise ValueError(f"lse is {list(lse.shape)} {lse.dtype}; it must be float32 {list(q.shape[:2])}")
 
-    if q.device.type == "cpu" and reduce == "sum" and score in ("attention", "obcache-v"):
-        _accumulate_weight_sums(scores, q, k, v, start, scale, score, lse)
+    if q.device.type == "cpu" and score in ("attention", "obcache-v"):
+        if lse is None:
+            queries, keys, values = _in_one_dtype(q, k.transpose(0, 1), v.transpose(0, 1))
+            lse = causal_attention_with_lse(queries, keys, values, scale)[1]
+        if reduce == "max":
+            _accumulate_weight_maxima(scores, q, k, start, scale, lse)
+        else:
+            _accumulate_weight_sums(scores, q, k, v, start, scale, score, lse)
         return
     group = num_q_heads // num_kv_heads
     tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * _row_stride(num_tokens))))
@@ -134,17 +140,14 @@ def _accumulate_weight_sums(
     start: int,
     scale: float,
     score: str,
-    lse: torch.Tensor | None,
+    lse: torch.Tensor,
 ) -> None:
-    """`accumulate_scores` of attention and obcache-v by PyTorch's flash attention for CPUs."""
+    """Sums of attention and obcache-v by PyTorch's flash attention for CPUs."""
     rows, num_q_heads, head_dim = q.shape
     num_kv_heads, scored = k.shape[1], min(k.shape[0], scores.shape[1])
     group, power = num_q_heads // num_kv_heads, 1 if score == "attention" else 2
-    if not q.dtype == k.dtype == v.dtype:
-        q, k, v = q.float(), k.float(), v.float()
+    q, k = _in_one_dtype(q, k)
     keys = k.transpose(0, 1)
-    if lse is None:
-        lse = causal_attention_with_lse(q, keys, v.transpose(0, 1), scale)[1]
     # Queries as the keys of their KV head's tokens: [num_kv_heads, rows * group ...
     queries = q.reshape(rows, num_kv_heads, group, head_dim).transpose(0, 1).reshape(1, num_kv_heads, rows * group, head_dim)
     bias = lse.view(rows, num_kv_heads, group).transpose(0, 1).reshape(1, num_kv_heads, 1, rows * group) * -power
@@ -170,6 +173,37 @@ def _accumulate_weight_sums(
     if score == "obcache-v":
         sums *= torch.linalg.vector_norm(v[:scored], dim=-1, dtype=torch.float32).square_().T
     scores[:, :scored].add_(sums, alpha=1.0 / group)
+
+
+def _accumulate_weight_maxima(
+    scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, start: int, scale: float, lse: torch.Tensor
+) -> None:
+    """The largest attention weights, without a softmax: one product and one exponential for each token."""
+    rows, num_q_heads, head_dim = q.shape
+    num_kv_heads, scored = k.shape[1], min(k.shape[0], scores.shape[1])
+    group, stride = num_q_heads // num_kv_heads, _row_stride(scored)
+    tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * stride)))
+    buffer = torch.empty(tile_rows * group * stride, dtype=torch.float32)
+    for head in range(num_kv_heads):
+        k_head, heads = k[:scored, head].float().T, slice(head * group, (head + 1) * group)
+        largest = torch.full((scored,), float("-inf"))
+        for first in range(0, rows, tile_rows):
+            last = min(rows, first + tile_rows)
+            seen, num_queries = min(start + last, scored), (last - first) * group
+            logits = buffer[: num_queries * stride].view(num_queries, stride)[:, :seen]
+            queries = q[first:last, heads].float().mul(scale).reshape(num_queries, head_dim)
+            torch.mm(queries, k_head[:, :seen], out=logits)
+            own = logits[:, start + first :].unflatten(0, (-1, group))  # none where the tile's own tokens are not scored
+            unseen = torch.ones(last - first, own.shape[2], dtype=torch.bool).triu_(diagonal=1)
+            own.masked_fill_(unseen.unsqueeze(1), _MASKED_LOGIT)
+            logits.sub_(lse[first:last, heads].reshape(num_queries, 1))
+            torch.maximum(largest[:seen], logits.amax(0), out=largest[:seen])
+        torch.maximum(scores[head, :scored], largest.exp_(), out=scores[head, :scored])
+
+
+def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as they are, in float32 where their dtypes differ."""
+    return tensors if len({each.dtype for each in tensors}) == 1 else tuple(each.float() for each in tensors)
 
 
 def check_statistic(score: str, reduce: str) -> None:
