@@ -116,7 +116,11 @@ def after_init_attention_backends(result: None, model_runner: Any, *args: Any, *
     for backend in backends:
         if isinstance(backend, CpuAttentionBackend):
             backend.plan = _plan
-        elif overlay is not None:
+        elif torch.device(model_runner.device).type == "cuda":
+            from obcache_sglang.gpu.attention_lse import leave_lse
+
+            backend.forward = leave_lse(backend, _plan)
+        if overlay is not None:
             backend.forward = overlay.over(backend.forward)
         backend.forward = score_after(backend.forward, _plan)
     _plan.attends_uneven_heads = overlay is not None or all(isinstance(b, CpuAttentionBackend) for b in backends)
