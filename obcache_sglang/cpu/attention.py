@@ -22,7 +22,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
-from obcache_sglang.cpu.sdpa import attention_with_lse, causal_attention_with_lse
+from obcache_sglang.cpu.sdpa import attention_with_lse, causal_attention_with_lse, merge_attention
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -210,8 +210,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             of_context, context_lse = attention_with_lse(rows, keys, values, layer.scaling)
             of_context = of_context.view(-1, num_readers, group, head_dim).transpose(0, 1)
             context_lse = context_lse.view(-1, num_readers, group).transpose(0, 1)
-            share = torch.sigmoid(context_lse - lse[:, heads])[..., None].to(output.dtype)
-            output[:, heads] = torch.lerp(output[:, heads], of_context, share)
+            output[:, heads], _ = merge_attention(output[:, heads], lse[:, heads], of_context, context_lse)
         return output
 
     def _gather_slots(self, slots: torch.Tensor, layer: RadixAttention, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+
+# Rows times tokens up to which one call with a mask takes less time than two without: then the calls are most of it.
+_MASKED_PAIRS = 1 << 16
 
 
 def attention_with_lse(
@@ -26,6 +31,18 @@ def attention_with_lse(
     return output, lse
 
 
+def merge_attention(
+    output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over all of what two calls with the same queries attended to.
+
+    output, other: [..., head_dim], any float dtype, and lse, other_lse: [...] float32, their natural log-sum-exps. Returns the
+    output, interpolated in float32 and in the dtype of the first, and its log-sum-exps.
+    """
+    share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
+    return torch.lerp(output.float(), other.float(), share).to(output.dtype), torch.logaddexp(lse, other_lse)
+
+
 def causal_attention_with_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,24 +52,43 @@ def causal_attention_with_lse(
     Returns the outputs, shaped like q, and their natural log-sum-exps, [rows, num_q_heads] float32.
 
     What stands before the rows and what is among them are attended apart and merged: without a mask over all tokens this takes
-    two thirds of the time.
+    two thirds of the time, unless these are few.
     """
     rows, num_q_heads, head_dim = q.shape
     num_kv_heads, num_tokens, _ = k.shape
     group, before = num_q_heads // num_kv_heads, num_tokens - rows
     grouped = q.view(rows, num_kv_heads, group, head_dim)
+    if before and rows * num_tokens <= _MASKED_PAIRS:
+        output, lse = _attend_as_rows(grouped, k, v, scale, _causal_mask(rows, num_tokens, group))
+        return output.reshape(q.shape), lse.reshape(rows, num_q_heads)
 
     # Query heads that share a KV head stand in the batch dimension, where K and V repeat without a copy.
     own_k, own_v = (kv[None, :, before:].expand(group, -1, -1, -1) for kv in (k, v))
     output, lse = attention_with_lse(grouped.permute(2, 1, 0, 3), own_k, own_v, scale, is_causal=True)
     output, lse = output.permute(2, 1, 0, 3), lse.permute(2, 1, 0)  # [rows, num_kv_heads, group ...
     if before:
-        # Here they are further rows of the KV head's: it is read once for all of them.
-        queries = grouped.transpose(0, 1).reshape(1, num_kv_heads, rows * group, head_dim)
-        of_prefix, prefix_lse = attention_with_lse(queries, k[None, :, :before], v[None, :, :before], scale)
-        of_prefix = of_prefix.view(num_kv_heads, rows, group, head_dim).transpose(0, 1)
-        prefix_lse = prefix_lse.view(num_kv_heads, rows, group).transpose(0, 1)
-        share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)
-        output = torch.lerp(output.float(), of_prefix.float(), share).to(q.dtype)
-        lse = torch.logaddexp(lse, prefix_lse)
+        output, lse = merge_attention(output, lse, *_attend_as_rows(grouped, k[:, :before], v[:, :before], scale))
     return output.reshape(q.shape), lse.reshape(rows, num_q_heads)
+
+
+def _attend_as_rows(
+    grouped: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query heads as further rows of the KV head they share, which is read once for all of them.
+
+    grouped: [rows, num_kv_heads, group, head_dim]; mask: [rows * group, tokens]. Returns outputs like grouped, and log-sum-exps.
+    """
+    rows, num_kv_heads, group, head_dim = grouped.shape
+    queries = grouped.transpose(0, 1).reshape(1, num_kv_heads, rows * group, head_dim)
+    output, lse = attention_with_lse(queries, k[None], v[None], scale, mask)
+    output = output.view(num_kv_heads, rows, group, head_dim).transpose(0, 1)
+    return output, lse.view(num_kv_heads, rows, group).transpose(0, 1)
+
+
+@lru_cache(maxsize=8)  # all layers of a forward take the same
+def _causal_mask(rows: int, num_tokens: int, group: int) -> torch.Tensor:
+    """[rows * group, tokens] float32: -inf where one of the last `rows` tokens stands behind the query's own."""
+    mask = torch.zeros(rows, group, num_tokens)
+    unseen = torch.ones(rows, rows, dtype=torch.bool).triu_(diagonal=1)
+    mask[:, :, num_tokens - rows :].masked_fill_(unseen.unsqueeze(1), float("-inf"))
+    return mask.view(rows * group, num_tokens)
