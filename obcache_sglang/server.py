@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ class Server(Client):
 
 @contextlib.contextmanager
 def serve(model: Path | str, log_file: Path, flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """A server on a free port, ready for requests; its whole process group is gone afterwards.
+    """A server on a free port, ready for requests; its whole process group is gone afterwards, also when this process is terminated.
 
     model: a directory, or a name on the Hugging Face Hub. flags: for `python -m sglang.launch_server`; those in the environment
     variable `FLAGS_VARIABLE` come behind. env: on top of this process's environment. Raises RuntimeError with the end of the
@@ -101,21 +102,42 @@ def serve(model: Path | str, log_file: Path, flags: Sequence[str] = (), env: Map
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *flags]
     command += shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
-            # A group of its own, so that the scheduler and detokenizer end with it.
-            start_new_session=True,
-        )
-    server = Server(process, port, log_file)
+    with _signals_unwind():
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
+                # A group of its own, so that the scheduler and detokenizer end with it.
+                start_new_session=True,
+            )
+        server = Server(process, port, log_file)
+        try:
+            _wait_until_healthy(server)
+            yield server
+        finally:
+            _stop(process)
+
+
+@contextlib.contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process as an exception would, so that what it started ends with it."""
+
+    def unwind(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    replaced = []
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        # Somebody's own handler stays, and so does nohup's.
+        replaced = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in replaced:
+        signal.signal(number, unwind)
     try:
-        _wait_until_healthy(server)
-        yield server
+        yield
     finally:
-        _stop(process)
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _free_port() -> int:
