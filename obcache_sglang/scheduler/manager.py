@@ -81,6 +81,7 @@ class CompressionManager:
         self._replay_prompts: ReplayPrompts | None = None
         self._deferred: dict[str, tuple[Context, ContextReq]] = {}
         self._started_now: list[CompressionJob] = []
+        self._one_waits = False
         self._now = 0.0
 
     # --- arrival ----------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ class CompressionManager:
         They stay where aborts, timeouts and the idle check look for them: in the waiting queue, in their order.
         """
         self._compress_deferred()
-        self._started_now = []
+        self._started_now, self._one_waits = [], False
         queue = self.scheduler.waiting_queue
         if queue:
             self._make_room(int(TIGHT_POOL * self.pool_slots))
@@ -187,7 +188,7 @@ class CompressionManager:
             if context.job is None:
                 self._deferred[context.id] = (context, req)
             return self._serve_exact(req, "deferred"), None
-        if context.job is not None:
+        if context.job is not None or self._must_wait(context):
             return Verdict.HOLD, None
         return self._start_job(req, context)
 
@@ -286,6 +287,32 @@ class CompressionManager:
             return self._serve_exact(req, refusal), None
         req.compressions_started += 1
         return Verdict.HOLD, job
+
+    def _must_wait(self, context: Context) -> bool:
+        """Whether a compression waits for those under way: where its exact KV beside theirs would evict compressed contexts.
+
+        Each that is evicted must be compressed again, and evicts others then. Those under way give their exact KV back soon.
+        """
+        if self._one_waits:
+            return True  # in the order of the queue, so that small ones do not overtake a large one for ever
+        jobs = [each for each in self.cache if each.job is not None and self._is_alive(each.job)]
+        if not jobs:
+            return False
+        needed = sum(self._slots_to_compress(each) for each in (context, *jobs))
+        spare = int(TIGHT_POOL * self.pool_slots)  # for the questions that are being answered
+        if needed <= spare:
+            return False
+        held = sum(each.job.kv.kv_allocated_len for each in jobs if each.job is not None)
+        kept = sum(each.num_slots for each in self.cache if each.state is ContextState.RESIDENT and each.tree_lock is None)
+        self._make_room(needed - held + spare)
+        room = self.cache.allocator.available_size() + max(0, self.cache.tree.evictable_size() - kept)
+        self._one_waits = needed - held + spare > room
+        return self._one_waits
+
+    def _slots_to_compress(self, context: Context) -> int:
+        """At most so many are taken by the exact KV of a context, what is replayed behind it, and its kept tokens."""
+        replayed = context.settings.replay_chunk if context.settings.method == "replay" else 0
+        return context.num_tokens + min(replayed, context.num_tokens) + context.num_slots
 
     def _make_room(self, num_slots: int) -> None:
         """Frees what answered questions left behind contexts, from the least recently used on, until so many slots are free.

@@ -141,6 +141,20 @@ def test_an_evicted_context_comes_back(tight_server: Server, model_dir: Path) ->
     assert again["output_ids"] == first[0]["output_ids"]
 
 
+def test_compressions_wait_for_each_other_before_contexts_are_evicted(tight_server: Server, model_dir: Path) -> None:
+    """41 contexts of 32 slots fit into the pool of 1536 while one of them is compressed (64 and 32), not with the four of a chunk."""
+    flush(tight_server)
+    text = document(model_dir, 41 * 64, "class")
+    bodies = [{"input_ids": text[first : first + 64], "compression_ratio": 0.5} for first in range(0, len(text), 64)]
+    before = compressions(tight_server)
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        made = list(pool.map(lambda body: tight_server.post("/obcache/compress", body), bodies))
+    assert [each["kept_tokens"] for each in made] == [32] * len(bodies)
+    assert compressions(tight_server) - before == len(bodies)
+    resident = [each for each in tight_server.get("/obcache/contexts")["contexts"] if each["state"] == "resident"]
+    assert len(resident) == len(bodies)
+
+
 def test_answered_questions_yield_before_idle_contexts(tight_server: Server, model_dir: Path) -> None:
     """Ten different questions leave more in the pool of 1536 than it has; the context that nobody asks meanwhile is older."""
     idle, asked = (document(model_dir, L, topic) for topic in ("numbers", "class"))
