@@ -16,10 +16,15 @@ import triton.language as tl
 
 from obcache_sglang.gpu.paged_contexts import PagedCache, PagedContexts, load_tokens, num_tokens
 from obcache_sglang.gpu.score_lse import MAX_REGISTERS, row_lse
-from obcache_sglang.scoring.ops import check_statistic, needs_outputs
+from obcache_sglang.scoring.ops import check_statistic
 
 # Multiplied with this, a log-sum-exp becomes one to base 2.
 LSE_BASES = {"2": 1.0, "e": math.log2(math.e)}
+
+
+def needs_outputs(score: str) -> bool:
+    """Whether the formula of a score contains the attention outputs."""
+    return score in ("obcache-k", "obcache-kv")
 
 
 def score_config(head_dim: int, group: int, max_rows: int, element_size: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Token scores from the queries of an observation window, in plain torch on any device.
 
 The formulas are those of :mod:`obcache_sglang.scoring.reference` (OBCache, arXiv 2510.07651), rearranged so that a score
-costs two matrix products over ``[queries, tokens]`` and no ``[queries, tokens, head_dim]`` tensor. With
+costs three passes of matrix products over ``[queries, tokens]`` and no ``[queries, tokens, head_dim]`` tensor. With
 ``a = A_ij`` and ``b = A_ij z_ij``, the summand of query i for token j is
 
     attention    a
@@ -27,9 +27,9 @@ from obcache_sglang.cpu.sdpa import attention_with_lse, causal_attention_with_ls
 # its softmax weight is exactly 0 in float32.
 _MASKED_LOGIT = -1e30
 
-# Of a tile of weights: small enough for a core's own cache, large enough for matrix products. Rows are an odd number of cache lines,
-# else they fall into the same few cache sets.
-_TILE_QUERIES, _TILE_TOKENS = 384, 496
+# Elements of one [queries, tokens] buffer (8 MiB of float32), as long as one query's row fits. Smaller tiles make thinner
+# matrix products, which cost more than the better cache use gains.
+_TILE_ELEMENTS = 1 << 21
 
 # Queries score each other in blocks of this many: what a block's tokens cannot see is masked inside it, and left out behind it.
 _OWN_BLOCK = 256
@@ -57,10 +57,10 @@ def accumulate_scores(
         ``0 .. start + rows - 1``, keys after RoPE. Attention is causal: the query at position p sees tokens 0 .. p.
     scale: factor of the logits ``q.k``, usually ``head_dim ** -0.5``.
     score: one of ``config.SCORES``.
-    o: [rows, num_q_heads, head_dim], any float dtype: the attention outputs of these queries, if the caller has them. Only
-        obcache-k and obcache-kv read them.
-    lse: [rows, num_q_heads] float32: the natural log-sum-exps of these queries' logits, if the caller has them. Without them, or
-        without outputs that are read, the attention of these queries is computed again.
+    o: [rows, num_q_heads, head_dim], any float dtype: the attention outputs of these queries, if the caller has them. It
+        saves obcache-k and obcache-kv one of their three matrix products; the other scores do not read it.
+    lse: [rows, num_q_heads] float32: the natural log-sum-exps of these queries' logits, if the caller has them. It saves attention
+        and obcache-v on a CPU up to half of their work; nothing else reads it.
     reduce: "sum" adds to each token the sum of its scores over queries, averaged over the query heads that share its KV head
         (GQA); "max" leaves it the largest of its scores from any query and query head, and of what it had (KVzip's statistic,
         arXiv 2505.23416; score "attention" only).
@@ -68,10 +68,10 @@ def accumulate_scores(
     Every query's contribution is complete, so a window that spans prefill chunks is one call per chunk. The inputs are
     read only and computed with in float32.
 
-    Scratch, whatever the number of queries: float32 copies of one KV head's scored K and V, and three tiles (of 190,464 float32). Sums
-    of attention and obcache-v on a CPU instead: about as much as k, q and two blocks of ``num_q_heads * 2**16`` float32. Where
-    attention is computed again: two to three times q, in float32 for scores that read outputs, and then k and v in float32 too;
-    on other devices than CPUs twice [rows, start + rows] float32.
+    Scratch, whatever the number of queries: float32 copies of one KV head's K and V, and two buffers (three for
+    obcache-kv) of about ``max(2**21, group * (start + rows))`` float32, group = num_q_heads / num_kv_heads. Sums of attention and
+    obcache-v on a CPU instead: about as much as k, q and two blocks of ``num_q_heads * 2**16`` float32; maxima there: one of the two
+    buffers; both, with rows that see tokens before the first and no lse, twice q in float32.
 
     Raises ValueError when score or reduce is unknown or the shapes do not fit together.
     """
@@ -91,37 +91,45 @@ def accumulate_scores(
     if lse is not None and (lse.dtype != torch.float32 or lse.shape != q.shape[:2]):
         raise ValueError(f"lse is {list(lse.shape)} {lse.dtype}; it must be float32 {list(q.shape[:2])}")
 
-    if not needs_outputs(score):
-        o = None
-    if needs_outputs(score) and o is None:
-        # In float32: where o_i is near v_j, a score is a small difference of large terms.
-        o, lse = _attend(q.float(), k.float(), v.float(), start, scale)
-    elif lse is None:
-        lse = _attend(q, k, v, start, scale)[1]
-    if _has_flash_attention(q) and reduce == "sum" and o is None:
-        _accumulate_weight_sums(scores, q, k, v, start, scale, score, lse)
-    else:
-        _accumulate_tiles(scores, q, k, v, start, scale, score, o, lse, reduce)
+    if q.device.type == "cpu" and score in ("attention", "obcache-v"):
+        if lse is None:
+            queries, keys, values = _in_one_dtype(q, k.transpose(0, 1), v.transpose(0, 1))
+            lse = causal_attention_with_lse(queries, keys, values, scale)[1]
+        if reduce == "max":
+            _accumulate_weight_maxima(scores, q, k, start, scale, lse)
+        else:
+            _accumulate_weight_sums(scores, q, k, v, start, scale, score, lse)
+        return
+    group = num_q_heads // num_kv_heads
+    tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * _row_stride(num_tokens))))
+    buffers = torch.empty(2, tile_rows * group * _row_stride(num_tokens), dtype=torch.float32, device=q.device)
 
+    for head in range(num_kv_heads):
+        k_head = k[:, head].float()
+        v_head = torch.empty(head_dim, num_tokens, dtype=torch.float32, device=q.device).copy_(v[:, head].T)
+        v_sq = v_head.square().sum(0)
+        # A sum is scaled when it is complete; a maximum can be taken in place.
+        total = torch.zeros_like(scores[head]) if reduce == "sum" else scores[head]
+        for first in range(0, rows, tile_rows):
+            last = min(rows, first + tile_rows)
+            visible = start + last  # no query of this tile sees further
+            num_queries = (last - first) * group
+            stride = _row_stride(visible)
+            logits, weights = buffers[:, : num_queries * stride].view(2, num_queries, stride).unbind()
 
-def _has_flash_attention(tensor: torch.Tensor) -> bool:
-    """Whether `obcache_sglang.cpu.sdpa` runs on the tensor's device."""
-    return tensor.device.type == "cpu"
-
-
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs and natural log-sum-exps of causal attention; arguments as of `accumulate_scores`."""
-    q, k, v = _in_one_dtype(q, k, v)
-    if _has_flash_attention(q):
-        return causal_attention_with_lse(q, k.transpose(0, 1), v.transpose(0, 1), scale)
-    outputs, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    group = q.shape[1] // k.shape[1]
-    unseen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu_(diagonal=start + 1)
-    for head in range(q.shape[1]):
-        logits = (q[:, head].float() @ k[:, head // group].float().T).mul_(scale).masked_fill_(unseen, float("-inf"))
-        lse[:, head] = logits.logsumexp(-1)
-        outputs[:, head] = logits.softmax(-1) @ v[:, head // group].float()
-    return outputs, lse
+            heads = slice(head * group, (head + 1) * group)
+            queries = q[first:last, heads].float().mul(scale).reshape(num_queries, head_dim)
+            torch.mm(queries, k_head[:visible].T, out=logits[:, :visible])
+            _mask_unseen(logits.view(last - first, group, stride), visible)
+            torch.softmax(logits, dim=-1, out=weights)
+            scored = min(visible, scores.shape[1])
+            if reduce == "max":
+                torch.maximum(total[:scored], weights[:, :scored].amax(0), out=total[:scored])
+            else:
+                o_tile = None if o is None else o[first:last, heads].float().reshape(num_queries, head_dim)
+                total[:scored] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:scored], o_tile, score)
+        if reduce == "sum":
+            scores[head].add_(total, alpha=1.0 / group)
 
 
 def _accumulate_weight_sums(
@@ -167,88 +175,35 @@ def _accumulate_weight_sums(
     scores[:, :scored].add_(sums, alpha=1.0 / group)
 
 
+def _accumulate_weight_maxima(
+    scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, start: int, scale: float, lse: torch.Tensor
+) -> None:
+    """The largest attention weights, without a softmax: one product and one exponential for each token."""
+    rows, num_q_heads, head_dim = q.shape
+    num_kv_heads, scored = k.shape[1], min(k.shape[0], scores.shape[1])
+    group, stride = num_q_heads // num_kv_heads, _row_stride(scored)
+    tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * stride)))
+    buffer = torch.empty(tile_rows * group * stride, dtype=torch.float32)
+    for head in range(num_kv_heads):
+        k_head, heads = k[:scored, head].float().T, slice(head * group, (head + 1) * group)
+        largest = torch.full((scored,), float("-inf"))
+        for first in range(0, rows, tile_rows):
+            last = min(rows, first + tile_rows)
+            seen, num_queries = min(start + last, scored), (last - first) * group
+            logits = buffer[: num_queries * stride].view(num_queries, stride)[:, :seen]
+            queries = q[first:last, heads].float().mul(scale).reshape(num_queries, head_dim)
+            torch.mm(queries, k_head[:, :seen], out=logits)
+            own = logits[:, start + first :].unflatten(0, (-1, group))  # none where the tile's own tokens are not scored
+            unseen = torch.ones(last - first, own.shape[2], dtype=torch.bool).triu_(diagonal=1)
+            own.masked_fill_(unseen.unsqueeze(1), _MASKED_LOGIT)
+            logits.sub_(lse[first:last, heads].reshape(num_queries, 1))
+            torch.maximum(largest[:seen], logits.amax(0), out=largest[:seen])
+        torch.maximum(scores[head, :scored], largest.exp_(), out=scores[head, :scored])
+
+
 def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as they are, in float32 where their dtypes differ."""
     return tensors if len({each.dtype for each in tensors}) == 1 else tuple(each.float() for each in tensors)
-
-
-def _accumulate_tiles(
-    scores: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    start: int,
-    scale: float,
-    score: str,
-    o: torch.Tensor | None,
-    lse: torch.Tensor,
-    reduce: str,
-) -> None:
-    """Any statistic, from tiles of attention weights."""
-    rows, num_q_heads, head_dim = q.shape
-    num_kv_heads, scored = k.shape[1], min(k.shape[0], scores.shape[1])
-    group = num_q_heads // num_kv_heads
-    tile_rows = min(rows, max(1, _TILE_QUERIES // group))
-    buffers = torch.empty(3, tile_rows * group * _TILE_TOKENS, dtype=torch.float32, device=q.device)
-    for head in range(num_kv_heads):
-        heads = slice(head * group, (head + 1) * group)
-        k_head, v_head = k[:scored, head].float(), v[:scored, head].float()
-        v_sq = v_head.square().sum(1)
-        total = torch.full_like(v_sq, float("-inf") if reduce == "max" else 0.0)
-        for first in range(0, rows, tile_rows):
-            last = min(rows, first + tile_rows)
-            num_queries, seen = (last - first) * group, min(start + last, scored)
-            queries = q[first:last, heads].float().mul(scale).reshape(num_queries, head_dim)
-            row_lse = lse[first:last, heads].reshape(num_queries, 1)
-            outputs = None if o is None else o[first:last, heads].float().reshape(num_queries, head_dim)
-            positions = torch.arange(start + first, start + last, device=q.device)
-            for begin in range(0, seen, _TILE_TOKENS):
-                tokens = slice(begin, min(begin + _TILE_TOKENS, seen))
-                tile = buffers[:, : num_queries * (tokens.stop - begin)].view(3, num_queries, -1)
-                logits = torch.mm(queries, k_head[tokens].T, out=tile[0])
-                if tokens.stop > start + first + 1:
-                    unseen = torch.arange(begin, tokens.stop, device=q.device) > positions[:, None]
-                    logits.view(last - first, group, -1).masked_fill_(unseen.unsqueeze(1), _MASKED_LOGIT)
-                if reduce == "max":
-                    torch.maximum(total[tokens], logits.sub_(row_lse).amax(0), out=total[tokens])
-                else:
-                    total[tokens] += _tile_scores(tile, row_lse, v_head[tokens].T, v_sq[tokens], outputs, score)
-        if reduce == "max":
-            torch.maximum(scores[head, :scored], total.exp_(), out=scores[head, :scored])
-        else:
-            scores[head, :scored].add_(total, alpha=1.0 / group)
-
-
-def _tile_scores(
-    tile: torch.Tensor, lse: torch.Tensor, v: torch.Tensor, v_sq: torch.Tensor, o: torch.Tensor | None, score: str
-) -> torch.Tensor:
-    """Scores [tokens] of a tile, summed over its queries.
-
-    tile: [3, queries, tokens], the first the logits, the others scratch; all are overwritten. lse: [queries, 1]. v: [head_dim,
-    tokens]; v_sq: [tokens]. o: [queries, head_dim], for the scores whose formula has it.
-    """
-    logits, weights, product = tile
-    torch.sub(logits, lse, out=weights).exp_()
-    if score == "attention":
-        return weights.sum(0)
-    if score == "obcache-v":
-        return weights.square_().sum(0).mul_(v_sq)
-    assert o is not None
-    o_sq = o.square().sum(1, keepdim=True)
-    b = logits.mul_(weights)
-    if score == "obcache-k":
-        # One product for all three sums over queries.
-        w_vo, w_oo, w_vv = torch.cat([o, o_sq, torch.ones_like(o_sq)], 1).T.mm(b.square_()).split([len(v), 1, 1])
-    else:
-        a_plus_b = weights.add_(b)
-        w_vo = o.T @ torch.mul(a_plus_b, b, out=product)
-        w_oo, w_vv = o_sq.T @ b.square_(), a_plus_b.square_().sum(0)
-    return (w_vv * v_sq + w_oo).sub_((w_vo * v).sum(0), alpha=2).view(-1)
-
-
-def needs_outputs(score: str) -> bool:
-    """Whether the formula of a score contains the attention outputs."""
-    return score in ("obcache-k", "obcache-kv")
 
 
 def check_statistic(score: str, reduce: str) -> None:
@@ -268,3 +223,54 @@ def accumulate_scores_in_slots(
     are those of `accumulate_scores`.
     """
     accumulate_scores(scores, q, k.index_select(0, slots), v.index_select(0, slots), **arguments)
+
+
+def _row_stride(num_tokens: int) -> int:
+    """Length of a buffer row for num_tokens tokens: an odd number of 64-byte cache lines.
+
+    Rows a power of two apart fall into the same few cache sets, which makes products over the queries of a 4096-token
+    context twice as slow.
+    """
+    return -(-num_tokens // 16) * 16 | 16
+
+
+def _mask_unseen(logits: torch.Tensor, visible: int) -> None:
+    """Mask, in logits [rows, group, stride], what lies behind each query, and the padding behind all of them.
+
+    The rows' own positions are the last of the visible tokens.
+    """
+    rows = logits.shape[0]
+    own = logits[:, :, visible - rows :]
+    unseen = torch.ones(rows, own.shape[2], dtype=torch.bool, device=logits.device).triu_(diagonal=1)
+    own.masked_fill_(unseen.unsqueeze(1), _MASKED_LOGIT)
+
+
+def _tile_scores(
+    logits: torch.Tensor, weights: torch.Tensor, v: torch.Tensor, v_sq: torch.Tensor, o: torch.Tensor | None, score: str
+) -> torch.Tensor:
+    """Scores [scored] of the first tokens, summed over the queries of one tile.
+
+    logits, weights: [queries, stride], stride >= visible; weights are 0 behind what a query sees. Both are overwritten.
+    v: [head_dim, visible]; v_sq: [scored], the squared norms of its first columns. o: [queries, head_dim], None to compute it.
+    """
+    visible, scored = v.shape[1], v_sq.shape[0]
+    if score == "attention":
+        return weights[:, :scored].sum(0)
+    if score == "obcache-v":
+        return weights[:, :scored].square_().sum(0).mul_(v_sq)
+
+    if o is None:
+        o = weights[:, :visible] @ v.T  # of all that a query sees, scored or not
+    # Padded, so that the rows of a new buffer lie well too.
+    width = _row_stride(scored)
+    logits, weights = logits[:, :width], weights[:, :width]
+    b = logits.mul_(weights)
+    if score == "obcache-k":
+        w_vv = w_vo = w_oo = b.square_()
+    else:
+        a_plus_b = weights.add_(b)
+        w_vo = a_plus_b * b
+        w_vv, w_oo = a_plus_b.square_(), b.square_()
+    v_dot_wo = (o.T @ w_vo[:, :scored]).mul_(v[:, :scored]).sum(0)
+    o_sq_w = o.square().sum(-1) @ w_oo[:, :scored]
+    return w_vv[:, :scored].sum(0).mul_(v_sq).add_(o_sq_w).sub_(v_dot_wo, alpha=2)

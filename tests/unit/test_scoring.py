@@ -25,12 +25,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def set_tile(monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int]) -> None:
-    """tile: queries and tokens of the tiles in which scores are computed."""
-    monkeypatch.setattr(ops, "_TILE_QUERIES", tile[0])
-    monkeypatch.setattr(ops, "_TILE_TOKENS", tile[1])
-
-
 def make_qkv(
     num_tokens: int, window: int, *, num_kv_heads: int = 2, group: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
@@ -112,24 +106,23 @@ def test_window_over_two_chunks_equals_one_call(score: str, reduce: str) -> None
 
 
 @each_statistic
-@pytest.mark.parametrize("tile", [(1, 7), (60, 100)], ids=lambda tile: f"tile{tile[0]}x{tile[1]}")
-def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], score: str, reduce: str) -> None:
-    """Tiles of one query row, and of a few; the last ones are ragged."""
+@pytest.mark.parametrize("tile_elements", [1, 5000], ids=lambda elements: f"tile{elements}")
+def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, tile_elements: int, score: str, reduce: str) -> None:
     monkeypatch.setattr(ops, "_OWN_BLOCK", 64)
-    set_tile(monkeypatch, tile)
+    monkeypatch.setattr(ops, "_TILE_ELEMENTS", tile_elements)  # one query row per tile, and a few with a ragged last one
     q, k, v, start = make_qkv(259, 259)
     assert_agrees(computed(q, k, v, start, score, reduce), q, k, v, start, score, reduce)
 
 
 @each_statistic
-@pytest.mark.parametrize("tile", [(60, 100), (384, 496)], ids=lambda tile: f"tile{tile[0]}x{tile[1]}")
+@pytest.mark.parametrize("tile_elements", [5000, 1 << 21], ids=lambda elements: f"tile{elements}")
 @pytest.mark.parametrize("num_scored", [1, 50, 128, 150, 257], ids=lambda num_scored: f"scored{num_scored}")
 def test_only_the_first_tokens_score(
-    monkeypatch: pytest.MonkeyPatch, num_scored: int, tile: tuple[int, int], score: str, reduce: str
+    monkeypatch: pytest.MonkeyPatch, num_scored: int, tile_elements: int, score: str, reduce: str
 ) -> None:
     """The queries see all tokens, with a complete softmax and complete outputs, but only some get scores: a few, all before
     the queries, or some of the queries' own, which the first tiles do not come to."""
-    set_tile(monkeypatch, tile)
+    monkeypatch.setattr(ops, "_TILE_ELEMENTS", tile_elements)
     q, k, v, start = make_qkv(257, 129)
     assert_agrees(computed(q, k, v, start, score, reduce, num_scored), q, k, v, start, score, reduce)
     scores = torch.zeros(2, num_scored)
@@ -184,33 +177,19 @@ def test_outputs_the_caller_has(dtype: torch.dtype, score: str) -> None:
 
 
 @pytest.mark.parametrize("num_scored", [50, 129])
-@each_statistic
-def test_log_sum_exps_the_caller_has(score: str, reduce: str, num_scored: int) -> None:
+@pytest.mark.parametrize("score", SCORES)
+def test_log_sum_exps_the_caller_has(score: str, num_scored: int) -> None:
     """They give the same scores; and where they are read, they are not computed again: a wrong one shows."""
     q, k, v, start = make_qkv(129, 63)
     z = torch.einsum("ihd,jhd->ihj", SCALE * q.double(), k.double().repeat_interleave(3, 1))
     unseen = torch.ones(63, 129, dtype=torch.bool).triu_(start + 1)
     lse = z.masked_fill_(unseen[:, None], float("-inf")).logsumexp(-1).float()
-    o = exact_outputs(q, k, v, start).float()
-
-    def scores(lse: torch.Tensor) -> torch.Tensor:
-        result = torch.zeros(2, num_scored)
-        accumulate_scores(result, q, k, v, start=start, scale=SCALE, score=score, reduce=reduce, o=o, lse=lse)
-        return result
-
-    assert_agrees(scores(lse), q, k, v, start, score, reduce)
-    doubled = scores(lse - torch.tensor(2.0).log())  # all attention weights
-    torch.testing.assert_close(doubled, (2 if score == "attention" else 4) * scores(lse), rtol=1e-4, atol=0)
-
-
-@each_statistic
-def test_other_devices_attend_without_flash_attention(monkeypatch: pytest.MonkeyPatch, score: str, reduce: str) -> None:
-    """What is not a CPU takes plain torch; here, a CPU that says it is another device."""
-    q, k, v, start = make_qkv(129, 63)
-    for used in ("causal_attention_with_lse", "attention_with_lse"):
-        monkeypatch.setattr(ops, used, lambda *_, **__: pytest.fail("this is for CPUs"))
-    monkeypatch.setattr(ops, "_has_flash_attention", lambda tensor: False)
-    assert_agrees(computed(q, k, v, start, score, reduce), q, k, v, start, score, reduce)
+    scores, doubled = torch.zeros(2, 2, num_scored).unbind()
+    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, lse=lse)
+    assert_agrees(scores, q, k, v, start, score)
+    accumulate_scores(doubled, q, k, v, start=start, scale=SCALE, score=score, lse=lse - torch.tensor(2.0).log())
+    factor = {"attention": 2, "obcache-v": 4}.get(score, 1)
+    torch.testing.assert_close(doubled, factor * scores, rtol=1e-4, atol=0)
 
 
 def test_queries_of_another_dtype_than_the_cache() -> None:
