@@ -22,7 +22,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
-from obcache_sglang.cpu.sdpa import attention_with_lse, causal_attention_with_lse, merge_attention
+from obcache_sglang.cpu.sdpa import attend_as_rows, attention_with_lse, causal_attention_with_lse, merge_attention
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -198,7 +198,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
 
         queries: [readers, KV heads, group, head_dim]; returns the same shape.
         """
-        num_readers, _, group, head_dim = queries.shape
+        num_readers = len(queries)
         keys, values = self._gather_slots(readers.suffix_slots.reshape(-1), layer, queries.dtype)
         keys, values = (kv[0].unflatten(1, (num_readers, -1)).transpose(0, 1) for kv in (keys, values))
         output, lse = attention_with_lse(queries, keys, values, layer.scaling, readers.suffix_mask)
@@ -206,11 +206,8 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         for heads, keys, values in self._gather(context, layer, queries.dtype):
             if keys.shape[2] == 0:
                 continue  # a head that keeps nothing
-            rows = queries[:, heads].transpose(0, 1).reshape(1, -1, num_readers * group, head_dim)
-            of_context, context_lse = attention_with_lse(rows, keys, values, layer.scaling)
-            of_context = of_context.view(-1, num_readers, group, head_dim).transpose(0, 1)
-            context_lse = context_lse.view(-1, num_readers, group).transpose(0, 1)
-            output[:, heads], _ = merge_attention(output[:, heads], lse[:, heads], of_context, context_lse)
+            of_context = attend_as_rows(queries[:, heads], keys[0], values[0], layer.scaling)
+            output[:, heads], _ = merge_attention(output[:, heads], lse[:, heads], *of_context)
         return output
 
     def _gather_slots(self, slots: torch.Tensor, layer: RadixAttention, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,7 +59,7 @@ def causal_attention_with_lse(
     group, before = num_q_heads // num_kv_heads, num_tokens - rows
     grouped = q.view(rows, num_kv_heads, group, head_dim)
     if before and rows * num_tokens <= _MASKED_PAIRS:
-        output, lse = _attend_as_rows(grouped, k, v, scale, _causal_mask(rows, num_tokens, group))
+        output, lse = attend_as_rows(grouped, k, v, scale, _causal_mask(rows, num_tokens, group))
         return output.reshape(q.shape), lse.reshape(rows, num_q_heads)
 
     # Query heads that share a KV head stand in the batch dimension, where K and V repeat without a copy.
@@ -67,11 +67,11 @@ def causal_attention_with_lse(
     output, lse = attention_with_lse(grouped.permute(2, 1, 0, 3), own_k, own_v, scale, is_causal=True)
     output, lse = output.permute(2, 1, 0, 3), lse.permute(2, 1, 0)  # [rows, num_kv_heads, group ...
     if before:
-        output, lse = merge_attention(output, lse, *_attend_as_rows(grouped, k[:, :before], v[:, :before], scale))
+        output, lse = merge_attention(output, lse, *attend_as_rows(grouped, k[:, :before], v[:, :before], scale))
     return output.reshape(q.shape), lse.reshape(rows, num_q_heads)
 
 
-def _attend_as_rows(
+def attend_as_rows(
     grouped: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Query heads as further rows of the KV head they share, which is read once for all of them.

@@ -476,5 +476,10 @@ SCHEDULER_TOUCHES: tuple[Touch, ...] = (
         "prefill over heads of different length on GPUs",
         ("q", "o", "k_buffer", "v_buffer", "k_scale", "v_scale", "qo_indptr", "kv_indptr", "kv_indices", "prefix_lens"),
     ),
+    _use(
+        "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend",
+        "read",
+        "the log-sum-exps of prefill_wrapper_ragged and forward_metadata.prefill_wrappers",
+    ),
     _use("sglang.srt.constants.GPU_MEMORY_TYPE_KV_CACHE", "read", "the memory saver's region for the pool"),
 )

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 TIGHT_POOL = 0.1
-"""With when=idle: below this share of free KV slots a context is compressed although the engine is busy."""
+"""A pool with less than this share of its KV slots free is tight: with when=idle a context is compressed although the engine is busy."""
 
 
 class Verdict(Enum):
@@ -74,6 +74,7 @@ class CompressionManager:
         self.cache = ContextCache(scheduler.tree_cache, settings.max_contexts)
         self.num_kv_heads: int = scheduler.token_to_kv_pool_allocator.get_kvcache().head_num
         self.pool_slots: int = scheduler.max_total_num_tokens
+        self.tight_slots = int(TIGHT_POOL * self.pool_slots)
         self.max_pinned_slots = (
             self.pool_slots // 2 if settings.max_pinned_slots is None else min(settings.max_pinned_slots, self.pool_slots)
         )
@@ -125,7 +126,7 @@ class CompressionManager:
         self._started_now, self._one_waits = [], False
         queue = self.scheduler.waiting_queue
         if queue:
-            self._make_room(int(TIGHT_POOL * self.pool_slots))
+            self._make_room(self.tight_slots)
         if not any(isinstance(req, ContextReq) for req in queue):
             result = pick_prefill_batch(**kwargs)
             self._release_pins_if_starved(result)
@@ -203,7 +204,7 @@ class CompressionManager:
             return
         scheduler = self.scheduler
         idle = not scheduler.waiting_queue and scheduler.running_batch.is_empty() and scheduler.chunked_req is None
-        if not idle and self.cache.allocator.available_size() > TIGHT_POOL * self.pool_slots:
+        if not idle and self.cache.allocator.available_size() > self.tight_slots:
             return
         context, req = self._deferred.pop(next(iter(self._deferred)))
         if self.cache.get(context.id) is not context or self.cache.is_resident(context):
@@ -295,14 +296,14 @@ class CompressionManager:
         """
         if self._one_waits:
             return True  # in the order of the queue, so that small ones do not overtake a large one for ever
-        jobs = [each for each in self.cache if each.job is not None and self._is_alive(each.job)]
+        jobs = [each.job for each in self.cache if each.job is not None and self._is_alive(each.job)]
         if not jobs:
             return False
-        needed = sum(self._slots_to_compress(each) for each in (context, *jobs))
-        spare = int(TIGHT_POOL * self.pool_slots)  # for the questions that are being answered
+        needed = sum(self._slots_to_compress(each) for each in (context, *(job.context for job in jobs)))
+        spare = self.tight_slots  # for the questions that are being answered
         if needed <= spare:
             return False
-        held = sum(each.job.kv.kv_allocated_len for each in jobs if each.job is not None)
+        held = sum(job.kv.kv_allocated_len for job in jobs)
         kept = sum(each.num_slots for each in self.cache if each.state is ContextState.RESIDENT and each.tree_lock is None)
         self._make_room(needed - held + spare)
         room = self.cache.allocator.available_size() + max(0, self.cache.tree.evictable_size() - kept)
@@ -310,7 +311,10 @@ class CompressionManager:
         return self._one_waits
 
     def _slots_to_compress(self, context: Context) -> int:
-        """At most so many are taken by the exact KV of a context, what is replayed behind it, and its kept tokens."""
+        """About so many are taken by the exact KV of a context, what is replayed behind it, and its kept tokens.
+
+        Asked of waiting requests in each pass: what `_make_job` knows exactly would take the replay's prompts.
+        """
         replayed = context.settings.replay_chunk if context.settings.method == "replay" else 0
         return context.num_tokens + min(replayed, context.num_tokens) + context.num_slots
 

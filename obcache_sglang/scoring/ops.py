@@ -193,9 +193,7 @@ def _accumulate_weight_maxima(
             logits = buffer[: num_queries * stride].view(num_queries, stride)[:, :seen]
             queries = q[first:last, heads].float().mul(scale).reshape(num_queries, head_dim)
             torch.mm(queries, k_head[:, :seen], out=logits)
-            own = logits[:, start + first :].unflatten(0, (-1, group))  # none where the tile's own tokens are not scored
-            unseen = torch.ones(last - first, own.shape[2], dtype=torch.bool).triu_(diagonal=1)
-            own.masked_fill_(unseen.unsqueeze(1), _MASKED_LOGIT)
+            _mask_unseen(logits.unflatten(0, (-1, group)), start + last)
             logits.sub_(lse[first:last, heads].reshape(num_queries, 1))
             torch.maximum(largest[:seen], logits.amax(0), out=largest[:seen])
         torch.maximum(scores[head, :scored], largest.exp_(), out=scores[head, :scored])
@@ -237,7 +235,7 @@ def _row_stride(num_tokens: int) -> int:
 def _mask_unseen(logits: torch.Tensor, visible: int) -> None:
     """Mask, in logits [rows, group, stride], what lies behind each query, and the padding behind all of them.
 
-    The rows' own positions are the last of the visible tokens.
+    The rows' own positions are the last of the visible tokens; logits may end before them.
     """
     rows = logits.shape[0]
     own = logits[:, :, visible - rows :]
