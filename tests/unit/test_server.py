@@ -12,9 +12,12 @@ import pytest
 
 # Its server is a shell that waits for a child of its own, as a real one does, and is never healthy.
 _SCRIPT = """
-import pathlib, sys
+import pathlib, signal, sys
 from obcache_sglang.server import serve
 
+# As at a terminal: under nohup, and in a script's background, signals are ignored, and a child inherits that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 folder = pathlib.Path(sys.argv[1])
 sys.executable = str(folder / "server")
 with serve("model", folder / "log"):
