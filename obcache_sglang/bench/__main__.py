@@ -213,7 +213,7 @@ class Bench:
         if self.facts["machine"].endswith("no GPU"):
             yield (
                 "SGLang has no CPU attention of its own in its wheel: on a CPU, stock runs on the platform that this package brings, whose "
-                "attention is up to 12 times as fast as torch_native's, and is stock in everything else."
+                "attention is several times as fast as torch_native's (launch.bench_attention), and is stock in everything else."
             )
         if self.press:
             yield (
