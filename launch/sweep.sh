@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole sweep of methods, scores and budgets with the small model; every part goes on where it was stopped (some four hours on two cores):
+# The whole sweep of methods, scores and budgets with the small model; every part goes on where it was stopped (two to three hours on two quiet cores):
 #   bash launch/sweep.sh [FOLDER]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
