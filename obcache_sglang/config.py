@@ -208,7 +208,7 @@ class ServerSettings:
     """One server's settings: the defaults of its requests, and how it offers compression.
 
     compression: what a request gets that asks for nothing else.
-    mode: `marked`: prompts say where their context ends; `prompt`: the context is all of a prompt but its last token.
+    mode: `marked`: prompts say where their context ends; `prompt`: the context is all of a prompt but its last token, which scores it.
     head_profile: file of a head profile, or the name of one that comes with the package; then budgets are `profile` unless given.
     when: `first`: a context's first question compresses it; `idle`: questions are served exactly until the engine has nothing
         else to do, or its pool gets tight, and compresses the contexts they came with.

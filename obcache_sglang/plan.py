@@ -119,6 +119,7 @@ def make_plan(
         if wish.overrides:
             raise _wrong("context_id", wish.context_id, f"brings its own settings: leave out {', '.join(wish.overrides)}.")
     context_len = _boundary(wish, num_tokens, marker_position, mode, action)
+    bounded = marker_position is not None or wish.context_len is not None or wish.context_id is not None
     if context_len is None:
         return None
     if exact is None and marker_position == 0:
@@ -136,6 +137,7 @@ def make_plan(
         "pin": wish.pin,
         "ttl_seconds": wish.ttl_seconds,
         "context_id": wish.context_id,
+        "judged_by_rest": mode == "prompt" and action == "ask" and not bounded,
         "exact": exact,
         "now": time.time(),
     }

@@ -1,7 +1,7 @@
 """Compressed contexts, and the nodes that hold them in SGLang's radix tree.
 
 A context of L tokens that keeps M slots is, for the engine, a prefix of M virtual tokens: ids no tokenizer produces, drawn
-from a hash of what the context is (namespace, settings, tokens). Its node in the radix tree holds the M slots, and is
+from a hash of what the context is (namespace, settings, tokens, judges). Its node in the radix tree holds the M slots, and is
 matched, locked, evicted and leak-checked like any other. A context is matched whole or not at all, since each head of each
 layer keeps tokens of its own.
 """
@@ -14,7 +14,7 @@ import json
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,8 @@ class Namespace:
 class Context:
     """One compressed context.
 
-    id: 32 hexadecimal digits, from (namespace, settings, tokens). tokens: its L real token ids. num_slots: M.
+    id: 32 hexadecimal digits, from (namespace, settings, tokens, judges). tokens: its L real token ids. judges: the tokens behind it
+    that score it as its own last ones do, and are no part of it. num_slots: M.
     kept: which tokens this rank's heads keep, and where; None unless resident, and when the node of an even context was found
     in the tree without it. seconds: wall time of its compression; scoring_seconds: the part spent on scoring,
     selecting and copying, as the host saw it; job_cached_tokens: its tokens found in the exact cache. tree_lock: held while it is compressed or pinned. suffixes: what requests left
@@ -75,6 +76,7 @@ class Context:
     tokens: array[int]
     num_slots: int
     virtual_ids: array[int]
+    judges: array[int] = field(default_factory=lambda: array("q"))
     state: ContextState = ContextState.ABSENT
     job: CompressionJob | None = None
     tree_lock: Any = None
@@ -122,9 +124,9 @@ class Context:
         }
 
 
-def context_id(namespace: Namespace, settings: CompressionSettings, tokens: array[int]) -> str:
+def context_id(namespace: Namespace, settings: CompressionSettings, tokens: array[int], judges: Sequence[int] = ()) -> str:
     """The identity of a context, equal in every process: never a counter, since external caches outlive one."""
-    head = json.dumps([namespace.extra_key, namespace.cache_salt, namespace.lora_id, settings.fingerprint()])
+    head = json.dumps([namespace.extra_key, namespace.cache_salt, namespace.lora_id, settings.fingerprint(), *judges])
     return hashlib.blake2b(tokens.tobytes(), digest_size=16, key=hashlib.blake2b(head.encode()).digest()).hexdigest()
 
 
@@ -153,15 +155,19 @@ class ContextCache:
     def get(self, identity: str) -> Context | None:
         return self._contexts.get(identity) or self._deleting.get(identity)
 
-    def obtain(self, namespace: Namespace, settings: CompressionSettings, tokens: array[int]) -> Context:
-        """The context of these tokens (whole pages), made on first sight."""
-        identity = context_id(namespace, settings, tokens)
+    def obtain(
+        self, namespace: Namespace, settings: CompressionSettings, tokens: array[int], judges: array[int] | None = None
+    ) -> Context:
+        """The context of these tokens (whole pages), made on first sight. judges: as in Context, where its method asks any."""
+        if judges is None or not settings.needs_queries or settings.method == "replay":
+            judges = array("q")
+        identity = context_id(namespace, settings, tokens, judges)
         if (context := self._deleting.get(identity)) is not None:
             return context
         context = self._contexts.get(identity)
         if context is None:
             num_slots = settings.kept_slots(len(tokens), self.page_size)
-            context = Context(identity, namespace, settings, tokens, num_slots, virtual_ids(identity, num_slots))
+            context = Context(identity, namespace, settings, tokens, num_slots, virtual_ids(identity, num_slots), judges)
             if context.is_uneven:
                 # What such a node holds can be read only with `kept`, which goes with this record: another record of the
                 # same context must not find it in the tree. All ranks count alike.

@@ -108,7 +108,9 @@ class CompressionManager:
                     "GET /obcache/contexts lists the known ones; POST /obcache/compress makes one."
                 )
             args = (rid, text, context.tokens + array("q", input_ids), *rest)
-            settled = replace(settled, context_id=None, context_len=context.num_tokens, settings=context.settings)
+            settled = replace(
+                settled, context_id=None, context_len=context.num_tokens, settings=context.settings, judges=context.judges
+            )
         elif settled.settings.budget != "uniform" and self.uneven_refusal is not None:
             raise RequestError(
                 f"budget={settled.settings.budget!r} cannot be served here: {self.uneven_refusal}; set budget=uniform."
@@ -230,7 +232,8 @@ class CompressionManager:
         if boundary == 0:
             req.exact_reason = "shorter_than_a_page"
             return None
-        return self.cache.obtain(req.namespace, plan.settings, prompt[:boundary])
+        judges = prompt[boundary:] if plan.judged_by_rest else plan.judges
+        return self.cache.obtain(req.namespace, plan.settings, prompt[:boundary], judges)
 
     def _serve_resident(self, req: ContextReq, context: Context) -> Verdict:
         if req.return_logprob and not req.is_virtual and 0 <= req.logprob_start_len < context.num_tokens:
@@ -345,7 +348,7 @@ class CompressionManager:
         passes = self._replay_passes(context)
         if passes is None:
             return None, "no_room_to_replay"
-        longest = max((len(each.tokens) for each in passes), default=0)
+        longest = max((len(each.tokens) for each in passes), default=len(context.judges))
         if context.num_tokens + longest + context.num_slots > self.pool_slots:
             return None, "pool_too_small"
         self._make_room(context.num_tokens + longest + context.num_slots)

@@ -6,7 +6,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +35,8 @@ class Plan:
 
     context_len: tokens of the prompt that are context, as the client bounded it; 0 with `context_id`, or for "find one".
     action: "ask", or "compress": nothing is generated, only the context is made. exact: why it must be served exactly.
+    judged_by_rest: whether the prompt's tokens behind the context score it too (mode prompt). judges: those of a context that was
+    named by its id.
     """
 
     context_len: int
@@ -44,6 +46,8 @@ class Plan:
     ttl_seconds: float | None = None
     context_id: str | None = None
     exact: str | None = None
+    judged_by_rest: bool = False
+    judges: array[int] = field(default_factory=lambda: array("q"))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
@@ -181,7 +185,7 @@ class LayerScores:
 
 
 class CompressionJob(Req):
-    """The internal prefill of one context, `[0, L)`, whose attention calls score, select and copy.
+    """The internal prefill of one context, `[0, L)`, and of its judges behind it, whose attention calls score, select and copy.
 
     Never streamed, never in the tree: its slots are given back when it ends. If it cannot compress (`error`), what it
     computed is cached exactly, as any prefill is.
@@ -223,7 +227,7 @@ class CompressionJob(Req):
             self.started_at, self.earlier_seconds = like.started_at, like.scoring_seconds
             self.first_cached_tokens = like.context_cached_tokens
             self.earlier_tokens = like.progress[0]
-        tokens = context.tokens if self.replay is None else context.tokens + self.replay.tokens
+        tokens = context.tokens + (context.judges if self.replay is None else self.replay.tokens)
         super().__init__(
             f"obcache-job-{number}",
             "",
@@ -289,7 +293,7 @@ class CompressionJob(Req):
             return num_tokens
         if not settings.needs_queries:
             return num_tokens - 1
-        return 0 if settings.window == EVERY_QUERY else max(0, num_tokens - self.window)
+        return 0 if settings.window == EVERY_QUERY else max(0, num_tokens + len(self.context.judges) - self.window)
 
     def _compute_max_prefix_len(self, input_len: int) -> int:
         return min(super()._compute_max_prefix_len(input_len), self.first_scoring_position)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from obcache_sglang.config import CompressionSettings
 from obcache_sglang.scoring.reference import attention, score_tokens
 from obcache_sglang.server import Server
+from tests.serving.client import generate, report
 from tests.unit.test_kvpress import (
     CONTEXT_LEN,
     FIXTURE,
@@ -28,8 +29,11 @@ __all__ = ["layers", "run_model"]  # fixtures
 
 
 def kept_by_server(server: Server, *, token_ids: list[int] = FIXTURE["token_ids"], **settings: Any) -> list[list[set[int]]]:
-    made = server.post("/obcache/compress", {"input_ids": token_ids, **settings})
-    positions = server.get(f"/obcache/contexts/{made['id']}", params={"positions": "true"})["positions"]
+    return kept_by_context(server, server.post("/obcache/compress", {"input_ids": token_ids, **settings})["id"])
+
+
+def kept_by_context(server: Server, context_id: str) -> list[list[set[int]]]:
+    positions = server.get(f"/obcache/contexts/{context_id}", params={"positions": "true"})["positions"]
     return [[set(head) for head in layer] for layer in positions]
 
 
@@ -49,6 +53,39 @@ def test_the_server_keeps_what_kvzip_keeps(server: Server, name: str) -> None:
     num_kept = sum(map(len, kept))
     assert 0 <= sum(map(len, wanted)) - num_kept <= len(kept)
     assert sum(len(ours & theirs) for ours, theirs in zip(kept, wanted, strict=True)) >= 0.994 * num_kept
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"method": "tova", "score": "obcache-v", "budget": "uniform"},
+        {"method": "snapkv", "score": "obcache-kv", "budget": "adakv"},
+        {"method": "h2o", "window": "all", "score": "attention", "budget": "uniform"},
+    ],
+    ids=lambda wish: wish["method"],
+)
+def test_in_mode_prompt_the_last_query_scores_too(server: Server, layers: list[Layer], wish: dict[str, Any]) -> None:
+    """The context is all of the prompt but its last token, whose query is the one that looks for the answer."""
+    wish = {"compression_ratio": 0.7, **wish}
+    prompt = FIXTURE["token_ids"]
+    answer = generate(server, prompt, obcache={"mode": "prompt", **wish}, max_new_tokens=1)
+    assert (report(answer)["status"], report(answer)["context_tokens"]) == ("compressed", CONTEXT_LEN - 1)
+    kept = kept_by_context(server, report(answer)["context_id"])
+    wanted = kept_by_us(layers, CompressionSettings.resolve(wish), judges=1)
+    pairs = [pair for ours, theirs in zip(kept, wanted, strict=True) for pair in zip(ours, theirs, strict=True)]
+    assert sum(len(ours & theirs) for ours, theirs in pairs) >= 0.994 * sum(len(theirs) for _, theirs in pairs)
+
+
+def test_a_context_of_mode_prompt_is_found_by_its_id(server: Server) -> None:
+    """Also with a whole prompt, whose own last token differs."""
+    prompt = FIXTURE["token_ids"][:301]
+    wish = {"mode": "prompt", "method": "tova"}
+    made = generate(server, prompt, obcache=wish, max_new_tokens=4)
+    by_id = generate(server, prompt[-1:], obcache={"context_id": report(made)["context_id"]}, max_new_tokens=4)
+    assert report(by_id)["status"] == "reused"
+    assert by_id["output_ids"] == made["output_ids"]
+    other = generate(server, [*prompt[:-1], prompt[5]], obcache=wish, max_new_tokens=4)
+    assert report(other)["status"] == "compressed" and report(other)["context_id"] != report(made)["context_id"]
 
 
 @pytest.mark.parametrize(("method", "window", "budget"), [("snapkv", 400, "adakv"), ("h2o", "all", "uniform")])

@@ -187,6 +187,15 @@ def test_namespaces_and_settings_are_part_of_the_identity() -> None:
     assert len(identities) == 8
     assert context_id(HERE, HALF, ids) == context_id(HERE, HALF, array("q", ids))
     assert context_id(HERE, HALF, ids) != context_id(HERE, HALF, tokens(1))
+    assert len({context_id(HERE, HALF, ids, judges) for judges in ((), (1,), (2,), (1, 2), (12,))}) == 5
+
+
+def test_contexts_that_nobody_scores_are_shared_whoever_asks(cache: ContextCache) -> None:
+    """Judges tell contexts apart only where the method asks the queries behind a context."""
+    ids, judges = tokens(0), array("q", [7])
+    for wish, asks in (({"method": "tova"}, True), ({"method": "streaming"}, False), ({"method": "replay"}, False)):
+        settings = CompressionSettings.resolve(wish)
+        assert (cache.obtain(HERE, settings, ids, judges) is not cache.obtain(HERE, settings, ids)) == asks
 
 
 def test_a_salt_never_matches_another_salts_node(cache: ContextCache) -> None:

@@ -113,6 +113,7 @@ def test_the_marker_is_the_boundary():
         "pin": False,
         "ttl_seconds": None,
         "context_id": None,
+        "judged_by_rest": False,
         "exact": None,
     }
     assert json.loads(json.dumps(plan)) == plan
@@ -125,8 +126,9 @@ def test_the_marker_is_the_boundary():
         ({"context_len": 100}, None, {"context_len": 100}),
         (True, None, {"context_len": 0, "context_id": None}),
         ({"context_id": "abc"}, None, {"context_len": 0, "context_id": "abc"}),
-        ({"mode": "prompt"}, None, {"context_len": 99}),
-        ({"mode": "prompt"}, 50, {"context_len": 50}),
+        ({"mode": "prompt"}, None, {"context_len": 99, "judged_by_rest": True}),
+        ({"mode": "prompt"}, 50, {"context_len": 50, "judged_by_rest": False}),
+        ({"mode": "prompt", "context_len": 60}, None, {"context_len": 60, "judged_by_rest": False}),
         ({"pin": True, "ttl_seconds": 60}, 50, {"pin": True, "ttl_seconds": 60.0}),
         ({}, 3, {"exact": "below_min_tokens"}),
         ({}, 4, {"exact": None}),

@@ -92,13 +92,14 @@ def ranked_by(scores: torch.Tensor, settings: CompressionSettings) -> torch.Tens
     )
 
 
-def kept_by_us(layers: list[Layer], settings: CompressionSettings) -> list[list[set[int]]]:
-    """Per layer and KV head, the positions that settings of the preset ``kvpress`` keep."""
+def kept_by_us(layers: list[Layer], settings: CompressionSettings, judges: int = 0) -> list[list[set[int]]]:
+    """Per layer and KV head, the positions that settings keep. judges: the last tokens, which score and are no part of the context."""
     start = CONTEXT_LEN - settings.window if settings.window else 0
-    num_kept = settings.kept_tokens(CONTEXT_LEN)
+    num_tokens = CONTEXT_LEN - judges
+    num_kept = settings.kept_tokens(num_tokens)
     kept = []
     for q, k, v, scale in layers:
-        scores = torch.zeros(k.shape[1], CONTEXT_LEN)
+        scores = torch.zeros(k.shape[1], num_tokens)
         accumulate_scores(scores, q[start:], k, v, start=start, scale=scale, score=settings.score)
         if settings.heads == "shared":
             scores = scores.mean(0, keepdim=True).expand_as(scores)

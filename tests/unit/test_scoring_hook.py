@@ -38,12 +38,15 @@ else:
         def _create_buffers_normal(self) -> None:
             assert create_one_space(self)
 
-    def compress(accumulate: object, wish: dict[str, object]) -> tuple[CompressionJob, MHATokenToKVPool]:
-        """A context of CONTEXT tokens whose last chunk, of ROWS tokens or of a replay's pass, is computed in one forward."""
+    def compress(accumulate: object, wish: dict[str, object], judges: int) -> tuple[CompressionJob, MHATokenToKVPool]:
+        """A context of CONTEXT tokens whose last chunk, of ROWS tokens or of a replay's pass, is computed in one forward.
+
+        judges: the last tokens of that chunk, which stand behind the context.
+        """
         torch.manual_seed(3)
         settings = CompressionSettings.resolve(wish)
         replayed = settings.method == "replay"
-        num_tokens = CONTEXT + (PASS if replayed else 0)
+        num_tokens = CONTEXT + (PASS if replayed else judges)
         pool = Pool(400, 1, torch.float32, KV_HEADS, HEAD_DIM, layer_num=LAYERS, device=DEVICE, enable_memory_saver=False)
         for buffer in pool.k_buffer + pool.v_buffer:
             buffer.normal_()
@@ -56,6 +59,7 @@ else:
             num_slots=NUM_SLOTS,
             is_uneven=settings.budget != "uniform",
             tokens=array("q", range(CONTEXT)),
+            judges=array("q", range(judges)),
         )
         # A job without SGLang's Req: its fields that the hook reads.
         job = CompressionJob.__new__(CompressionJob)
@@ -76,23 +80,24 @@ else:
         return job, pool
 
     @pytest.mark.parametrize(
-        "wish",
+        ("wish", "judges"),
         [
-            {"method": "snapkv", "score": "obcache-kv", "budget": "adakv", "window": ROWS},
-            {"method": "snapkv", "score": "attention", "budget": "uniform", "window": ROWS},
-            {"method": "replay", "score": "obcache-v", "budget": "global"},
-            {"preset": "kvzip"},
+            ({"method": "snapkv", "score": "obcache-kv", "budget": "adakv", "window": ROWS}, 0),
+            ({"method": "snapkv", "score": "attention", "budget": "uniform", "window": ROWS}, 0),
+            ({"method": "snapkv", "score": "obcache-k", "budget": "uniform", "window": ROWS}, 2),
+            ({"method": "replay", "score": "obcache-v", "budget": "global"}, 0),
+            ({"preset": "kvzip"}, 0),
         ],
         ids=str,
     )
-    def test_the_kernel_keeps_what_torch_keeps(wish: dict[str, object]) -> None:
-        expected, expected_pool = compress(accumulate_scores_in_slots, wish)
-        job, pool = compress(accumulate_scores_paged, wish)
+    def test_the_kernel_keeps_what_torch_keeps(wish: dict[str, object], judges: int) -> None:
+        expected, expected_pool = compress(accumulate_scores_in_slots, wish, judges)
+        job, pool = compress(accumulate_scores_paged, wish, judges)
         assert job.kept is not None and expected.kept is not None
         assert torch.equal(job.kept.offsets, expected.kept.offsets)
         assert torch.equal(job.kept.positions, expected.kept.positions)
         for buffers in ("k_buffer", "v_buffer"):
             for got, wanted in zip(getattr(pool, buffers), getattr(expected_pool, buffers), strict=True):
                 assert torch.equal(got, wanted)
-        scattered = compress(accumulate_scores_in_slots, wish | {"sink_tokens": 30})[0]
+        scattered = compress(accumulate_scores_in_slots, wish | {"sink_tokens": 30}, judges)[0]
         assert not torch.equal(scattered.kept.positions, expected.kept.positions)  # the comparison can fail
