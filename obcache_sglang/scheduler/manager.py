@@ -424,6 +424,9 @@ class CompressionManager:
         if completed and job.replay is not None:
             self.metrics.replayed(len(job.replay.tokens), time.perf_counter() - job.pass_started_at)
         if completed and not job.is_final:
+            if not self._is_awaited(job):  # its client left while this pass ran
+                self._discard(context)
+                return
             if self.agree(job.error is None):
                 # First in the queue: the next pass finds the context's exact KV still there.
                 self.scheduler.waiting_queue.insert(0, self._queue_job(context, job))
@@ -464,13 +467,17 @@ class CompressionManager:
         """Ends the jobs nobody waits for any more. A job whose last chunk runs is let finish: the work is done."""
         for context in list(self.cache):
             job = context.job
-            if job is None or job.unattended or any(isinstance(r, ContextReq) and r.context is context for r in self._waiting()):
+            if job is None or self._is_awaited(job):
                 continue
             if job is self.scheduler.chunked_req:
                 self.scheduler._pending_chunked_abort_req = job
             elif not job.kv.holds_kv:
                 self.scheduler.waiting_queue = [req for req in self.scheduler.waiting_queue if req is not job]
                 self.end_job(job, completed=False)
+
+    def _is_awaited(self, job: CompressionJob) -> bool:
+        waiting = (req for req in self._waiting() if isinstance(req, ContextReq))
+        return job.unattended or any(req.context is job.context for req in waiting)
 
     def _waiting(self) -> Iterable[Req]:
         yield from self.scheduler.waiting_queue
