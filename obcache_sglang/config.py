@@ -177,6 +177,11 @@ class CompressionSettings:
         return self.method not in ("streaming", "random")
 
     @property
+    def own_queries_score(self) -> bool:
+        """Whether the queries of the prefill that makes a context score it (not those of a replay behind it)."""
+        return self.needs_queries and self.method != "replay"
+
+    @property
     def shrinks_window(self) -> bool:
         """Whether a window makes room for other tokens (`effective_window`); KVPress's never does."""
         return self.preset != "kvpress"

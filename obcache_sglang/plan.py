@@ -118,8 +118,9 @@ def make_plan(
                 raise _wrong("context_id", wish.context_id, f"stands for the whole context: leave out {other}.")
         if wish.overrides:
             raise _wrong("context_id", wish.context_id, f"brings its own settings: leave out {', '.join(wish.overrides)}.")
-    context_len = _boundary(wish, num_tokens, marker_position, mode, action)
     bounded = marker_position is not None or wish.context_len is not None or wish.context_id is not None
+    whole_prompt = mode == "prompt" and action == "ask" and not bounded
+    context_len = _boundary(wish, num_tokens, marker_position, whole_prompt, action)
     if context_len is None:
         return None
     if exact is None and marker_position == 0:
@@ -137,14 +138,19 @@ def make_plan(
         "pin": wish.pin,
         "ttl_seconds": wish.ttl_seconds,
         "context_id": wish.context_id,
-        "judged_by_rest": mode == "prompt" and action == "ask" and not bounded,
+        "judged_by_rest": whole_prompt,
         "exact": exact,
         "now": time.time(),
     }
 
 
-def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, mode: str, action: Action) -> int | None:
-    """Tokens of the context; 0 to look one up; None where the prompt has none (mode prompt, a prompt of one token)."""
+def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, whole_prompt: bool, action: Action) -> int | None:
+    """Tokens of the context; 0 to look one up; None where the prompt has none (mode prompt, a prompt of one token).
+
+    whole_prompt: it is all of the prompt but its last token.
+    """
+    if whole_prompt:
+        return num_tokens - 1 if num_tokens > 1 else None
     if action == "compress":
         return num_tokens
     if wish.context_id is not None:
@@ -155,8 +161,6 @@ def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, mode: st
         if wish.context_len > num_tokens:
             raise _wrong("context_len", wish.context_len, f"is outside [1, {num_tokens}]: the prompt has {num_tokens} tokens.")
         return wish.context_len
-    if mode == "prompt":
-        return num_tokens - 1 if num_tokens > 1 else None
     return 0
 
 

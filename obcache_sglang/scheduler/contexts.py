@@ -159,7 +159,7 @@ class ContextCache:
         self, namespace: Namespace, settings: CompressionSettings, tokens: array[int], judges: array[int] | None = None
     ) -> Context:
         """The context of these tokens (whole pages), made on first sight. judges: as in Context, where its method asks any."""
-        if judges is None or not settings.needs_queries or settings.method == "replay":
+        if judges is None or not settings.own_queries_score:
             judges = array("q")
         identity = context_id(namespace, settings, tokens, judges)
         if (context := self._deleting.get(identity)) is not None:

@@ -282,7 +282,7 @@ class CompressionJob(Req):
     @property
     def scores_context(self) -> bool:
         """Whether its queries score."""
-        return self.context.settings.needs_queries and (self.context.settings.method != "replay" or self.replay is not None)
+        return self.context.settings.own_queries_score or self.replay is not None
 
     @property
     def first_scoring_position(self) -> int:

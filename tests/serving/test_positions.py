@@ -37,6 +37,12 @@ def kept_by_context(server: Server, context_id: str) -> list[list[set[int]]]:
     return [[set(head) for head in layer] for layer in positions]
 
 
+def assert_kept(kept: list[list[set[int]]], wanted: list[list[set[int]]]) -> None:
+    """All but 0.6 % of the wanted positions are kept, head by head."""
+    pairs = [pair for ours, theirs in zip(kept, wanted, strict=True) for pair in zip(ours, theirs, strict=True)]
+    assert sum(len(ours & theirs) for ours, theirs in pairs) >= 0.994 * sum(len(theirs) for _, theirs in pairs)
+
+
 @pytest.mark.parametrize("run", FIXTURE["runs"], ids=run_name)
 def test_the_server_keeps_what_kvpress_keeps(server: Server, run: dict[str, Any]) -> None:
     """0.6 % are left for scores that differ by float32 noise and swap places at the edge of the kept set."""
@@ -72,8 +78,7 @@ def test_in_mode_prompt_the_last_query_scores_too(server: Server, layers: list[L
     assert (report(answer)["status"], report(answer)["context_tokens"]) == ("compressed", CONTEXT_LEN - 1)
     kept = kept_by_context(server, report(answer)["context_id"])
     wanted = kept_by_us(layers, CompressionSettings.resolve(wish), judges=1)
-    pairs = [pair for ours, theirs in zip(kept, wanted, strict=True) for pair in zip(ours, theirs, strict=True)]
-    assert sum(len(ours & theirs) for ours, theirs in pairs) >= 0.994 * sum(len(theirs) for _, theirs in pairs)
+    assert_kept(kept, wanted)
 
 
 def test_a_context_of_mode_prompt_is_found_by_its_id(server: Server) -> None:
@@ -103,12 +108,7 @@ def test_a_window_that_spans_two_chunks_scores_as_one(
     }
     settings = CompressionSettings.resolve(wish)
     assert settings.window == 0 or CONTEXT_LEN - settings.window < 512
-    pairs = [
-        pair
-        for ours, theirs in zip(kept_by_server(server, **wish), kept_by_us(layers, settings), strict=True)
-        for pair in zip(ours, theirs, strict=True)
-    ]
-    assert sum(len(ours & theirs) for ours, theirs in pairs) >= 0.994 * sum(len(theirs) for _, theirs in pairs)
+    assert_kept(kept_by_server(server, **wish), kept_by_us(layers, settings))
 
 
 @pytest.mark.parametrize("score", ["attention", "obcache-v", "obcache-kv"])
