@@ -46,21 +46,28 @@ B200 = Chip("B200", 100, 227 * 1024, 8.0e12, 2250e12)
 
 @dataclass(frozen=True)
 class Configuration:
-    """A kernel as it is shipped, for bfloat16 and pages of one token. score: one of config.SCORES, "max" or "lse"."""
+    """A kernel as it is shipped, for pages of one token. score: one of config.SCORES, "max" or "lse"; dtype: as Triton names it."""
 
     score: str
     head_dim: int
     group: int
     rows: int
+    dtype: str = "bf16"
+
+    @property
+    def element_size(self) -> int:
+        return 4 if self.dtype == "fp32" else 2
 
 
 def shipped_configurations() -> Iterator[Configuration]:
-    """Windows of 64 rows for all group sizes (longer ones use the same kernels), of one row for one: its tiles are smaller."""
+    """Windows of 64 rows for all group sizes (longer ones use the same kernels), of one row for one: its tiles are smaller.
+    float32 for the largest heads, which need most shared memory."""
     for score in (*SCORES, "max", "lse"):
         for head_dim in (64, 128, 256):
             for group in (1, 4, 7, 8):
                 yield Configuration(score, head_dim, group, rows=64)
             yield Configuration(score, head_dim, group=4, rows=1)
+        yield Configuration(score, 256, group=8, rows=64, dtype="fp32")
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,10 @@ def compile_offline(configuration: Configuration, chip: Chip) -> Resources:
     head_dim, group, rows = configuration.head_dim, configuration.group, configuration.rows
     constants: dict[str, Any] = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "PAGE_SIZE": 1}
     if configuration.score == "lse":
-        kernel, config = _split_lse, lse_config(head_dim, group, rows, _BF16_BYTES)
+        kernel, config = _split_lse, lse_config(head_dim, group, rows, configuration.element_size)
         constants["SPLIT"] = SPLIT_TOKENS
     else:
-        kernel, config = _score_tokens, score_config(head_dim, group, rows, _BF16_BYTES)
+        kernel, config = _score_tokens, score_config(head_dim, group, rows, configuration.element_size)
         score = "attention" if configuration.score == "max" else configuration.score
         constants |= {"SCORE": score, "MAX": configuration.score == "max"}
         if not needs_outputs(score):
@@ -88,7 +95,7 @@ def compile_offline(configuration: Configuration, chip: Chip) -> Resources:
     options = {name: config.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
     constants |= config
 
-    types = dict.fromkeys(("q", "o", "k_cache", "v_cache"), "*bf16")
+    types = dict.fromkeys(("q", "o", "k_cache", "v_cache"), f"*{configuration.dtype}")
     types |= dict.fromkeys(("scores", "o_sq", "lse", "partial"), "*fp32")
     types |= dict.fromkeys(("score_indptr", "q_indptr", "starts", "kv_indptr", "kv_last_page_len"), "*i32")
     types |= dict.fromkeys(("scale_log2", "v_factor", "lse_factor"), "fp32")
@@ -166,14 +173,14 @@ def prefill_cost(model: Model, tokens: int) -> Cost:
 
 def resources_table(configurations: list[Configuration], chips: list[Chip]) -> Iterator[str]:
     """Lines, each when it is known. One that ends in "!" spills, or needs more shared memory than the chip has."""
-    yield f"{'kernel':<11}{'dim':>4}{'group':>6}{'rows':>5}  {'chip':<6}{'registers':>10}{'spilled B':>10}{'shared B':>10}{'limit B':>9}"
+    yield f"{'kernel':<11}{'dim':>4}{'group':>6}{'rows':>5}{'dtype':>6}  {'chip':<6}{'registers':>10}{'spilled B':>10}{'shared B':>10}{'limit B':>9}"
     for each in configurations:
         for chip in chips:
             got = compile_offline(each, chip)
             wrong = "  !" if got.spilled or got.shared > chip.shared_limit else ""
             yield (
-                f"{each.score:<11}{each.head_dim:>4}{each.group:>6}{each.rows:>5}  sm_{chip.capability:<3}{got.registers:>10}"
-                f"{got.spilled:>10}{got.shared:>10}{chip.shared_limit:>9}{wrong}"
+                f"{each.score:<11}{each.head_dim:>4}{each.group:>6}{each.rows:>5}{each.dtype:>6}  sm_{chip.capability:<3}"
+                f"{got.registers:>10}{got.spilled:>10}{got.shared:>10}{chip.shared_limit:>9}{wrong}"
             )
 
 

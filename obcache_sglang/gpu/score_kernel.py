@@ -30,11 +30,13 @@ def needs_outputs(score: str) -> bool:
 def score_config(head_dim: int, group: int, max_rows: int, element_size: int) -> dict[str, int]:
     """Block sizes and warps of `_score_tokens`. group: query heads per KV head; element_size: of q, in bytes.
 
-    q and o are read again by each block of positions: large blocks, as far as registers reach (`gpu.kernel_report`).
+    q and o are read again by each block of positions: large blocks, as far as registers reach (`gpu.kernel_report`), and shared
+    memory does (float32 beyond head_dim 128).
     """
+    row_bytes = head_dim * element_size
     return {
-        "BLOCK_M": 16 if group * max_rows <= 16 or group == 1 else 32,
-        "BLOCK_N": 64 if head_dim * element_size > 256 else 128,
+        "BLOCK_M": 16 if group * max_rows <= 16 or group == 1 or row_bytes > 512 else 32,
+        "BLOCK_N": 128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 16,
         "num_warps": 8,
         "num_stages": 2,
         "maxnreg": MAX_REGISTERS,

@@ -25,9 +25,10 @@ _MERGE_BLOCK = 128
 
 def lse_config(head_dim: int, group: int, max_rows: int, element_size: int) -> dict[str, int]:
     """Block sizes and warps of `_split_lse`. group: query heads per KV head; element_size: of q, in bytes."""
-    wide = head_dim * element_size > 256
+    row_bytes = head_dim * element_size
+    wide = row_bytes > 256
     return {
-        "BLOCK_M": 16 if group * max_rows <= 16 else 64,
+        "BLOCK_M": 16 if group * max_rows <= 16 or row_bytes > 512 else 64,
         "BLOCK_N": 32 if wide else 64,
         "num_warps": 4,
         "num_stages": 2 if wide else 3,

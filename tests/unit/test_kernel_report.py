@@ -38,6 +38,11 @@ def test_a_large_group_fits(score: str, chip: Chip) -> None:
     check(Configuration(score, head_dim=128, group=7, rows=64), chip)
 
 
+@pytest.mark.parametrize("score", ["obcache-kv", "lse"])
+def test_wide_float32_heads_fit_the_smallest_chip(score: str) -> None:
+    check(Configuration(score, head_dim=256, group=8, rows=64, dtype="fp32"), A100)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("configuration", list(shipped_configurations()), ids=str)
