@@ -31,6 +31,7 @@ NORMALIZATIONS = ("layer", "none")
 MODES = ("marked", "prompt")
 WHENS = ("first", "idle")
 HEAD_ATTENTIONS = ("triton", "flashinfer")
+DECODE_GRAPHS = ("auto", "on", "off")
 
 EVERY_QUERY = 0
 """`CompressionSettings.window` of a method that scores with every query: of the context (h2o, written "all"), or of the replay."""
@@ -222,7 +223,8 @@ class ServerSettings:
     max_contexts: contexts remembered at once.
     max_pinned_slots: KV slots that pinned contexts may hold together; None for half of the pool.
     head_attention: whose kernels attend heads of different length on GPUs.
-    decode_graphs: whether decode batches with such heads run in CUDA graphs, of which a second set is captured at start-up.
+    decode_graphs: `on`: decode batches with such heads run in CUDA graphs, of which a second set is captured at start-up; `auto`:
+        on where the server's own budget makes such heads.
     allow_untested_sglang: start on another SGLang release than the tested one.
     given: the compression settings that were given explicitly, from which a request's overrides are resolved.
     """
@@ -236,7 +238,7 @@ class ServerSettings:
     max_contexts: int = 1024
     max_pinned_slots: int | None = None
     head_attention: str = "triton"
-    decode_graphs: bool = False
+    decode_graphs: str = "auto"
     allow_untested_sglang: bool = False
     given: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -246,13 +248,20 @@ class ServerSettings:
             raise InvalidValue(
                 "when", "idle", "has no use in mode prompt, whose contexts have one question each; set when=first."
             )
-        if self.decode_graphs and self.head_attention != "triton":
+        if self.decode_graphs == "on" and self.head_attention != "triton":
             raise InvalidValue(
                 "decode_graphs",
-                True,
+                "on",
                 f"cannot be had with head_attention={self.head_attention}, which plans each step on the host; set triton.",
             )
         self._check_budget(self.compression)
+
+    @property
+    def captures_decode_graphs(self) -> bool:
+        """Whether decode graphs for heads of different length are wanted."""
+        if self.decode_graphs == "auto":
+            return self.compression.budget != "uniform" and self.head_attention == "triton"
+        return self.decode_graphs == "on"
 
     def _check_budget(self, compression: CompressionSettings) -> CompressionSettings:
         if compression.budget == "profile" and self.head_profile is None:
@@ -584,9 +593,10 @@ SERVER_OPTIONS = (
     ),
     Option(
         "decode_graphs",
-        _switch,
-        "Capture a second set of CUDA graphs at start-up, for decode batches with heads of different length; without it they run "
-        "eagerly, several times slower. Not yet run on a GPU.",
+        _one_of(DECODE_GRAPHS),
+        "A second set of CUDA graphs, captured at start-up, for decode batches with heads of different length, which without it run "
+        "eagerly, several times slower. auto: where the server's budget is not uniform. Default: auto.",
+        metavar="|".join(DECODE_GRAPHS),
         per_request=False,
     ),
     Option(

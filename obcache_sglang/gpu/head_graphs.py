@@ -114,8 +114,9 @@ class HeadGraphs:
 
     @staticmethod
     def possible(model_runner: Any) -> bool:
-        """Whether SGLang captured plain decode graphs of this model, one for each batch size."""
-        return type(model_runner.decode_cuda_graph_runner) is DecodeCudaGraphRunner and model_runner.lora_manager is None
+        """Whether SGLang captured plain decode graphs of this model, one for each batch size, and pads no batch over ranks."""
+        plain = type(model_runner.decode_cuda_graph_runner) is DecodeCudaGraphRunner and model_runner.lora_manager is None
+        return plain and not model_runner.server_args.enable_dp_attention
 
     def prepare(self, forward_batch: ForwardBatch) -> bool:
         """Loads the contexts of a batch that SGLang's graphs could take but for them. False: it must run eagerly."""

@@ -155,16 +155,19 @@ def _head_overlay(plan: ForwardPlan, model_runner: Any) -> HeadOverlay | None:
 
 
 def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs: Any) -> None:
-    """Captures decode graphs for heads of different length, if asked to and where SGLang captured its own."""
+    """Captures decode graphs for heads of different length where they are wanted and SGLang captured its own."""
     global _graphs
     settings = ServerSettings.from_environment()
     if settings is None or _plan is None or _overlay is None or model_runner.is_draft_worker:
         return
-    if not settings.decode_graphs:
-        if settings.compression.budget != "uniform" and model_runner.decode_cuda_graph_runner is not None:
+    if model_runner.decode_cuda_graph_runner is None and settings.decode_graphs != "on":
+        return  # no batch of this server decodes in graphs
+    if not settings.captures_decode_graphs:
+        if settings.compression.budget != "uniform":
             logger.warning(
                 "obcache: batches that decode behind contexts of budget %s run outside CUDA graphs, a step of them takes several times "
-                "as long: --obcache-decode-graphs captures graphs for them, --obcache-budget uniform needs none.",
+                "as long: --obcache-decode-graphs on (with --obcache-head-attention triton) captures graphs for them, "
+                "--obcache-budget uniform needs none.",
                 settings.compression.budget,
             )
         return
@@ -172,7 +175,10 @@ def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs
     from obcache_sglang.gpu.triton_heads import TritonHeads
 
     if not HeadGraphs.possible(model_runner):
-        logger.warning("obcache: no decode graphs for heads of different length: SGLang captured none, or serves LoRA adapters")
+        logger.warning(
+            "obcache: no decode graphs for heads of different length, such batches run eagerly: SGLang captured none of the plain kind, "
+            "or serves LoRA adapters or DP attention"
+        )
         return
     assert isinstance(_overlay.heads, TritonHeads), "settings exclude others"
     logger.info("obcache: capturing decode graphs for heads of different length")

@@ -152,11 +152,12 @@ def test_flags_reach_the_settings():
             "--obcache-max-pinned-slots",
             "0",
             "--obcache-decode-graphs",
+            "on",
             "--obcache-allow-untested-sglang",
         ],
     )
     assert settings is not None
-    assert settings.decode_graphs
+    assert settings.captures_decode_graphs
     assert settings.compression.compression_ratio == 0.5
     assert settings.compression.window == EVERY_QUERY
     assert (settings.mode, settings.marker, settings.min_tokens, settings.max_pinned_slots) == ("prompt", "<|cut|>", 10, 0)
@@ -164,8 +165,25 @@ def test_flags_reach_the_settings():
 
 
 def test_decode_graphs_go_with_triton_only():
-    with pytest.raises(ConfigError, match="--obcache-decode-graphs=True cannot be had with head_attention=flashinfer"):
-        parse("--obcache", "--obcache-decode-graphs", "--obcache-head-attention", "flashinfer")
+    with pytest.raises(ConfigError, match="--obcache-decode-graphs=on cannot be had with head_attention=flashinfer"):
+        parse("--obcache", "--obcache-decode-graphs", "on", "--obcache-head-attention", "flashinfer")
+
+
+@pytest.mark.parametrize(
+    ("flags", "captured"),
+    [
+        ([], False),
+        (["--obcache-budget", "adakv"], True),
+        (["--obcache-head-profile", "smollm2-135m"], True),
+        (["--obcache-budget", "adakv", "--obcache-head-attention", "flashinfer"], False),
+        (["--obcache-budget", "adakv", "--obcache-decode-graphs", "off"], False),
+        (["--obcache-decode-graphs", "on"], True),
+    ],
+    ids=str,
+)
+def test_decode_graphs_are_for_servers_whose_budget_needs_them(flags: list[str], captured: bool):
+    settings = parse("--obcache", *flags)
+    assert settings is not None and settings.captures_decode_graphs is captured
 
 
 def test_wrong_flags_are_named_as_the_operator_wrote_them():

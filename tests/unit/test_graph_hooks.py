@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from obcache_sglang.config import SETTINGS_ENV, settings_from_python
+from obcache_sglang.gpu import head_graphs
+from obcache_sglang.gpu.triton_heads import TritonHeads
 from obcache_sglang.scheduler import hooks
 
 BATCH = object()
@@ -83,17 +85,45 @@ def test_or_eagerly_where_these_cannot_either(serve: Any, prepared: bool | Excep
 
 
 @pytest.mark.parametrize(
-    ("budget", "captured", "told"), [("adakv", True, True), ("adakv", False, False), ("uniform", True, False)]
+    ("given", "sglang_captured", "captured", "told"),
+    [
+        ({"budget": "adakv"}, True, True, ""),
+        ({"budget": "adakv"}, False, False, ""),
+        ({"budget": "adakv", "decode_graphs": "off"}, True, False, "--obcache-decode-graphs on"),
+        ({"budget": "adakv", "head_attention": "flashinfer"}, True, False, "--obcache-decode-graphs on"),
+        ({"budget": "uniform"}, True, False, ""),
+        ({"budget": "uniform", "decode_graphs": "on"}, True, True, ""),
+        ({"budget": "uniform", "decode_graphs": "on"}, False, False, "SGLang captured none"),
+    ],
+    ids=str,
 )
-def test_steps_without_graphs_are_announced(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, budget: str, captured: bool, told: bool
+def test_graphs_are_captured_where_they_are_wanted_and_their_lack_is_announced(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    given: dict[str, str],
+    sglang_captured: bool,
+    captured: bool,
+    told: str,
 ) -> None:
+    made = []
+
+    class Capturing:
+        possible = staticmethod(lambda runner: runner.decode_cuda_graph_runner is not None)
+
+        def __init__(self, *arguments: object) -> None:
+            made.append(arguments)
+
+    heads = TritonHeads.__new__(TritonHeads)
+    monkeypatch.setattr(head_graphs, "HeadGraphs", Capturing)
     monkeypatch.setattr(hooks, "_plan", object())
-    monkeypatch.setattr(hooks, "_overlay", object())
-    settings = settings_from_python({"budget": budget})
+    monkeypatch.setattr(hooks, "_overlay", SimpleNamespace(heads=heads))
+    monkeypatch.setattr(hooks, "_graphs", None)
+    settings = settings_from_python(given)
     assert settings is not None
     monkeypatch.setenv(SETTINGS_ENV, "")  # to be taken back
     settings.publish()
-    runner = SimpleNamespace(is_draft_worker=False, decode_cuda_graph_runner=object() if captured else None)
+    runner = SimpleNamespace(is_draft_worker=False, decode_cuda_graph_runner=object() if sglang_captured else None)
     hooks.after_init_cuda_graphs(None, runner)
-    assert ("--obcache-decode-graphs captures graphs for them" in caplog.text) is told
+    assert made == ([(hooks._plan, heads, runner)] if captured else [])
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == bool(told) and told in "".join(warnings)
