@@ -340,9 +340,9 @@ else:
             seq_lens_cpu=batch.seq_lens.cpu(),
         )
         if not decode:
-            forward_batch.extend_seq_lens = torch.tensor(num_new)
+            forward_batch.extend_seq_lens = torch.tensor(num_new, device=DEVICE)
             forward_batch.extend_seq_lens_cpu = num_new
-            forward_batch.extend_prefix_lens = batch.seq_lens - torch.tensor(num_new)
+            forward_batch.extend_prefix_lens = batch.seq_lens - torch.tensor(num_new, device=DEVICE)
         pools = SimpleNamespace(req_to_token=engine.req_to_token)
         runner = SimpleNamespace(
             device=DEVICE, dtype=engine.dtype, token_to_kv_pool=engine.pool, req_to_token_pool=pools, model_config=None
