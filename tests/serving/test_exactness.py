@@ -7,6 +7,8 @@ position L. Stock SGLang answers what asks for nothing, and what keeps everythin
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,7 @@ def attend_to_kept(
     num_new, group = query.shape[2], query.shape[1] // key.shape[1]
     outputs = []
     for head, kept in enumerate(module.kept):
-        seen = torch.cat([kept, torch.arange(CONTEXT_TOKENS, key.shape[2])])
+        seen = torch.cat([kept, torch.arange(module.context_tokens, key.shape[2])])
         visible = torch.ones(num_new, len(seen), dtype=torch.bool).tril(len(seen) - num_new)
         outputs.append(
             torch.nn.functional.scaled_dot_product_attention(
@@ -83,22 +85,32 @@ def attend_to_kept(
 AttentionInterface.register("kept", attend_to_kept)
 
 
+@contextmanager
+def attending_to(model: PreTrainedModel, positions: Positions, context_tokens: int = CONTEXT_TOKENS) -> Iterator[None]:
+    """The model, within the block, sees of the first context_tokens only each head's `positions`."""
+    for layer, heads in zip(model.model.layers, positions, strict=True):
+        layer.self_attn.kept = [torch.tensor(head, dtype=torch.int64) for head in heads]
+        layer.self_attn.context_tokens = context_tokens
+    model.set_attn_implementation("kept")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
 @torch.inference_mode()
 def continue_greedily(model: PreTrainedModel, cache: DynamicCache, ids: list[int], positions: Positions) -> list[int]:
     """NUM_TOKENS greedy tokens after a context, of which each head keeps `positions`, and `ids`. Leaves the cache as it was."""
-    for layer, heads in zip(model.model.layers, positions, strict=True):
-        layer.self_attn.kept = [torch.tensor(head, dtype=torch.int64) for head in heads]
-    model.set_attn_implementation("kept")
     answer: list[int] = []
     first_position = CONTEXT_TOKENS
-    for _ in range(NUM_TOKENS):
-        position_ids = torch.arange(first_position, first_position + len(ids))[None]
-        logits = model(torch.tensor([ids]), past_key_values=cache, position_ids=position_ids, logits_to_keep=1).logits
-        first_position += len(ids)
-        ids = [int(logits[0, -1].argmax())]
-        answer += ids
+    with attending_to(model, positions):
+        for _ in range(NUM_TOKENS):
+            position_ids = torch.arange(first_position, first_position + len(ids))[None]
+            logits = model(torch.tensor([ids]), past_key_values=cache, position_ids=position_ids, logits_to_keep=1).logits
+            first_position += len(ids)
+            ids = [int(logits[0, -1].argmax())]
+            answer += ids
     cache.crop(CONTEXT_TOKENS - cache.get_seq_length())
-    model.set_attn_implementation("sdpa")
     return answer
 
 
