@@ -46,12 +46,17 @@ def model(model_dir: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
 
+@torch.inference_mode()
+def read(model: PreTrainedModel, token_ids: list[int]) -> DynamicCache:
+    """The exact cache of a context."""
+    cache = DynamicCache()
+    model(torch.tensor([token_ids]), past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
 @pytest.fixture(scope="module")
 def exact_cache(model: PreTrainedModel, model_dir: Path) -> DynamicCache:
-    cache = DynamicCache()
-    with torch.inference_mode():
-        model(torch.tensor([document(model_dir, CONTEXT_TOKENS)]), past_key_values=cache, logits_to_keep=1)
-    return cache
+    return read(model, document(model_dir, CONTEXT_TOKENS))
 
 
 Positions = list[list[list[int]]]

@@ -19,8 +19,8 @@ from obcache_sglang.config import CompressionSettings
 from obcache_sglang.server import Server, serve
 from tests.serving.client import QUESTIONS, generate, generate_together, question, report
 from tests.serving.conftest import STRICT, checked
-from tests.serving.test_exactness import Positions, attending_to, model
-from tests.serving.test_positions import kept_by_context
+from tests.serving.test_exactness import NUM_TOKENS, Positions, attending_to, model, read
+from tests.serving.test_positions import kept_by_server, share_kept
 from tests.unit.test_kvpress import CONTEXT_LEN, FIXTURE, Layer, kept_by_us, layers, run_model
 
 __all__ = ["layers", "model", "run_model"]  # fixtures
@@ -30,10 +30,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-NUM_TOKENS = 24
-UNIFORM = {"method": "tova", "score": "obcache-k", "budget": "uniform"}
 WISHES: list[dict[str, Any]] = [
-    UNIFORM,
+    {"method": "tova", "score": "obcache-k", "budget": "uniform"},
     {"method": "tova", "score": "attention", "budget": "adakv"},
     {"method": "snapkv", "score": "obcache-kv", "budget": "adakv"},
     {"method": "h2o", "score": "obcache-v", "window": "all", "budget": "uniform"},
@@ -57,10 +55,7 @@ def gpu_server(
 
 @pytest.fixture(scope="module")
 def exact_cache(model: PreTrainedModel) -> DynamicCache:
-    cache = DynamicCache()
-    with torch.inference_mode():
-        model(torch.tensor([FIXTURE["token_ids"]]), past_key_values=cache, logits_to_keep=1)
-    return cache
+    return read(model, FIXTURE["token_ids"])
 
 
 @torch.inference_mode()
@@ -92,13 +87,10 @@ def served_logprobs(answer: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("wish", WISHES, ids=lambda wish: "-".join(map(str, wish.values())))
 def test_keeps_what_float32_keeps(gpu_server: Server, layers: list[Layer], wish: dict[str, Any]) -> None:
     wish = {"compression_ratio": 0.7, **wish}
-    made = gpu_server.post("/obcache/compress", {"input_ids": FIXTURE["token_ids"], **wish})
-    kept = kept_by_context(gpu_server, made["id"])
-    wanted = kept_by_us(layers, CompressionSettings.resolve(wish))
-    pairs = [pair for ours, theirs in zip(kept, wanted, strict=True) for pair in zip(ours, theirs, strict=True)]
-    share = sum(len(ours & theirs) for ours, theirs in pairs) / sum(len(theirs) for _, theirs in pairs)
+    share = share_kept(kept_by_server(gpu_server, **wish), kept_by_us(layers, CompressionSettings.resolve(wish)))
     print(f"{share:.2%} in common")
     assert share >= 0.97
+    assert "gave no log-sum-exps" not in gpu_server.log()
 
 
 @pytest.mark.parametrize("budget", ["uniform", "adakv", "global"])
@@ -141,7 +133,3 @@ def test_a_batch_of_every_kind(gpu_server: Server, model_dir: Path) -> None:
     if "capturing decode graphs for heads" in gpu_server.log():
         decode_batches = re.findall(r"Decode batch.*cuda graph: (\w+)", gpu_server.log())
         assert decode_batches and set(decode_batches) == {"True"}
-
-
-def test_the_backend_gave_its_log_sum_exps(gpu_server: Server) -> None:
-    assert "gave no log-sum-exps" not in gpu_server.log()
