@@ -1,7 +1,7 @@
 """Log-sum-exps out of SGLang's GPU attention backends.
 
-No GPU here: SGLang's FlashInfer backend runs with wrappers that compute in torch what FlashInfer documents, and FlashAttention's
-module, which cannot be imported without CUDA, is read as text.
+SGLang's FlashInfer backend runs with wrappers that compute in torch what FlashInfer documents, and FlashAttention's module, which
+cannot be imported without CUDA, is read as text: no GPU is needed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
 from obcache_sglang.gpu.attention_lse import leave_lse
+from tests.unit.interpreter import DEVICE
 
 HEADS, KV_HEADS, HEAD_DIM, SCALE = 6, 2, 64, 0.125
 TOKENS = 40
@@ -36,7 +37,9 @@ def attend(
     k, v = (each.repeat_interleave(HEADS // KV_HEADS, 1) for each in (k, v))
     logits = torch.einsum("ihd,jhd->hij", q, k) * sm_scale
     if causal:
-        logits = logits.masked_fill(torch.ones(logits.shape[1:], dtype=torch.bool).triu(len(k) - len(q) + 1), float("-inf"))
+        logits = logits.masked_fill(
+            torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu(len(k) - len(q) + 1), float("-inf")
+        )
     return torch.einsum("hij,jhd->ihd", logits.softmax(-1), v).contiguous(), logits.logsumexp(-1).T / math.log(2)
 
 
@@ -73,7 +76,7 @@ def flashinfer(cached: int, ragged: bool, monkeypatch: pytest.MonkeyPatch) -> tu
     """SGLang's backend before a forward of TOKENS - cached new tokens, and the arguments of its `forward`."""
     torch.manual_seed(0)
     monkeypatch.setattr(flashinfer_backend, "_safe_merge_state", merge, raising=False)
-    pool = MHATokenToKVPool(64, 1, torch.float32, KV_HEADS, HEAD_DIM, layer_num=1, device="cpu", enable_memory_saver=False)
+    pool = MHATokenToKVPool(64, 1, torch.float32, KV_HEADS, HEAD_DIM, layer_num=1, device=DEVICE, enable_memory_saver=False)
     for buffer in pool.k_buffer + pool.v_buffer:
         buffer.normal_()
     backend = FlashInferAttnBackend.__new__(FlashInferAttnBackend)
@@ -93,14 +96,14 @@ def flashinfer(cached: int, ragged: bool, monkeypatch: pytest.MonkeyPatch) -> tu
     batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
         batch_size=1,
-        input_ids=torch.zeros(new, dtype=torch.int64),
-        req_pool_indices=torch.zeros(1, dtype=torch.int64),
-        seq_lens=torch.tensor([TOKENS]),
-        out_cache_loc=torch.arange(1 + cached, 1 + TOKENS),
+        input_ids=torch.zeros(new, dtype=torch.int64, device=DEVICE),
+        req_pool_indices=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        seq_lens=torch.tensor([TOKENS], device=DEVICE),
+        out_cache_loc=torch.arange(1 + cached, 1 + TOKENS, device=DEVICE),
         seq_lens_sum=TOKENS,
     )
-    q = torch.randn(new, HEADS * HEAD_DIM)
-    k, v = torch.randn(2, new, KV_HEADS, HEAD_DIM).unbind()
+    q = torch.randn(new, HEADS * HEAD_DIM, device=DEVICE)
+    k, v = torch.randn(2, new, KV_HEADS, HEAD_DIM, device=DEVICE).unbind()
     return backend, (q, k, v, layer, batch)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -41,6 +42,21 @@ else:
     TOLERANCE = {torch.float32: 2e-4, torch.float16: 1.2e-2, torch.bfloat16: 1.2e-2}
     STATISTICS = [*((score, "sum") for score in SCORES), ("attention", "max")]
     each_statistic = pytest.mark.parametrize(("score", "reduce"), STATISTICS)
+
+    def pair_slack(
+        z: torch.Tensor, weights: torch.Tensor, o: torch.Tensor, v: torch.Tensor, score: str, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """How far a key score may be off where its terms cancel (v near o): float32 is right to a part of these.
+
+        Arguments as of `pair_scores`; dtype: of q, in which the kernel multiplies.
+        """
+        if not needs_outputs(score):
+            return torch.zeros_like(weights)
+        slack = 1e-6 * (weights * (1 + z.abs()) * (v.norm(dim=-1) + o.norm(dim=-1, keepdim=True))).square()
+        if score == "obcache-kv" and dtype != torch.float32:
+            # The weight of v.o is bfloat16, and so is what it leaves to the others.
+            slack += 2**-8 * (weights.square() * (1 + z) * z).abs() * (v[None] - o[:, None]).square().sum(-1)
+        return slack
 
     @dataclass(frozen=True)
     class Context:
@@ -144,8 +160,8 @@ else:
                     heads.append((z, weights))
                 self.attention.append(heads)
 
-        def expected(self, score: str, reduce: str) -> list[torch.Tensor]:
-            """For each context [num_kv_heads, num_scored], from the outputs as the kernel gets them."""
+        def expected(self, score: str, reduce: str, pair: Callable[..., torch.Tensor] = pair_scores) -> list[torch.Tensor]:
+            """For each context [num_kv_heads, num_scored], from the outputs as the kernel gets them. pair: what a pair counts."""
             result = []
             # The kernel keeps float16 outputs as bfloat16.
             o = self.o.to(torch.bfloat16) if self.dtype == torch.float16 else self.o
@@ -154,7 +170,7 @@ else:
                 scores = torch.zeros(self.k[number].shape[1], each.tokens, dtype=torch.float64)
                 for head, (z, weights) in enumerate(self.attention[number]):
                     own = head // self.group
-                    pairs = pair_scores(z, weights, o[rows, head].double(), self.v[number][:, own], score)
+                    pairs = pair(z, weights, o[rows, head].double(), self.v[number][:, own], score)
                     visible = slice(0, pairs.shape[1])
                     if reduce == "max":
                         scores[own, visible] = torch.maximum(scores[own, visible], pairs.amax(0))
@@ -193,10 +209,10 @@ else:
             expected = torch.cat(self.expected(score, reduce), dim=1)
             if before is not None:
                 expected = expected.clamp_min(before) if reduce == "max" else expected + before
-            tolerance = TOLERANCE[self.dtype]
-            # Of float32 sums; a score can be far smaller than its terms.
-            floor = 1e-6 * float(expected.max())
-            torch.testing.assert_close(scores[:, 5:-5].double(), expected, rtol=tolerance, atol=floor)
+            slack = torch.cat(self.expected(score, reduce, partial(pair_slack, dtype=self.dtype)), dim=1)
+            allowed = TOLERANCE[self.dtype] * expected + slack + 1e-6 * float(expected.max())
+            off = ((scores[:, 5:-5].double() - expected).abs() / allowed).nan_to_num(nan=math.inf)
+            assert off.max() <= 1, f"{off.max():.2f} of what is allowed, at {int(off.argmax())}"
 
     @pytest.fixture(autouse=True)
     def poisoned_memory() -> Iterator[None]:
