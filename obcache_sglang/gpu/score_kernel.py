@@ -16,7 +16,7 @@ import triton.language as tl
 
 from obcache_sglang.gpu.paged_contexts import PagedCache, PagedContexts, load_tokens, num_tokens
 from obcache_sglang.gpu.score_lse import MAX_REGISTERS, row_lse
-from obcache_sglang.scoring.ops import check_statistic
+from obcache_sglang.scoring.ops import check_query_weights, check_statistic
 
 # Multiplied with this, a log-sum-exp becomes one to base 2.
 LSE_BASES = {"2": 1.0, "e": math.log2(math.e)}
@@ -54,6 +54,7 @@ def score_tokens_paged(
     o: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     lse_base: str = "2",
+    query_weights: torch.Tensor | None = None,
     reduce: str = "sum",
     accumulate: bool = False,
 ) -> None:
@@ -68,6 +69,8 @@ def score_tokens_paged(
     o: shape and dtype of q: the attention outputs of these rows. Needed by obcache-k and obcache-kv, not read otherwise.
     lse: [rows, num_q_heads] float32, any strides: the log-sum-exp of the rows' scaled logits, to base lse_base: "2" as from
         FlashInfer, "e" as from SGLang's Triton kernels and FlashAttention. Without it K is read once more (`row_lse`).
+    query_weights: [rows, num_q_heads] float32, positive: what each query's scores are multiplied with; None for 1. For the obcache
+        scores.
     reduce: "sum": summed over rows, averaged over the query heads of a KV head; "max" (score "attention"): the largest of all.
     accumulate: whether scores are added to what is there (reduce "max": are the larger of both), or overwrite it.
 
@@ -87,6 +90,10 @@ def score_tokens_paged(
         lse, lse_base = row_lse(q, cache, contexts, scale=scale), "2"
     elif lse.dtype != torch.float32 or lse.shape != (num_rows, num_q_heads):
         raise ValueError(f"lse is {list(lse.shape)} {lse.dtype}; it must be float32 [{num_rows}, {num_q_heads}]")
+    check_query_weights(query_weights, q, score)
+    if query_weights is not None:
+        # The scores are quadratic in the attention weights, and a log-sum-exp divides those.
+        lse = lse - query_weights.log2() / (2 * LSE_BASES[lse_base])
     o_sq = None
     if not needs_outputs(score):
         o = None
@@ -146,6 +153,7 @@ def accumulate_scores_paged(
     score: str,
     o: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    query_weights: torch.Tensor | None = None,
     reduce: str = "sum",
     lse_base: str = "e",
     k_scale: float = 1.0,
@@ -169,6 +177,7 @@ def accumulate_scores_paged(
         o=o,
         lse=lse,
         lse_base=lse_base,
+        query_weights=query_weights,
         reduce=reduce,
         accumulate=True,
     )

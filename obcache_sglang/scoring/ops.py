@@ -46,6 +46,7 @@ def accumulate_scores(
     score: str,
     o: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    query_weights: torch.Tensor | None = None,
     reduce: str = "sum",
 ) -> None:
     """Add the scores that the queries at positions ``start .. start + rows - 1`` give to the tokens they see.
@@ -61,6 +62,8 @@ def accumulate_scores(
         saves obcache-k and obcache-kv one of their three matrix products; the other scores do not read it.
     lse: [rows, num_q_heads] float32: the natural log-sum-exps of these queries' logits, if the caller has them. It saves attention
         and obcache-v on a CPU up to half of their work; nothing else reads it.
+    query_weights: [rows, num_q_heads] float32, positive: what each query's scores are multiplied with, as of
+        `relative_error_weights`; None for 1. For the obcache scores.
     reduce: "sum" adds to each token the sum of its scores over queries, averaged over the query heads that share its KV head
         (GQA); "max" leaves it the largest of its scores from any query and query head, and of what it had (KVzip's statistic,
         arXiv 2505.23416; score "attention" only).
@@ -90,6 +93,7 @@ def accumulate_scores(
 
     if lse is not None and (lse.dtype != torch.float32 or lse.shape != q.shape[:2]):
         raise ValueError(f"lse is {list(lse.shape)} {lse.dtype}; it must be float32 {list(q.shape[:2])}")
+    check_query_weights(query_weights, q, score)
 
     if q.device.type == "cpu" and score in ("attention", "obcache-v"):
         if lse is None:
@@ -98,7 +102,7 @@ def accumulate_scores(
         if reduce == "max":
             _accumulate_weight_maxima(scores, q, k, start, scale, lse)
         else:
-            _accumulate_weight_sums(scores, q, k, v, start, scale, score, lse)
+            _accumulate_weight_sums(scores, q, k, v, start, scale, score, _weighted(lse, query_weights))
         return
     group = num_q_heads // num_kv_heads
     tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * _row_stride(num_tokens))))
@@ -127,7 +131,8 @@ def accumulate_scores(
                 torch.maximum(total[:scored], weights[:, :scored].amax(0), out=total[:scored])
             else:
                 o_tile = None if o is None else o[first:last, heads].float().reshape(num_queries, head_dim)
-                total[:scored] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:scored], o_tile, score)
+                roots = None if query_weights is None else query_weights[first:last, heads].sqrt().reshape(num_queries, 1)
+                total[:scored] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:scored], o_tile, roots, score)
         if reduce == "sum":
             scores[head].add_(total, alpha=1.0 / group)
 
@@ -212,6 +217,38 @@ def check_statistic(score: str, reduce: str) -> None:
         raise ValueError(f"reduce {reduce!r} of score {score!r} is unknown; choose sum, or max with attention")
 
 
+def check_query_weights(query_weights: torch.Tensor | None, q: torch.Tensor, score: str) -> None:
+    """Raises ValueError when these are not weights of the queries q [rows, num_q_heads, head_dim] for this score."""
+    if query_weights is None:
+        return
+    if score == "attention":
+        raise ValueError("query_weights are for the obcache scores; attention weights are comparable without them")
+    if query_weights.dtype != torch.float32 or query_weights.shape != q.shape[:2]:
+        raise ValueError(
+            f"query_weights is {list(query_weights.shape)} {query_weights.dtype}; it must be float32 {list(q.shape[:2])}"
+        )
+
+
+def relative_error_weights(o: torch.Tensor, head_gains: torch.Tensor | None = None) -> torch.Tensor:
+    """The query weights with which an obcache score is relative to what its layer gives: then layers and heads can be compared.
+
+    A squared error of head h at query i is divided by the squared norm of all that the layer's attention adds to the residual
+    stream there, both behind the output projection, where head h's squares are `head_gains[h]` times as large on average:
+    ``w_ih = g_h / sum_h' g_h' ||o_ih'||^2``.
+
+    o: [rows, num_q_heads, head_dim], any float dtype: attention outputs. head_gains: [num_q_heads] float32, positive up to a
+    common factor; None where they are not known, for equal ones. Returns [rows, num_q_heads] float32.
+    """
+    squares = torch.linalg.vector_norm(o, dim=-1, dtype=torch.float32).square_()
+    gains = squares.new_ones(o.shape[1]) if head_gains is None else head_gains
+    return gains / (squares @ gains).clamp_min_(torch.finfo(torch.float32).tiny)[:, None]
+
+
+def _weighted(lse: torch.Tensor, query_weights: torch.Tensor | None) -> torch.Tensor:
+    """Natural log-sum-exps whose weights, squared, are query_weights times as large."""
+    return lse if query_weights is None else lse - query_weights.log() / 2
+
+
 def accumulate_scores_in_slots(
     scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, **arguments: Any
 ) -> None:
@@ -244,21 +281,31 @@ def _mask_unseen(logits: torch.Tensor, visible: int) -> None:
 
 
 def _tile_scores(
-    logits: torch.Tensor, weights: torch.Tensor, v: torch.Tensor, v_sq: torch.Tensor, o: torch.Tensor | None, score: str
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    v: torch.Tensor,
+    v_sq: torch.Tensor,
+    o: torch.Tensor | None,
+    roots: torch.Tensor | None,
+    score: str,
 ) -> torch.Tensor:
     """Scores [scored] of the first tokens, summed over the queries of one tile.
 
     logits, weights: [queries, stride], stride >= visible; weights are 0 behind what a query sees. Both are overwritten.
     v: [head_dim, visible]; v_sq: [scored], the squared norms of its first columns. o: [queries, head_dim], None to compute it.
+    roots: [queries, 1], of the query weights: obcache scores are quadratic in the attention weights.
     """
     visible, scored = v.shape[1], v_sq.shape[0]
     if score == "attention":
         return weights[:, :scored].sum(0)
+    if o is None and score != "obcache-v":
+        o = weights[:, :visible] @ v.T  # of all that a query sees, scored or not
+    if roots is not None:
+        weights.mul_(roots)
     if score == "obcache-v":
         return weights[:, :scored].square_().sum(0).mul_(v_sq)
 
-    if o is None:
-        o = weights[:, :visible] @ v.T  # of all that a query sees, scored or not
+    assert o is not None
     # Padded, so that the rows of a new buffer lie well too.
     width = _row_stride(scored)
     logits, weights = logits[:, :width], weights[:, :width]

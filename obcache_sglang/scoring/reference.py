@@ -51,13 +51,22 @@ def pair_scores(z: torch.Tensor, weights: torch.Tensor, o: torch.Tensor, v: torc
 
 
 def score_tokens(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, start: int, scale: float, score: str, reduce: str = "sum"
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    start: int,
+    scale: float,
+    score: str,
+    query_weights: torch.Tensor | None = None,
+    reduce: str = "sum",
 ) -> torch.Tensor:
     """Scores of all tokens for all KV heads, in float64.
 
     q: [rows, num_q_heads, head_dim], the queries at positions ``start .. start + rows - 1``, after RoPE.
     k, v: [start + rows, num_kv_heads, head_dim], the tokens at positions ``0 .. start + rows - 1``.
     scale: factor of the logits, usually ``head_dim ** -0.5``. score: one of ``config.SCORES``.
+    query_weights: [rows, num_q_heads], what each query's scores are multiplied with; None for 1.
     Returns [num_kv_heads, start + rows]: with reduce "sum" summed over queries and averaged over the query heads of a KV
     head, with "max" the largest over both.
     """
@@ -69,6 +78,8 @@ def score_tokens(
         head = q_head // group
         z, weights, o = attention(q[:, q_head], k[:, head], v[:, head], start=start, scale=scale)
         scores = pair_scores(z, weights, o, v[:, head], score)
+        if query_weights is not None:
+            scores = scores * query_weights[:, q_head, None].double()
         if reduce == "max":
             result[head] = torch.maximum(result[head], scores.amax(0))
         else:

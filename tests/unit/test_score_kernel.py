@@ -123,6 +123,8 @@ else:
             def table(values: list[int]) -> torch.Tensor:
                 return torch.tensor(values, dtype=index_dtype).to(DEVICE)
 
+            # [rows, query heads], what their scores are multiplied with.
+            self.query_weights: torch.Tensor | None = None
             self.tables = PagedContexts(
                 q_indptr=table(self.bounds.tolist()),
                 starts=table([each.start for each in contexts]),
@@ -164,6 +166,8 @@ else:
                 for head, (z, weights) in enumerate(self.attention[number]):
                     own = head // self.group
                     pairs = pair(z, weights, o[rows, head].double(), self.v[number][:, own], score)
+                    if self.query_weights is not None:
+                        pairs = pairs * self.query_weights[rows, head, None]
                     visible = slice(0, pairs.shape[1])
                     if reduce == "max":
                         scores[own, visible] = torch.maximum(scores[own, visible], pairs.amax(0))
@@ -189,6 +193,7 @@ else:
                 o=self.o.to(DEVICE) if needs_outputs(score) else None,
                 lse=None if lse is None else lse.to(DEVICE),
                 lse_base=lse_base or "2",
+                query_weights=None if self.query_weights is None else self.query_weights.to(DEVICE),
                 reduce=reduce,
                 accumulate=before is not None,
             )
@@ -293,6 +298,13 @@ else:
         batch = Batch(RAGGED)
         for base in ("2", "e", None):
             batch.check(score, lse_base=base)
+
+    @pytest.mark.parametrize("lse_base", ["2", "e", None])
+    @pytest.mark.parametrize("score", ["obcache-v", "obcache-k", "obcache-kv"])
+    def test_queries_of_different_weight(score: str, lse_base: str | None) -> None:
+        batch = Batch(RAGGED)
+        batch.query_weights = torch.logspace(-2, 2, batch.lse.numel()).view(batch.lse.T.shape).T
+        batch.check(score, lse_base=lse_base)
 
     def test_lse_by_head_and_row() -> None:
         """As FlashAttention gives it, [heads, rows]."""

@@ -7,7 +7,7 @@ import torch
 
 from obcache_sglang.config import SCORES
 from obcache_sglang.scoring import ops
-from obcache_sglang.scoring.ops import accumulate_scores
+from obcache_sglang.scoring.ops import accumulate_scores, relative_error_weights
 from obcache_sglang.scoring.reference import attention, score_tokens
 
 HEAD_DIM = 16
@@ -60,7 +60,14 @@ def exact_outputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int)
 
 
 def assert_agrees(
-    actual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, score: str, reduce: str = "sum"
+    actual: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: int,
+    score: str,
+    reduce: str = "sum",
+    query_weights: torch.Tensor | None = None,
 ) -> None:
     """Within float32 noise of the float64 reference, token by token, for the first tokens that actual has.
 
@@ -69,7 +76,7 @@ def assert_agrees(
     terms that cancel. bfloat16 inputs are exact in float32; only PyTorch's flash attention, from which a CPU has the log-sum-exps and
     the sums of attention and obcache-v, takes an exponential for them that is off by 5e-5, up to three times in a score.
     """
-    expected = score_tokens(q, k, v, start=start, scale=SCALE, score=score, reduce=reduce)
+    expected = score_tokens(q, k, v, start=start, scale=SCALE, score=score, query_weights=query_weights, reduce=reduce)
     by_flash_attention = score in ("attention", "obcache-v")
     tolerance = (2e-4 if by_flash_attention and q.dtype == torch.bfloat16 else 5e-5) * expected
     if score in ("obcache-k", "obcache-kv"):
@@ -78,6 +85,8 @@ def assert_agrees(
             v_head = v[:, q_head // group].double()
             z, weights, o = attention(q[:, q_head].double(), k[:, q_head // group].double(), v_head, start=start, scale=SCALE)
             norms = v_head.square().sum(-1) + o.square().sum(-1, keepdim=True)
+            if query_weights is not None:
+                norms *= query_weights[:, q_head, None]
             tolerance[q_head // group] += 1e-6 * ((weights * (1 + z.abs())).square() * norms).sum(0) / group
     excess = (actual - expected[:, : actual.shape[1]]).abs() / tolerance[:, : actual.shape[1]].clamp_min(1e-30)
     assert excess.max() <= 1, f"error is {excess.max():.2f} times the tolerance at [head, token] {excess.argmax().item()}"
@@ -192,6 +201,35 @@ def test_log_sum_exps_the_caller_has(score: str, num_scored: int) -> None:
     torch.testing.assert_close(doubled, factor * scores, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("given", ["nothing", "lse", "outputs", "both"])
+@pytest.mark.parametrize("score", SCORES[1:])
+def test_queries_of_different_weight(score: str, given: str) -> None:
+    q, k, v, start = make_qkv(129, 63)
+    query_weights = torch.logspace(-2, 2, 63 * 6).view(6, 63).T
+    z = torch.einsum("ihd,jhd->ihj", SCALE * q.double(), k.double().repeat_interleave(3, 1))
+    unseen = torch.ones(63, 129, dtype=torch.bool).triu_(start + 1)
+    known = {
+        "lse": z.masked_fill_(unseen[:, None], float("-inf")).logsumexp(-1).float() if given in ("lse", "both") else None,
+        "o": exact_outputs(q, k, v, start).float() if given in ("outputs", "both") else None,
+    }
+    scores = torch.zeros(2, 129)
+    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, query_weights=query_weights, **known)
+    assert_agrees(scores, q, k, v, start, score, query_weights=query_weights)
+
+
+def test_relative_errors_are_shares_of_what_the_layer_gives() -> None:
+    """Of errors as large as the outputs themselves, weighted, each query's are 1 over its heads, and go by their gains."""
+    torch.manual_seed(0)
+    o, gains = torch.randn(9, 6, HEAD_DIM).bfloat16() * torch.logspace(-3, 3, 9)[:, None, None], torch.rand(6) + 0.1
+    weights = relative_error_weights(o, gains)
+    assert weights.shape == (9, 6) and weights.dtype == torch.float32
+    torch.testing.assert_close((weights * o.float().square().sum(-1)).sum(-1), torch.ones(9))
+    torch.testing.assert_close(weights / weights[:, :1], (gains / gains[0]).expand(9, 6))
+    torch.testing.assert_close(relative_error_weights(o, 7 * gains), weights)
+    torch.testing.assert_close(relative_error_weights(o), relative_error_weights(o, torch.ones(6)))
+    assert relative_error_weights(torch.zeros(1, 6, HEAD_DIM), gains).isfinite().all()
+
+
 def test_queries_of_another_dtype_than_the_cache() -> None:
     q, k, v, start = make_qkv(129, 63)
     k, v = k.bfloat16(), v.bfloat16()
@@ -223,6 +261,8 @@ def test_a_token_with_all_the_attention(score: str) -> None:
         ({"v": torch.zeros(40, 1, HEAD_DIM)}, "do not fit"),
         ({"o": torch.zeros(9, 2, HEAD_DIM)}, r"o \[9, 2, 16\] must have the shape of q, \[9, 6, 16\]"),
         ({"lse": torch.zeros(6, 9)}, r"lse is \[6, 9\] torch.float32; it must be float32 \[9, 6\]"),
+        ({"query_weights": torch.ones(9, 6)}, "query_weights are for the obcache scores"),
+        ({"query_weights": torch.ones(9, 2), "score": "obcache-v"}, r"query_weights is \[9, 2\] torch.float32; .* \[9, 6\]"),
         ({"scores": torch.zeros(3, 40)}, r"scores is \[3, 40\] torch.float32; it must be float32 \[2, tokens\]"),
         ({"scores": torch.zeros(2, 40, dtype=torch.bfloat16)}, "must be float32"),
         ({"reduce": "mean"}, "reduce 'mean' of score 'attention' is unknown; choose sum, or max with attention"),
@@ -235,6 +275,8 @@ def test_a_token_with_all_the_attention(score: str) -> None:
         "v-shape",
         "o-shape",
         "lse-shape",
+        "weights-of-attention",
+        "weights-shape",
         "scores-heads",
         "scores-dtype",
         "reduce",
