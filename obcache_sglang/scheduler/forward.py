@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from obcache_sglang.cells import KeptTokens, KVSpace
-from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, LayerScores
-from obcache_sglang.scoring.ops import accumulate_scores_in_slots
-from obcache_sglang.scoring.selection import keep_across_heads, keep_counts, keep_per_head, rank_positions, static_scores
+from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, joined
+from obcache_sglang.scoring.ops import accumulate_scores_in_slots, relative_error_weights
+from obcache_sglang.scoring.selection import (
+    effective_window,
+    keep_across_heads,
+    keep_counts,
+    keep_per_head,
+    rank_positions,
+    static_scores,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -53,7 +60,7 @@ class ForwardPlan:
 
     accumulate: scores the tokens in slots of the pool; as `scoring.ops.accumulate_scores_in_slots`. space: where the heads of
     uneven contexts lie; None where the pool cannot hold such. attends_uneven_heads: whether the attention backends read them.
-    head_profile, lanes: for budget profile; which KV heads of a layer this rank has. serial: of the current forward.
+    head_gains: of `head_gains.head_gains`. head_profile, lanes: for budget profile; which KV heads of a layer this rank has. serial: of the current forward.
     mean_over_ranks: averages a tensor over the ranks that share a layer's KV heads; None with one rank. row_lse: [rows, query heads]
     float32, the natural log-sum-exps of the attention call that ended last, from a backend that gives them.
     """
@@ -63,8 +70,10 @@ class ForwardPlan:
         kv_pool: MHATokenToKVPool,
         req_to_token_pool: ReqToTokenPool,
         accumulate: Callable[..., None] = accumulate_scores_in_slots,
+        head_gains: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
         self._accumulate = accumulate
+        self._head_gains = head_gains or {}
         self.kv_pool = kv_pool
         self.req_to_token_pool = req_to_token_pool
         self.space = KVSpace.of(kv_pool)
@@ -154,17 +163,14 @@ class ForwardPlan:
         if not rows.last:
             job.scores[layer.layer_id] = scores
             return
-        scores = scores.joined(job.earlier.get(layer.layer_id), settings.reduce)
-        tokens = scores.tokens
+        tokens = joined(scores, job.earlier.get(layer.layer_id), settings.reduce)
         if settings.heads == "shared":
             tokens = tokens.mean(0, keepdim=True)
             tokens = (self.mean_over_ranks(tokens) if self.mean_over_ranks else tokens).expand(layer.tp_k_head_num, -1)
-        if settings.budget == "global" and settings.normalization == "layer" and settings.score != "attention":
-            tokens = tokens / scores.output_sq.clamp_min(torch.finfo(torch.float32).tiny)
         ranked = rank_positions(
             tokens,
             context.num_slots,
-            window=settings.window,
+            window=settings.kept_window,
             sink_tokens=settings.sink_tokens,
             pooling=settings.pooling,
             kernel_size=settings.kernel_size,
@@ -190,21 +196,22 @@ class ForwardPlan:
 
     def _score_layer(
         self, rows: ScoringRows, q: torch.Tensor, output: torch.Tensor, lse: torch.Tensor | None, layer: RadixAttention
-    ) -> LayerScores:
-        """The scores of this layer from all queries so far, this forward's included."""
+    ) -> torch.Tensor:
+        """The scores [num_kv_heads, L] float32 of this layer from all queries so far, this forward's included."""
         job, context, settings = rows.job, rows.job.context, rows.job.context.settings
         if not job.scores_context:
             seed = int(context.id[:8], 16) + layer.layer_id
-            tokens = static_scores(settings.method, layer.tp_k_head_num, context.num_tokens, seed, q.device)
-            return LayerScores(tokens, torch.ones((), device=q.device))
+            return static_scores(settings.method, layer.tp_k_head_num, context.num_tokens, seed, q.device)
         scores = job.scores.pop(layer.layer_id, None)
         if scores is None:
-            tokens = torch.zeros(layer.tp_k_head_num, context.num_tokens, dtype=torch.float32, device=q.device)
-            scores = LayerScores(tokens, torch.zeros((), device=q.device))
+            scores = torch.zeros(layer.tp_k_head_num, context.num_tokens, dtype=torch.float32, device=q.device)
         scoring = slice(rows.first_row, rows.first_row + rows.num_rows)
         outputs = output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[scoring]
         lse = None if lse is None else lse[scoring]
-        visible, scored, start = rows.slots, scores.tokens, rows.first_position
+        query_weights = None
+        if settings.budget == "global" and settings.normalization == "layer" and settings.score != "attention":
+            query_weights = relative_error_weights(outputs, self._head_gains.get(layer.layer_id))
+        visible, scored, start = rows.slots, scores, rows.first_position
         if settings.preset == "kvzip" and job.replay is not None:
             # Its queries see the sinks, the chunk they repeat and each other, and score the chunk.
             chunk, num_sinks = slice(job.replay.first, job.replay.last), min(settings.sink_tokens, job.replay.first)
@@ -222,12 +229,11 @@ class ForwardPlan:
             score=settings.score,
             o=outputs,
             lse=lse,
+            query_weights=query_weights,
             reduce=settings.reduce,
         )
-        if scored is not scores.tokens:
-            scores.tokens[:, chunk] = scored[:, num_sinks:]
-        if settings.budget == "global":
-            scores.output_sq += outputs.float().square().sum()
+        if scored is not scores:
+            scores[:, chunk] = scored[:, num_sinks:]
         return scores
 
     def _keep_evenly(self, rows: ScoringRows, ranked: torch.Tensor, layer: RadixAttention) -> None:
@@ -253,7 +259,8 @@ class ForwardPlan:
         job, context, settings = rows.job, rows.job.context, rows.job.context.settings
         if job.counts is None:
             assert self.head_profile is not None
-            floor = min(context.num_slots, settings.sink_tokens + job.window)
+            window = effective_window(settings.kept_window, context.num_slots, settings.shrinks_window)
+            floor = min(context.num_slots, settings.sink_tokens + window)
             job.counts = self.head_profile.counts(context.num_tokens, context.num_slots, floor, self.lanes)
         first_head = len(job.chosen) * len(ranked)
         chosen = keep_counts(ranked, job.counts[first_head : first_head + len(ranked)])

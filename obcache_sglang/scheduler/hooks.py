@@ -26,6 +26,7 @@ from obcache_sglang.metrics import Metrics
 from obcache_sglang.profile import HeadProfile
 from obcache_sglang.scheduler.contexts import FIRST_VIRTUAL_ID
 from obcache_sglang.scheduler.forward import ForwardPlan, score_after
+from obcache_sglang.scheduler.head_gains import head_gains
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.requests import REPORT_KEY
 from obcache_sglang.scoring.ops import accumulate_scores_in_slots
@@ -110,7 +111,12 @@ def after_init_attention_backends(result: None, model_runner: Any, *args: Any, *
     global _plan, _overlay
     if model_runner.is_draft_worker:
         return
-    _plan = ForwardPlan(model_runner.token_to_kv_pool, model_runner.req_to_token_pool, _scoring(model_runner))
+    _plan = ForwardPlan(
+        model_runner.token_to_kv_pool,
+        model_runner.req_to_token_pool,
+        _scoring(model_runner),
+        head_gains(model_runner.model, model_runner.dtype),
+    )
     backends = {id(b): b for b in (model_runner.attn_backend, model_runner.decode_attn_backend) if b is not None}.values()
     _overlay = overlay = _head_overlay(_plan, model_runner)
     for backend in backends:
@@ -457,6 +463,22 @@ SCHEDULER_TOUCHES: tuple[Touch, ...] = (
         "call",
         "new K and V, where our attention is the only one",
         ("layer", "loc_info", "cache_k", "cache_v"),
+    ),
+    *(
+        _use(f"sglang.srt.models.{module}.{name}Attention", "read", "attn, and the gains of o_proj: scores across layers")
+        for module, name in (
+            ("llama", "Llama"),
+            ("qwen2", "Qwen2"),
+            ("qwen3", "Qwen3"),
+            ("qwen2_moe", "Qwen2Moe"),
+            ("qwen3_moe", "Qwen3Moe"),
+        )
+    ),
+    _use(
+        "sglang.srt.layers.quantization.base_config.LinearMethodBase.apply",
+        "call",
+        "unit vectors through o_proj",
+        ("layer", "x", "bias"),
     ),
     _use("sglang.srt.mem_cache.memory_pool.KVWriteLoc", "call", "where new K and V go", ("loc", "swa_loc")),
     _use(

@@ -169,19 +169,11 @@ class ContextReq(Req):
                 super().init_next_round_input(tree_cache, cow_mamba)
 
 
-@dataclass
-class LayerScores:
-    """What a layer's queries have said so far. tokens: [num_kv_heads, L] float32; output_sq: sum of their outputs' squared norms."""
-
-    tokens: torch.Tensor
-    output_sq: torch.Tensor
-
-    def joined(self, earlier: LayerScores | None, reduce: str) -> LayerScores:
-        """With what earlier queries said. reduce: sum | max, as in `accumulate_scores`."""
-        if earlier is None:
-            return self
-        join = torch.maximum if reduce == "max" else torch.add
-        return LayerScores(join(self.tokens, earlier.tokens), self.output_sq + earlier.output_sq)
+def joined(scores: torch.Tensor, earlier: torch.Tensor | None, reduce: str) -> torch.Tensor:
+    """A layer's scores from two sets of queries. reduce: sum | max, as in `accumulate_scores`."""
+    if earlier is None:
+        return scores
+    return torch.maximum(scores, earlier) if reduce == "max" else scores + earlier
 
 
 class CompressionJob(Req):
@@ -214,7 +206,7 @@ class CompressionJob(Req):
         self.replay: ReplayPass | None = None
         self.passes = list(passes)
         self.unattended = False
-        self.earlier: dict[int, LayerScores] = {}
+        self.earlier: dict[int, torch.Tensor] = {}
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_cached_tokens: int | None = None
@@ -222,7 +214,7 @@ class CompressionJob(Req):
         if isinstance(like, CompressionJob):
             self.replay, *self.passes = like.passes
             reduce = context.settings.reduce
-            self.earlier = {layer: scores.joined(like.earlier.get(layer), reduce) for layer, scores in like.scores.items()}
+            self.earlier = {layer: joined(scores, like.earlier.get(layer), reduce) for layer, scores in like.scores.items()}
             self.unattended = like.unattended
             self.started_at, self.earlier_seconds = like.started_at, like.scoring_seconds
             self.first_cached_tokens = like.context_cached_tokens
@@ -253,7 +245,7 @@ class CompressionJob(Req):
         self.error: str | None = None
         self.slots: torch.Tensor | None = None
         self.pass_started_at = time.perf_counter()
-        self.scores: dict[int, LayerScores] = {}
+        self.scores: dict[int, torch.Tensor] = {}
         self.ranked: list[torch.Tensor] = []
         self.chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.counts: list[int] | None = None

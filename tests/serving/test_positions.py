@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
 from obcache_sglang.config import CompressionSettings
 from obcache_sglang.scoring.reference import attention, score_tokens
@@ -112,22 +115,25 @@ def test_a_window_that_spans_two_chunks_scores_as_one(
 
 
 @pytest.mark.parametrize("score", ["attention", "obcache-v", "obcache-kv"])
-def test_a_global_budget_is_a_plain_sort_of_all_heads(server: Server, layers: list[Layer], score: str) -> None:
-    """In float64: pooled scores, relative to their layer's mean squared output, the window first, and the best of the rest."""
+def test_a_global_budget_is_a_plain_sort_of_all_heads(server: Server, layers: list[Layer], model_dir: Path, score: str) -> None:
+    """In float64: pooled scores, each query's relative to what its layer gives, the window first, and the best of the rest."""
     window, kernel = 64, 5
     wish = {"preset": "kvpress", "budget": "global", "score": score, "compression_ratio": 0.8}
     ranked = []  # (-score, head of all layers, position)
     start = CONTEXT_LEN - window
     for number, (q, k, v, scale) in enumerate(layers):
-        scores = score_tokens(q[start:], k, v, start=start, scale=scale, score=score)
+        query_weights = None
         if score != "attention":
+            heads = range(q.shape[1])
+            k_double, v_double = k.double().repeat_interleave(3, 1), v.double().repeat_interleave(3, 1)
             outputs = [
-                attention(q[start:, head].double(), k[:, head // 3].double(), v[:, head // 3].double(), start=start, scale=scale)[
-                    2
-                ]
-                for head in range(q.shape[1])
+                attention(q[start:, h].double(), k_double[:, h], v_double[:, h], start=start, scale=scale)[2] for h in heads
             ]
-            scores /= sum(output.square().sum() for output in outputs)
+            # Behind the output projection, the average gain of a head's dimensions for each.
+            gains = output_projection(model_dir, number).view(-1, len(heads), q.shape[2]).square().sum((0, 2))
+            squares = torch.stack([output.square().sum(-1) for output in outputs], dim=1)
+            query_weights = gains / (squares * gains).sum(-1, keepdim=True)
+        scores = score_tokens(q[start:], k, v, start=start, scale=scale, score=score, query_weights=query_weights)
         pooled = F.avg_pool1d(scores[:, :start], kernel, stride=1, padding=kernel // 2)
         for lane, values in enumerate(pooled.tolist()):
             head = number * len(pooled) + lane
@@ -140,3 +146,19 @@ def test_a_global_budget_is_a_plain_sort_of_all_heads(server: Server, layers: li
     assert sum(map(len, kept)) == len(best)
     assert sum(len(ours & theirs) for ours, theirs in zip(kept, wanted, strict=True)) >= 0.994 * len(best)
     assert max(map(len, kept)) > 3 * min(map(len, kept))
+
+
+def output_projection(model_dir: Path, layer: int) -> torch.Tensor:
+    """[hidden, heads * head_dim] in float64, from the checkpoint."""
+    with safe_open(next(model_dir.glob("*.safetensors")), framework="pt") as checkpoint:
+        return checkpoint.get_tensor(f"model.layers.{layer}.self_attn.o_proj.weight").double()
+
+
+@pytest.mark.parametrize(("asked", "recent"), [({}, 8), ({"recent_tokens": 20}, 20), ({"preset": "kvzip"}, 0)], ids=str)
+def test_a_replay_keeps_the_last_tokens_in_every_head(server: Server, asked: dict[str, Any], recent: int) -> None:
+    wish = {"method": "replay", "budget": "global", "compression_ratio": 0.9, "replay_chunk": 300, **asked}
+    heads = [head for layer in kept_by_server(server, **wish) for head in layer]
+    last = [len(head & set(range(CONTEXT_LEN - 100, CONTEXT_LEN))) for head in heads]
+    assert all(head >= {0, 1, 2, 3, *range(CONTEXT_LEN - recent, CONTEXT_LEN)} for head in heads)
+    assert min(last) == recent  # some heads keep no others there
+    assert sum(map(len, heads)) == int(CONTEXT_LEN * 0.1 + 1e-9) * len(heads)

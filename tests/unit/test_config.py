@@ -116,7 +116,7 @@ def test_settings_survive_json_and_identify_themselves():
     different = {CompressionSettings.resolve({"sink_tokens": n}).fingerprint() for n in range(8)}
     assert len(different) == 8
     # Contexts outlive a process: a fingerprint that changes makes every stored one unreachable.
-    assert CompressionSettings().fingerprint() == "219d2b27724e1a01"
+    assert CompressionSettings().fingerprint() == "33b9a504341aa96e"
 
 
 def test_every_setting_has_an_option_and_every_option_a_setting():
@@ -246,10 +246,14 @@ def test_a_head_profile_decides_budgets_unless_told():
     server = settings_from_python({"head_profile": "smollm2-135m", "method": "tova"})
     assert (server.compression.budget, server.compression.heads) == ("profile", "per-head")
     assert server.compression_for({"method": "snapkv"}).budget == "profile"
+    assert server.compression_for({"method": "replay"}).budget == "global"
+    assert server.compression_for({"preset": "kvzip"}).budget == "global"
     assert server.compression_for({"budget": "uniform"}).heads == "shared"
     alone = settings_from_python({"head_profile": "smollm2-135m"}).compression
     assert (alone.method, alone.score, alone.budget, alone.heads) == ("tova", "obcache-v", "profile", "per-head")
     assert settings_from_python({"head_profile": "smollm2-135m", "budget": "global"}).compression.budget == "global"
+    replay = settings_from_python({"head_profile": "smollm2-135m", "method": "replay"})
+    assert (replay.compression.budget, replay.compression_for({"method": "tova"}).budget) == ("global", "profile")
     for without in (
         lambda: settings_from_python({"budget": "profile"}),
         lambda: settings_from_python(True).compression_for({"budget": "profile"}),
@@ -271,6 +275,16 @@ def test_methods_and_presets_have_scores_of_their_own_unless_told():
         "max",
         "sum",
     ]
+
+
+def test_recent_tokens_are_kept_where_no_window_is():
+    kept = {method: CompressionSettings.resolve({"method": method}).kept_window for method in ("snapkv", "tova", "replay")}
+    assert kept == {"snapkv": 64, "tova": 1, "replay": 8}
+    assert CompressionSettings.resolve({"preset": "kvzip"}).kept_window == 0
+    assert CompressionSettings.resolve({"method": "replay", "budget": "adakv"}).kept_window == 0
+    assert CompressionSettings.resolve({"method": "tova", "recent_tokens": 5}).kept_window == 5
+    server = settings_from_python({"method": "replay", "recent_tokens": 30})
+    assert [server.compression_for({"method": m}).recent_tokens for m in ("replay", "tova")] == [30, 0]
 
 
 def test_a_budget_that_was_given_holds_for_every_method():

@@ -68,7 +68,8 @@ else:
         job.reset()
         job.slots = taken[num_tokens : num_tokens + NUM_SLOTS]
         first = CONTEXT if replayed else num_tokens - ROWS
-        plan = ForwardPlan(pool, req_to_token, accumulate)
+        gains = torch.linspace(0.1, 3, KV_HEADS * GROUP, device=DEVICE)
+        plan = ForwardPlan(pool, req_to_token, accumulate, {0: gains, 1: gains.flip(0)})
         plan._rows = [ScoringRows(job, 5, num_tokens - first, first, taken[:num_tokens], last=True)]
         plan._rids = ["job"]
         for layer_id in range(LAYERS):
