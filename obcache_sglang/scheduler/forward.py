@@ -60,9 +60,10 @@ class ForwardPlan:
 
     accumulate: scores the tokens in slots of the pool; as `scoring.ops.accumulate_scores_in_slots`. space: where the heads of
     uneven contexts lie; None where the pool cannot hold such. attends_uneven_heads: whether the attention backends read them.
-    head_gains: of `head_gains.head_gains`. head_profile, lanes: for budget profile; which KV heads of a layer this rank has. serial: of the current forward.
-    mean_over_ranks: averages a tensor over the ranks that share a layer's KV heads; None with one rank. row_lse: [rows, query heads]
-    float32, the natural log-sum-exps of the attention call that ended last, from a backend that gives them.
+    head_gains: of `head_gains.head_gains`, for budget global. head_profile, lanes: for budget profile; which KV heads of a layer
+    this rank has. serial: of the current forward. mean_over_ranks: averages a tensor over the ranks that share a layer's KV heads;
+    None with one rank. row_lse: [rows, query heads] float32, the natural log-sum-exps of the attention call that ended last, from
+    a backend that gives them.
     """
 
     def __init__(
