@@ -134,14 +134,17 @@ class CompressionSettings:
             )
 
     @classmethod
-    def resolve(cls, given: Mapping[str, Any]) -> CompressionSettings:
+    def resolve(cls, given: Mapping[str, Any], *, has_profile: bool = False) -> CompressionSettings:
         """Settings from the values really given; the method and preset decide the rest.
 
-        given: any of this class's field names; `window` may be "all". Raises InvalidValue.
+        given: any of this class's field names; `window` may be "all". has_profile: whether there is a head profile, by which budgets
+        are then divided unless told; replay's are not: it measures for itself. Raises InvalidValue.
         """
         preset = given.get("preset", cls.preset)
         # The other presets are forms of SnapKV.
         method = given.get("method", {"default": cls.method, "kvzip": "replay"}.get(preset, "snapkv"))
+        if has_profile and method != "replay":
+            given = {"budget": "profile", **given}
         decided: dict[str, Any] = {"window": 64, "pooling": "none", "kernel_size": 1, "heads": "per-head", "budget": "uniform"}
         decided["score"] = "obcache-k" if method in ("snapkv", "h2o") else "obcache-v"
         if method == "snapkv":
@@ -223,14 +226,6 @@ class CompressionSettings:
         return max(1, int(num_slots * self.adakv_safeguard)) if self.adakv_safeguard else 0
 
 
-def _resolved(given: Mapping[str, Any], *, has_profile: bool) -> CompressionSettings:
-    """`CompressionSettings.resolve`, where a server with a head profile divides by it unless told. Replay measures for itself."""
-    settings = CompressionSettings.resolve(given)
-    if not has_profile or "budget" in given or settings.method == "replay":
-        return settings
-    return CompressionSettings.resolve({**given, "budget": "profile"})
-
-
 @dataclass(frozen=True)
 class ServerSettings:
     """One server's settings: the defaults of its requests, and how it offers compression.
@@ -303,7 +298,11 @@ class ServerSettings:
         values = {name: OPTIONS[name].check(name, value) for name, value in given.items()}
         compression = {name: value for name, value in values.items() if OPTIONS[name].per_request}
         server = {name: value for name, value in values.items() if not OPTIONS[name].per_request}
-        return cls(compression=_resolved(compression, has_profile="head_profile" in server), given=compression, **server)
+        return cls(
+            compression=CompressionSettings.resolve(compression, has_profile="head_profile" in server),
+            given=compression,
+            **server,
+        )
 
     def compression_for(self, overrides: Mapping[str, Any]) -> CompressionSettings:
         """The settings of a request that overrides some. Raises InvalidValue.
@@ -320,7 +319,7 @@ class ServerSettings:
         elif overrides.get("method", self.compression.method) != self.compression.method:
             dropped = _DECIDED_BY_METHOD
         kept = {name: value for name, value in self.given.items() if name not in dropped}
-        return self._check_budget(_resolved({**kept, **overrides}, has_profile=self.head_profile is not None))
+        return self._check_budget(CompressionSettings.resolve({**kept, **overrides}, has_profile=self.head_profile is not None))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for reports."""
