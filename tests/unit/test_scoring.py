@@ -59,6 +59,13 @@ def exact_outputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int)
     )
 
 
+def exact_lse(q: torch.Tensor, k: torch.Tensor, start: int) -> torch.Tensor:
+    """Log-sum-exps [rows, num_q_heads] float32, from float64."""
+    z = torch.einsum("ihd,jhd->ihj", SCALE * q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1))
+    unseen = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).triu_(start + 1)
+    return z.masked_fill_(unseen[:, None], float("-inf")).logsumexp(-1).float()
+
+
 def assert_agrees(
     actual: torch.Tensor,
     q: torch.Tensor,
@@ -190,9 +197,7 @@ def test_outputs_the_caller_has(dtype: torch.dtype, score: str) -> None:
 def test_log_sum_exps_the_caller_has(score: str, num_scored: int) -> None:
     """They give the same scores; and where they are read, they are not computed again: a wrong one shows."""
     q, k, v, start = make_qkv(129, 63)
-    z = torch.einsum("ihd,jhd->ihj", SCALE * q.double(), k.double().repeat_interleave(3, 1))
-    unseen = torch.ones(63, 129, dtype=torch.bool).triu_(start + 1)
-    lse = z.masked_fill_(unseen[:, None], float("-inf")).logsumexp(-1).float()
+    lse = exact_lse(q, k, start)
     scores, doubled = torch.zeros(2, 2, num_scored).unbind()
     accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, lse=lse)
     assert_agrees(scores, q, k, v, start, score)
@@ -206,10 +211,8 @@ def test_log_sum_exps_the_caller_has(score: str, num_scored: int) -> None:
 def test_queries_of_different_weight(score: str, given: str) -> None:
     q, k, v, start = make_qkv(129, 63)
     query_weights = torch.logspace(-2, 2, 63 * 6).view(6, 63).T
-    z = torch.einsum("ihd,jhd->ihj", SCALE * q.double(), k.double().repeat_interleave(3, 1))
-    unseen = torch.ones(63, 129, dtype=torch.bool).triu_(start + 1)
     known = {
-        "lse": z.masked_fill_(unseen[:, None], float("-inf")).logsumexp(-1).float() if given in ("lse", "both") else None,
+        "lse": exact_lse(q, k, start) if given in ("lse", "both") else None,
         "o": exact_outputs(q, k, v, start).float() if given in ("outputs", "both") else None,
     }
     scores = torch.zeros(2, 129)
