@@ -2,9 +2,9 @@
 
 Each text is put into the user's turn of the chat template and scored by replay, as `--obcache-method replay` does it: the model
 re-reads the text, and the queries with which it does score what it reads, divided by the mean squared norm of their layer's outputs
-(not weighted as budget `global` does it: budgets that were measured so kept fewer needles). The highest tokens of all heads of all layers are
-kept, and the share that falls to each head, averaged over the texts, is its share of the profile. No server is needed: the
-model runs in transformers, on the GPU if there is one (in the checkpoint's dtype), else on the CPU (in float32).
+(not weighted as budget `global` does it: budgets that were measured so kept fewer needles). The highest tokens of all heads of
+all layers are kept, and the share that falls to each head, averaged over the texts, is its share of the profile. No server is
+needed: the model runs in transformers, on the GPU if there is one (in the checkpoint's dtype), else on the CPU (in float32).
 
 `--obcache-head-profile auto` calls it before the server starts, once for a model.
 """

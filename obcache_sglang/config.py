@@ -60,8 +60,8 @@ class CompressionSettings:
     preset: `kvpress` protects nothing but the window, and never shrinks it; `default` and `paper` also protect sinks and
         shrink a window that is larger than half of the kept tokens. `kvzip`: KVPress's KVzip, method replay only: a replayed
         chunk's queries share their softmax among the sinks, the chunk in the context and the replay itself.
-    window: number of last context queries that score, and of last positions that are always kept; `EVERY_QUERY` for all (h2o only). streaming ignores it, random
-        only protects that many last tokens.
+    window: number of last context queries that score, and of last positions that are always kept; `EVERY_QUERY` for all (h2o
+        only). streaming ignores it, random only protects that many last tokens.
     pooling, kernel_size: smoothing of the scores over neighbouring positions; kernel_size is odd, and 1 without pooling.
     sink_tokens: first positions that are always kept.
     recent_tokens: last positions that are always kept, where the window is shorter.
