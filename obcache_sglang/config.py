@@ -73,8 +73,9 @@ class CompressionSettings:
     adakv_safeguard: the part of an even share that each head keeps whatever the others score, in [0, 1]; for adakv.
     replay_chunk: context tokens that one replay pass re-reads; method replay only.
     normalization: `layer` divides each query's obcache scores by the squared norm of what the layer's attention gives there, both
-        behind the output projection (`scoring.ops.relative_error_weights`), so that layers and heads can be compared; for global.
-        Attention weights need none.
+        behind the output projection (`scoring.ops.relative_error_weights`), so that layers and heads can be compared, and lets
+        these scores only order a head's tokens: how many it keeps is decided by errors measured so (`scoring.head_budgets`).
+        For global; attention weights need none.
     """
 
     compression_ratio: float = 0.7
@@ -193,6 +194,11 @@ class CompressionSettings:
     def own_queries_score(self) -> bool:
         """Whether the queries of the prefill that makes a context score it (not those of a replay behind it)."""
         return self.needs_queries and self.method != "replay"
+
+    @property
+    def measures_errors(self) -> bool:
+        """Whether a global budget is divided by measured errors, scores only ordering a head's tokens; else by scores alone."""
+        return self.budget == "global" and self.normalization == "layer" and self.score != "attention" and self.needs_queries
 
     @property
     def shrinks_window(self) -> bool:
@@ -541,7 +547,8 @@ COMPRESSION_OPTIONS = (
         "normalization",
         _one_of(NORMALIZATIONS),
         "budget global: layer divides each query's obcache scores by the squared norm of what the layer's attention gives there, both behind "
-        "the output projection, so that layers and heads can be compared. Default: layer.",
+        "the output projection, so that layers and heads can be compared, and divides the budget by errors measured so; none keeps the "
+        "highest raw scores of all. Default: layer.",
         metavar="|".join(NORMALIZATIONS),
     ),
     Option(

@@ -16,6 +16,7 @@ import torch
 
 from obcache_sglang.cells import KeptTokens, KVSpace
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, joined
+from obcache_sglang.scoring.head_budgets import SampledQueries, divide_by_errors, kept_numbers, pruning_errors
 from obcache_sglang.scoring.ops import accumulate_scores_in_slots, relative_error_weights
 from obcache_sglang.scoring.selection import (
     effective_window,
@@ -179,6 +180,8 @@ class ForwardPlan:
         )
         if context.is_uneven and settings.budget == "global":
             job.ranked.append(ranked)
+            if settings.measures_errors:
+                job.errors.append(self._measure_errors(rows, ranked, layer))
             if len(job.ranked) == self.kv_pool.layer_num:
                 self._keep_across_layers(rows)
         elif context.is_uneven and settings.budget == "profile":
@@ -209,9 +212,11 @@ class ForwardPlan:
         scoring = slice(rows.first_row, rows.first_row + rows.num_rows)
         outputs = output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[scoring]
         lse = None if lse is None else lse[scoring]
+        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[scoring]
         query_weights = None
-        if settings.budget == "global" and settings.normalization == "layer" and settings.score != "attention":
+        if settings.measures_errors:
             query_weights = relative_error_weights(outputs, self._head_gains.get(layer.layer_id))
+            self._sample_queries(rows, queries, query_weights, layer)
         visible, scored, start = rows.slots, scores, rows.first_position
         if settings.preset == "kvzip" and job.replay is not None:
             # Its queries see the sinks, the chunk they repeat and each other, and score the chunk.
@@ -221,7 +226,7 @@ class ForwardPlan:
             scored = torch.nn.functional.pad(scored[:, chunk], (num_sinks, 0))
         self._accumulate(
             scored,
-            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[scoring],
+            queries,
             self.kv_pool.get_key_buffer(layer.layer_id),
             self.kv_pool.get_value_buffer(layer.layer_id),
             visible,
@@ -236,6 +241,35 @@ class ForwardPlan:
         if scored is not scores:
             scores[:, chunk] = scored[:, num_sinks:]
         return scores
+
+    def _sample_queries(self, rows: ScoringRows, q: torch.Tensor, weights: torch.Tensor, layer: RadixAttention) -> None:
+        """Takes every so manyth query of these rows, q [num_rows, num_q_heads, head_dim], for `_measure_errors`."""
+        job = rows.job
+        chosen = job.sampled_rows(rows.first_position, rows.num_rows)
+        if chosen.start == chosen.stop:
+            return
+        positions = torch.arange(rows.first_position, rows.first_position + rows.num_rows, device=q.device)[chosen]
+        behind = rows.slots[job.context.num_tokens :]
+        keys, values = (get(layer.layer_id)[behind] for get in (self.kv_pool.get_key_buffer, self.kv_pool.get_value_buffer))
+        sample = SampledQueries.take(
+            q[chosen], positions, weights[chosen], keys, values, context_len=job.context.num_tokens, scale=layer.scaling
+        )
+        job.samples.setdefault(layer.layer_id, []).append(sample)
+
+    def _measure_errors(self, rows: ScoringRows, ranked: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        """What this layer's heads lose for each number of kept tokens, as `pruning_errors`."""
+        job, context = rows.job, rows.job.context
+        # NaN would be first.
+        order = ranked.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+        return pruning_errors(
+            SampledQueries.joined(job.all_samples(layer.layer_id)),
+            order.argsort(dim=-1, descending=True, stable=True),
+            kept_numbers(_fewest_kept(context), context.num_tokens),
+            self.kv_pool.get_key_buffer(layer.layer_id),
+            self.kv_pool.get_value_buffer(layer.layer_id),
+            rows.slots[: context.num_tokens],
+            scale=layer.scaling,
+        )
 
     def _keep_evenly(self, rows: ScoringRows, ranked: torch.Tensor, layer: RadixAttention) -> None:
         """Every head keeps as many tokens: each goes to a slot's own layer and lane, where any attention backend finds it."""
@@ -257,12 +291,11 @@ class ForwardPlan:
 
     def _keep_by_profile(self, rows: ScoringRows, ranked: torch.Tensor) -> None:
         """Budget profile: what each head keeps is known before; a layer's cells begin behind those of the layers before."""
-        job, context, settings = rows.job, rows.job.context, rows.job.context.settings
+        job, context = rows.job, rows.job.context
         if job.counts is None:
             assert self.head_profile is not None
-            window = effective_window(settings.kept_window, context.num_slots, settings.shrinks_window)
-            floor = min(context.num_slots, settings.sink_tokens + window)
-            job.counts = self.head_profile.counts(context.num_tokens, context.num_slots, floor, self.lanes)
+            fewest = _fewest_kept(context)
+            job.counts = self.head_profile.counts(context.num_tokens, context.num_slots, fewest, self.lanes)
         first_head = len(job.chosen) * len(ranked)
         chosen = keep_counts(ranked, job.counts[first_head : first_head + len(ranked)])
         self._copy_cells(rows, *chosen, first_head=first_head, first_cell=sum(job.counts[:first_head]))
@@ -272,8 +305,13 @@ class ForwardPlan:
         """Budget global: all heads of all layers share all cells. Called when the last layer's scores are known."""
         job, num_slots = rows.job, rows.job.context.num_slots
         ranked = torch.cat(job.ranked)
-        job.ranked = []
-        chosen = keep_across_heads(ranked, num_slots * len(ranked))
+        total = num_slots * len(ranked)
+        if job.errors:
+            numbers = kept_numbers(_fewest_kept(job.context), job.context.num_tokens)
+            chosen = keep_counts(ranked, divide_by_errors(torch.cat(job.errors), numbers, total))
+        else:
+            chosen = keep_across_heads(ranked, total)
+        job.ranked, job.errors = [], []
         self._copy_cells(rows, *chosen, first_head=0, first_cell=0)
         job.kept = KeptTokens(*chosen)
 
@@ -299,6 +337,13 @@ class ForwardPlan:
             cells = space.cell_rows(rows.job.slots, first_cell + first, first_cell + min(first + step, num_cells))
             for buffer in (space.k, space.v):
                 buffer.index_copy_(0, cells, buffer.index_select(0, sources))
+
+
+def _fewest_kept(context: Context) -> int:
+    """Tokens that each head keeps at least, where heads keep different numbers: what is always kept, and one."""
+    settings = context.settings
+    window = effective_window(settings.kept_window, context.num_slots, settings.shrinks_window)
+    return min(context.num_slots, max(1, settings.sink_tokens + window))
 
 
 def _copy_tokens(buffer: torch.Tensor, sources: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from obcache_sglang.cells import KeptTokens
 from obcache_sglang.config import EVERY_QUERY, CompressionSettings
 from obcache_sglang.scheduler.contexts import Context, Namespace
 from obcache_sglang.scheduler.replay import ReplayPass
+from obcache_sglang.scoring.head_budgets import SampledQueries, sampled_rows
 from obcache_sglang.scoring.selection import effective_window
 
 if TYPE_CHECKING:
@@ -186,9 +187,10 @@ class CompressionJob(Req):
     last one selects and copies.
 
     unattended: no request waits for it. replay: the pass behind the context, None for the context alone; passes: those still
-    to come. earlier: the scores of the passes before, by layer id; scores: of this prefill, for its chunks to come. ranked: of
-    layers scored to the end whose budget waits for the other layers', in their order; chosen: of layers whose tokens are chosen
-    and copied, (positions, offsets) as in KeptTokens. counts: what each head keeps, with budget profile. kept: all of it, once
+    to come. earlier: the scores of the passes before, by layer id; scores: of this prefill, for its chunks to come. earlier_samples,
+    samples: likewise the queries that errors are measured with. ranked: of layers scored to the end whose budget waits for the
+    other layers', in their order, errors: what was measured there; chosen: of layers whose tokens are chosen and copied,
+    (positions, offsets) as in KeptTokens. counts: what each head keeps, with budget profile. kept: all of it, once
     the last layer is done. first_cached_tokens: of the first of several prefills, None in that one. earlier_tokens: that the
     prefills before it read. pass_started_at: when this one was queued.
     """
@@ -207,6 +209,7 @@ class CompressionJob(Req):
         self.passes = list(passes)
         self.unattended = False
         self.earlier: dict[int, torch.Tensor] = {}
+        self.earlier_samples: dict[int, list[SampledQueries]] = {}
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_cached_tokens: int | None = None
@@ -215,6 +218,7 @@ class CompressionJob(Req):
             self.replay, *self.passes = like.passes
             reduce = context.settings.reduce
             self.earlier = {layer: joined(scores, like.earlier.get(layer), reduce) for layer, scores in like.scores.items()}
+            self.earlier_samples = {layer: like.all_samples(layer) for layer in like.scores}
             self.unattended = like.unattended
             self.started_at, self.earlier_seconds = like.started_at, like.scoring_seconds
             self.first_cached_tokens = like.context_cached_tokens
@@ -246,12 +250,18 @@ class CompressionJob(Req):
         self.slots: torch.Tensor | None = None
         self.pass_started_at = time.perf_counter()
         self.scores: dict[int, torch.Tensor] = {}
+        self.samples: dict[int, list[SampledQueries]] = {}
+        self.errors: list[torch.Tensor] = []
         self.ranked: list[torch.Tensor] = []
         self.chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.counts: list[int] | None = None
         self.kept: KeptTokens | None = None
         self.scoring_seconds = self.earlier_seconds
         self.window = effective_window(settings.window, self.context.num_slots, settings.shrinks_window)
+
+    def all_samples(self, layer_id: int) -> list[SampledQueries]:
+        """The queries of a layer that errors are measured with, those of the passes before first."""
+        return [*self.earlier_samples.get(layer_id, ()), *self.samples.get(layer_id, ())]
 
     @property
     def context_cached_tokens(self) -> int:
@@ -286,6 +296,13 @@ class CompressionJob(Req):
         if not settings.needs_queries:
             return num_tokens - 1
         return 0 if settings.window == EVERY_QUERY else max(0, num_tokens + len(self.context.judges) - self.window)
+
+    def sampled_rows(self, first_position: int, num_rows: int) -> slice:
+        """Of num_rows scoring queries from a position on, those that errors are measured with."""
+        first = first_position - self.first_scoring_position
+        if self.replay is not None:
+            return sampled_rows(self.replay.first + first, num_rows, self.context.num_tokens)
+        return sampled_rows(first, num_rows, len(self.origin_input_ids) - self.first_scoring_position)
 
     def _compute_max_prefix_len(self, input_len: int) -> int:
         return min(super()._compute_max_prefix_len(input_len), self.first_scoring_position)

@@ -85,3 +85,12 @@ def score_tokens(
         else:
             result[head] += scores.sum(0) / group
     return result
+
+
+def pruning_errors(weights: torch.Tensor, v: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """``||o_i - o'_i||^2`` of each query, the error that the scores expand, when only kept tokens are left: [rows].
+
+    weights: [rows, tokens] from :func:`attention`; v: [tokens, head_dim]; kept: bool [tokens], some of which each query sees.
+    """
+    left = weights * kept
+    return (weights @ v - left @ v / left.sum(-1, keepdim=True)).square().sum(-1)

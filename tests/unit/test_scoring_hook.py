@@ -63,7 +63,7 @@ else:
         )
         # A job without SGLang's Req: its fields that the hook reads.
         job = CompressionJob.__new__(CompressionJob)
-        job.context, job.passes, job.earlier, job.earlier_seconds = context, [], {}, 0.0
+        job.context, job.passes, job.earlier, job.earlier_samples, job.earlier_seconds = context, [], {}, {}, 0.0
         job.replay = ReplayPass(array("q", range(PASS)), 30, 60) if replayed else None
         job.reset()
         job.slots = taken[num_tokens : num_tokens + NUM_SLOTS]

@@ -1,0 +1,173 @@
+"""Budget global: how many tokens each head keeps, by the error that removing its others really makes.
+
+A token's OBCache score estimates the error of removing it alone. Where most tokens go, their errors add up or cancel, and the
+softmax is taken over what is left: tens of small scores may stand for no error in one head and for a large one in another. So
+scores only order the tokens of a head. Of some queries the attention output is computed without the tokens that come last in
+this order, for a row of kept numbers, and the kept tokens are divided where they take away most error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+NUM_QUERIES = 64
+"""Queries of a context that errors are measured with, about. Half as many divide as well, measured (README, Results)."""
+
+_GROWTH = 1.25
+"""From one number of kept tokens that is measured to the next."""
+
+_LARGEST_STEP = 4096
+"""Tokens between two such numbers, at most: it bounds the scratch memory."""
+
+_UNSEEN = -1e30
+"""Logit of a token that the query cannot see: finite, so that a step of such tokens has a log-sum-exp, of no weight."""
+
+
+@dataclass(frozen=True)
+class SampledQueries:
+    """Some queries of one layer, and what they see behind the context.
+
+    q: [queries, num_q_heads, head_dim], any float dtype, after RoPE. positions: [queries] int64, the last position that each sees.
+    weights: [queries, num_q_heads] float32, what a squared error counts, as of `ops.relative_error_weights`.
+    lse, output: of attention to the tokens behind the context alone, [num_kv_heads, group, queries, 1] and
+        [num_kv_heads, group, queries, head_dim] float32; group = num_q_heads / num_kv_heads.
+    """
+
+    q: torch.Tensor
+    positions: torch.Tensor
+    weights: torch.Tensor
+    lse: torch.Tensor
+    output: torch.Tensor
+
+    @classmethod
+    def take(
+        cls,
+        q: torch.Tensor,
+        positions: torch.Tensor,
+        weights: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        context_len: int,
+        scale: float,
+    ) -> SampledQueries:
+        """Copies q and weights. keys, values: [tokens, num_kv_heads, head_dim], of the positions from context_len on."""
+        tokens = torch.arange(context_len, context_len + len(keys), device=q.device).expand(keys.shape[1], -1)
+        behind = _attend(q, positions, keys.float().transpose(0, 1), values.float().transpose(0, 1), tokens, scale)
+        return cls(q.clone(), positions, weights.clone(), *behind)
+
+    @classmethod
+    def joined(cls, samples: Sequence[SampledQueries]) -> SampledQueries:
+        """The queries of all, of one layer."""
+        dims = {"q": 0, "positions": 0, "weights": 0, "lse": 2, "output": 2}
+        return cls(**{name: torch.cat([getattr(each, name) for each in samples], dim) for name, dim in dims.items()})
+
+
+def sampled_rows(first: int, num_rows: int, num_queries: int) -> slice:
+    """Of num_rows rows, which begin with query `first` of num_queries, those that are sampled: evenly spread over all queries."""
+    stride = max(1, num_queries // NUM_QUERIES)
+    return slice(min(num_rows, -(first + 1) % stride), num_rows, stride)
+
+
+def kept_numbers(fewest: int, context_len: int) -> list[int]:
+    """The numbers of kept tokens for which errors are measured, from fewest >= 1 up to context_len."""
+    numbers = [fewest]
+    while numbers[-1] < context_len:
+        step = min(max(1, math.floor(numbers[-1] * (_GROWTH - 1))), _LARGEST_STEP)
+        numbers.append(min(numbers[-1] + step, context_len))
+    return numbers
+
+
+def pruning_errors(
+    sample: SampledQueries,
+    order: torch.Tensor,
+    numbers: list[int],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """The squared error of each head's output when it keeps only its first tokens: OBCache's objective (arXiv 2510.07651,
+    ``||o_i - o'_i||^2``) for all removed tokens together, where its scores expand it for one.
+
+    order: [num_kv_heads, context_len] int64, the positions of each head from the first that it keeps to the last.
+    numbers: of kept tokens, ascending, the last of them context_len.
+    keys, values: [pool slots, num_kv_heads, head_dim], contiguous, any float dtype; slots: [context_len] where the context lies.
+    scale: factor of the logits.
+
+    What stands behind the context is never removed. Returns [num_kv_heads, len(numbers)] float32: weighted, summed over queries
+    and the query heads of a KV head.
+    """
+    num_kv_heads = len(order)
+    lanes = torch.arange(num_kv_heads, device=order.device)[:, None]
+    lse, output = sample.lse, sample.output
+    outputs = []
+    for first, last in zip([0, *numbers[:-1]], numbers, strict=True):
+        tokens = order[:, first:last]
+        rows = slots[tokens] * num_kv_heads + lanes
+        k, v = (each.view(-1, each.shape[-1]).index_select(0, rows.view(-1)).float() for each in (keys, values))
+        more_lse, more = _attend(sample.q, sample.positions, k.view(*rows.shape, -1), v.view(*rows.shape, -1), tokens, scale)
+        whole = torch.logaddexp(lse, more_lse)
+        output = output * (lse - whole).exp_() + more * (more_lse - whole).exp_()
+        lse = whole
+        outputs.append(output)
+    weights = sample.weights.T.reshape(output.shape[:3])
+    return torch.stack([((each - output).square().sum(-1) * weights).sum((1, 2)) for each in outputs], dim=1)
+
+
+def divide_by_errors(errors: torch.Tensor, numbers: list[int], total: int) -> list[int]:
+    """How many tokens each head keeps, total in all, so that the sum of the errors is small.
+
+    errors: [heads, len(numbers)], with numbers as in `pruning_errors`; a head keeps numbers[0] at least. Between the numbers a
+    head's error is taken as the largest convex curve below what was measured, and the steepest pieces of all curves are taken
+    first: of these curves no other division has a smaller sum. NaN counts as no error.
+
+    Returns the kept tokens of each head. Raises ValueError where total is less than all heads keep at least, or more than all.
+    """
+    if not len(errors) * numbers[0] <= total <= len(errors) * numbers[-1]:
+        raise ValueError(
+            f"total={total} is outside {len(errors) * numbers[0]} .. {len(errors) * numbers[-1]}, what heads can keep"
+        )
+    pieces = []  # (slope, head, tokens)
+    for head, measured in enumerate(errors.double().nan_to_num().tolist()):
+        curve: list[tuple[int, float]] = []
+        for point in zip(numbers, measured, strict=True):
+            while len(curve) > 1 and _slope(curve[-2], curve[-1]) >= _slope(curve[-2], point):
+                curve.pop()
+            curve.append(point)
+        pieces += [(_slope(*ends), head, ends[1][0] - ends[0][0]) for ends in pairwise(curve)]
+    counts = [numbers[0]] * len(errors)
+    left = total - sum(counts)
+    for _, head, tokens in sorted(pieces, key=lambda piece: piece[0]):  # stable: a curve's pieces stay in order
+        taken = min(tokens, left)
+        counts[head] += taken
+        left -= taken
+    return counts
+
+
+def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
+    return (end[1] - start[1]) / (end[0] - start[0])
+
+
+def _attend(
+    q: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to keys and values [num_kv_heads, tokens, head_dim] float32 at positions `tokens` [num_kv_heads, tokens].
+
+    Returns log-sum-exps and outputs, of the shapes in `SampledQueries`; log-sum-exps of very little where a query sees none.
+    """
+    num_kv_heads, num_queries = len(keys), len(q)
+    group = q.shape[1] // num_kv_heads
+    queries = (q.float() * scale).transpose(0, 1).reshape(num_kv_heads, group * num_queries, q.shape[-1])
+    logits = queries @ keys.transpose(1, 2)
+    unseen = tokens[:, None, None] > positions[:, None]
+    logits.view(num_kv_heads, group, num_queries, keys.shape[1]).masked_fill_(unseen, _UNSEEN)
+    lse = logits.logsumexp(-1, keepdim=True)
+    output = logits.sub_(lse).exp_() @ values
+    return lse.view(num_kv_heads, group, num_queries, 1), output.view(num_kv_heads, group, num_queries, q.shape[-1])
