@@ -268,7 +268,6 @@ class ForwardPlan:
             self.kv_pool.get_key_buffer(layer.layer_id),
             self.kv_pool.get_value_buffer(layer.layer_id),
             rows.slots[: context.num_tokens],
-            scale=layer.scaling,
         )
 
     def _keep_evenly(self, rows: ScoringRows, ranked: torch.Tensor, layer: RadixAttention) -> None:

@@ -30,12 +30,12 @@ _UNSEEN = -1e30
 
 @dataclass(frozen=True)
 class SampledQueries:
-    """Some queries of one layer, and what they see behind the context.
+    """Some queries of one layer, and what they see behind the context. group = num_q_heads / num_kv_heads.
 
-    q: [queries, num_q_heads, head_dim], any float dtype, after RoPE. positions: [queries] int64, the last position that each sees.
-    weights: [queries, num_q_heads] float32, what a squared error counts, as of `ops.relative_error_weights`.
-    lse, output: of attention to the tokens behind the context alone, [num_kv_heads, group, queries, 1] and
-        [num_kv_heads, group, queries, head_dim] float32; group = num_q_heads / num_kv_heads.
+    q: [num_kv_heads, group, queries, head_dim] float32, after RoPE and times the scale of the logits.
+    positions: [queries] int64, the last position that each sees.
+    weights: [num_kv_heads, group, queries] float32, what a squared error counts, as of `ops.relative_error_weights`.
+    lse, output: of attention to the tokens behind the context alone: log-sum-exps [num_kv_heads, group, queries, 1], outputs as q.
     """
 
     q: torch.Tensor
@@ -56,15 +56,21 @@ class SampledQueries:
         context_len: int,
         scale: float,
     ) -> SampledQueries:
-        """Copies q and weights. keys, values: [tokens, num_kv_heads, head_dim], of the positions from context_len on."""
-        tokens = torch.arange(context_len, context_len + len(keys), device=q.device).expand(keys.shape[1], -1)
-        behind = _attend(q, positions, keys.float().transpose(0, 1), values.float().transpose(0, 1), tokens, scale)
-        return cls(q.clone(), positions, weights.clone(), *behind)
+        """Copies the queries.
+
+        q: [queries, num_q_heads, head_dim], any float dtype; weights: [queries, num_q_heads] float32.
+        keys, values: [tokens, num_kv_heads, head_dim], any float dtype, of the positions from context_len on.
+        """
+        num_kv_heads = keys.shape[1]
+        tokens = torch.arange(context_len, context_len + len(keys), device=q.device).expand(num_kv_heads, -1)
+        queries = (q.float() * scale).transpose(0, 1).unflatten(0, (num_kv_heads, -1)).contiguous()
+        behind = _attend(queries, positions, keys.float().transpose(0, 1), values.float().transpose(0, 1), tokens)
+        return cls(queries, positions, weights.T.unflatten(0, (num_kv_heads, -1)).contiguous(), *behind)
 
     @classmethod
     def joined(cls, samples: Sequence[SampledQueries]) -> SampledQueries:
         """The queries of all, of one layer."""
-        dims = {"q": 0, "positions": 0, "weights": 0, "lse": 2, "output": 2}
+        dims = {"q": 2, "positions": 0, "weights": 2, "lse": 2, "output": 2}
         return cls(**{name: torch.cat([getattr(each, name) for each in samples], dim) for name, dim in dims.items()})
 
 
@@ -90,8 +96,6 @@ def pruning_errors(
     keys: torch.Tensor,
     values: torch.Tensor,
     slots: torch.Tensor,
-    *,
-    scale: float,
 ) -> torch.Tensor:
     """The squared error of each head's output when it keeps only its first tokens: OBCache's objective (arXiv 2510.07651,
     ``||o_i - o'_i||^2``) for all removed tokens together, where its scores expand it for one.
@@ -99,26 +103,24 @@ def pruning_errors(
     order: [num_kv_heads, context_len] int64, the positions of each head from the first that it keeps to the last.
     numbers: of kept tokens, ascending, the last of them context_len.
     keys, values: [pool slots, num_kv_heads, head_dim], contiguous, any float dtype; slots: [context_len] where the context lies.
-    scale: factor of the logits.
 
     What stands behind the context is never removed. Returns [num_kv_heads, len(numbers)] float32: weighted, summed over queries
     and the query heads of a KV head.
     """
     num_kv_heads = len(order)
-    lanes = torch.arange(num_kv_heads, device=order.device)[:, None]
+    rows = slots[order] * num_kv_heads + torch.arange(num_kv_heads, device=order.device)[:, None]
     lse, output = sample.lse, sample.output
     outputs = []
     for first, last in zip([0, *numbers[:-1]], numbers, strict=True):
-        tokens = order[:, first:last]
-        rows = slots[tokens] * num_kv_heads + lanes
-        k, v = (each.view(-1, each.shape[-1]).index_select(0, rows.view(-1)).float() for each in (keys, values))
-        more_lse, more = _attend(sample.q, sample.positions, k.view(*rows.shape, -1), v.view(*rows.shape, -1), tokens, scale)
-        whole = torch.logaddexp(lse, more_lse)
-        output = output * (lse - whole).exp_() + more * (more_lse - whole).exp_()
+        some = rows[:, first:last]
+        k, v = (each.view(-1, each.shape[-1]).index_select(0, some.flatten()).float() for each in (keys, values))
+        of_some = _attend(sample.q, sample.positions, k.view(*some.shape, -1), v.view(*some.shape, -1), order[:, first:last])
+        whole = torch.logaddexp(lse, of_some[0])
+        output = output * (lse - whole).exp_() + of_some[1] * (of_some[0] - whole).exp_()
         lse = whole
         outputs.append(output)
-    weights = sample.weights.T.reshape(output.shape[:3])
-    return torch.stack([((each - output).square().sum(-1) * weights).sum((1, 2)) for each in outputs], dim=1)
+    squares = (torch.stack(outputs, dim=1) - output[:, None]).square_().sum(-1)  # [num_kv_heads, numbers, group, queries]
+    return (squares * sample.weights[:, None]).sum((2, 3))
 
 
 def divide_by_errors(errors: torch.Tensor, numbers: list[int], total: int) -> list[int]:
@@ -156,18 +158,15 @@ def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
 
 
 def _attend(
-    q: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor, scale: float
+    q: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to keys and values [num_kv_heads, tokens, head_dim] float32 at positions `tokens` [num_kv_heads, tokens].
+    """Attention of q, as in `SampledQueries`, to keys and values [num_kv_heads, tokens, head_dim] float32.
 
-    Returns log-sum-exps and outputs, of the shapes in `SampledQueries`; log-sum-exps of very little where a query sees none.
+    tokens: [num_kv_heads, tokens], the positions of the keys. Returns log-sum-exps and outputs, of the shapes in
+    `SampledQueries`; log-sum-exps of very little where a query sees none.
     """
-    num_kv_heads, num_queries = len(keys), len(q)
-    group = q.shape[1] // num_kv_heads
-    queries = (q.float() * scale).transpose(0, 1).reshape(num_kv_heads, group * num_queries, q.shape[-1])
-    logits = queries @ keys.transpose(1, 2)
-    unseen = tokens[:, None, None] > positions[:, None]
-    logits.view(num_kv_heads, group, num_queries, keys.shape[1]).masked_fill_(unseen, _UNSEEN)
+    logits = (q.flatten(1, 2) @ keys.transpose(1, 2)).view(*q.shape[:3], tokens.shape[1])
+    logits.masked_fill_(tokens[:, None, None] > positions[:, None], _UNSEEN)
     lse = logits.logsumexp(-1, keepdim=True)
-    output = logits.sub_(lse).exp_() @ values
-    return lse.view(num_kv_heads, group, num_queries, 1), output.view(num_kv_heads, group, num_queries, q.shape[-1])
+    output = logits.sub_(lse).exp_().flatten(1, 2) @ values
+    return lse, output.view(q.shape)

@@ -37,7 +37,7 @@ def test_errors_are_those_of_the_pruned_attention(positions: list[int], dtype: t
         )
         for some in (slice(0, 1), slice(1, None))
     ]
-    errors = pruning_errors(SampledQueries.joined(samples), order, numbers, keys, values, slots[:CONTEXT], scale=0.25)
+    errors = pruning_errors(SampledQueries.joined(samples), order, numbers, keys, values, slots[:CONTEXT])
     expected = torch.zeros(KV_HEADS, len(numbers), dtype=torch.float64)
     for row, position in enumerate(positions):
         for head in range(KV_HEADS * GROUP):
@@ -60,7 +60,7 @@ def test_a_query_that_is_left_with_nothing_spoils_no_error() -> None:
     none = keys[:0]
     sample = SampledQueries.take(q, torch.tensor([3]), torch.ones(1, 1), none, none, context_len=8, scale=0.25)
     order = torch.arange(7, -1, -1)[None]
-    errors = pruning_errors(sample, order, list(range(1, 9)), keys, values, torch.arange(8), scale=0.25)
+    errors = pruning_errors(sample, order, list(range(1, 9)), keys, values, torch.arange(8))
     assert errors.isfinite().all() and errors[0, -1] == 0 and (errors[0, :4] > 0).all()
 
 
