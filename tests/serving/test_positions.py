@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from obcache_sglang.config import CompressionSettings
-from obcache_sglang.scoring.head_budgets import divide_by_errors, kept_numbers
+from obcache_sglang.scoring.head_budgets import divide_by_errors, kept_numbers, sampled_rows
 from obcache_sglang.scoring.reference import attention, pruning_errors, score_tokens
 from obcache_sglang.server import Server
 from tests.serving.client import generate, report
@@ -122,7 +122,7 @@ def test_a_global_budget_keeps_what_its_definition_says(server: Server, layers: 
     window, kernel = 64, 5
     wish = {"preset": "kvpress", "budget": "global", "score": score, "compression_ratio": 0.8}
     start, total = CONTEXT_LEN - window, int(CONTEXT_LEN * 0.2 + 1e-9) * len(layers) * layers[0][1].shape[1]
-    numbers = kept_numbers(window, CONTEXT_LEN)
+    numbers, sampled = kept_numbers(window, CONTEXT_LEN), sampled_rows(0, window, window)
     ranked, errors = [], []
     for number, (q, k, v, scale) in enumerate(layers):
         num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
@@ -145,7 +145,7 @@ def test_a_global_budget_keeps_what_its_definition_says(server: Server, layers: 
                 kept = torch.zeros(CONTEXT_LEN, dtype=torch.bool)
                 kept[order[:count]] = True
                 of_heads = [
-                    (pruning_errors(seen[h][1], v[:, head], kept) * query_weights[:, h]).sum()
+                    (pruning_errors(seen[h][1], v[:, head], kept) * query_weights[:, h])[sampled].sum()
                     for h in range(head * group, (head + 1) * group)
                 ]
                 lost.append(torch.stack(of_heads).sum())

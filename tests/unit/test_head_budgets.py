@@ -72,7 +72,7 @@ def test_as_many_queries_are_sampled_in_chunks_of_any_length(num_queries: int, c
     sampled = [some[sampled_rows(int(some[0]), len(some), num_queries)] for some in sampled]
     whole = queries[sampled_rows(0, num_queries, num_queries)]
     assert torch.equal(torch.cat(sampled), whole)
-    assert min(num_queries, 64) <= len(whole) < 128 and len(whole.diff().unique()) <= 1
+    assert min(num_queries, 32) <= len(whole) < 64 and len(whole.diff().unique()) <= 1
 
 
 def test_numbers_grow_to_the_context() -> None:
