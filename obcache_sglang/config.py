@@ -73,9 +73,9 @@ class CompressionSettings:
     adakv_safeguard: the part of an even share that each head keeps whatever the others score, in [0, 1]; for adakv.
     replay_chunk: context tokens that one replay pass re-reads; method replay only.
     normalization: `layer` divides each query's obcache scores by the squared norm of what the layer's attention gives there, both
-        behind the output projection (`scoring.ops.relative_error_weights`), so that layers and heads can be compared, and lets
-        these scores only order a head's tokens: how many it keeps is decided by errors measured so (`scoring.head_budgets`).
-        For global; attention weights need none.
+        behind the output projection (`scoring.ops.relative_error_weights`), so that layers and heads can be compared. A replay's
+        only order a head's tokens then: how many it keeps is decided by errors measured so (`scoring.head_budgets`). For global;
+        attention weights need none.
     """
 
     compression_ratio: float = 0.7
@@ -196,9 +196,17 @@ class CompressionSettings:
         return self.needs_queries and self.method != "replay"
 
     @property
+    def weighs_queries(self) -> bool:
+        """Whether each query's scores are made relative to what its layer gives, so that layers and heads can be compared."""
+        return self.budget == "global" and self.normalization == "layer" and self.score != "attention"
+
+    @property
     def measures_errors(self) -> bool:
-        """Whether a global budget is divided by measured errors, scores only ordering a head's tokens; else by scores alone."""
-        return self.budget == "global" and self.normalization == "layer" and self.score != "attention" and self.needs_queries
+        """Whether a global budget is divided by measured errors, scores only ordering a head's tokens; else by scores alone.
+
+        For replay: errors of the last queries of a context say less of those to come than its scores do, measured.
+        """
+        return self.method == "replay" and self.weighs_queries
 
     @property
     def shrinks_window(self) -> bool:
@@ -547,8 +555,8 @@ COMPRESSION_OPTIONS = (
         "normalization",
         _one_of(NORMALIZATIONS),
         "budget global: layer divides each query's obcache scores by the squared norm of what the layer's attention gives there, both behind "
-        "the output projection, so that layers and heads can be compared, and divides the budget by errors measured so; none keeps the "
-        "highest raw scores of all. Default: layer.",
+        "the output projection, so that layers and heads can be compared, and divides a replay's budget by errors measured so; none keeps "
+        "the highest raw scores of all. Default: layer.",
         metavar="|".join(NORMALIZATIONS),
     ),
     Option(

@@ -16,7 +16,7 @@ import torch
 
 from obcache_sglang.cells import KeptTokens, KVSpace
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, joined
-from obcache_sglang.scoring.head_budgets import SampledQueries, divide_by_errors, kept_numbers, pruning_errors
+from obcache_sglang.scoring.head_budgets import SampledQueries, divide_by_errors, kept_numbers, pruning_errors, sampled_rows
 from obcache_sglang.scoring.ops import accumulate_scores_in_slots, relative_error_weights
 from obcache_sglang.scoring.selection import (
     effective_window,
@@ -214,9 +214,10 @@ class ForwardPlan:
         lse = None if lse is None else lse[scoring]
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[scoring]
         query_weights = None
-        if settings.measures_errors:
+        if settings.weighs_queries:
             query_weights = relative_error_weights(outputs, self._head_gains.get(layer.layer_id))
-            self._sample_queries(rows, queries, query_weights, layer)
+            if settings.measures_errors:
+                self._sample_queries(rows, queries, query_weights, layer)
         visible, scored, start = rows.slots, scores, rows.first_position
         if settings.preset == "kvzip" and job.replay is not None:
             # Its queries see the sinks, the chunk they repeat and each other, and score the chunk.
@@ -243,17 +244,17 @@ class ForwardPlan:
         return scores
 
     def _sample_queries(self, rows: ScoringRows, q: torch.Tensor, weights: torch.Tensor, layer: RadixAttention) -> None:
-        """Takes every so manyth query of these rows, q [num_rows, num_q_heads, head_dim], for `_measure_errors`."""
-        job = rows.job
-        chosen = job.sampled_rows(rows.first_position, rows.num_rows)
+        """Takes some of these rows of a replay, q [num_rows, num_q_heads, head_dim], for `_measure_errors`."""
+        job, num_tokens = rows.job, rows.job.context.num_tokens
+        assert job.replay is not None
+        first = rows.first_position - num_tokens
+        chosen = sampled_rows(job.replay.first + first, rows.num_rows, num_tokens)
         if chosen.start == chosen.stop:
             return
-        positions = torch.arange(rows.first_position, rows.first_position + rows.num_rows, device=q.device)[chosen]
-        behind = rows.slots[job.context.num_tokens :]
+        seen = torch.arange(first + 1, first + rows.num_rows + 1, device=q.device)[chosen]
+        behind = rows.slots[num_tokens:]
         keys, values = (get(layer.layer_id)[behind] for get in (self.kv_pool.get_key_buffer, self.kv_pool.get_value_buffer))
-        sample = SampledQueries.take(
-            q[chosen], positions, weights[chosen], keys, values, context_len=job.context.num_tokens, scale=layer.scaling
-        )
+        sample = SampledQueries.take(q[chosen], weights[chosen], keys, values, seen, layer.scaling)
         job.samples.setdefault(layer.layer_id, []).append(sample)
 
     def _measure_errors(self, rows: ScoringRows, ranked: torch.Tensor, layer: RadixAttention) -> torch.Tensor:

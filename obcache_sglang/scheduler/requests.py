@@ -17,7 +17,7 @@ from obcache_sglang.cells import KeptTokens
 from obcache_sglang.config import EVERY_QUERY, CompressionSettings
 from obcache_sglang.scheduler.contexts import Context, Namespace
 from obcache_sglang.scheduler.replay import ReplayPass
-from obcache_sglang.scoring.head_budgets import SampledQueries, sampled_rows
+from obcache_sglang.scoring.head_budgets import SampledQueries
 from obcache_sglang.scoring.selection import effective_window
 
 if TYPE_CHECKING:
@@ -296,13 +296,6 @@ class CompressionJob(Req):
         if not settings.needs_queries:
             return num_tokens - 1
         return 0 if settings.window == EVERY_QUERY else max(0, num_tokens + len(self.context.judges) - self.window)
-
-    def sampled_rows(self, first_position: int, num_rows: int) -> slice:
-        """Of num_rows scoring queries from a position on, those that errors are measured with."""
-        first = first_position - self.first_scoring_position
-        if self.replay is not None:
-            return sampled_rows(self.replay.first + first, num_rows, self.context.num_tokens)
-        return sampled_rows(first, num_rows, len(self.origin_input_ids) - self.first_scoring_position)
 
     def _compute_max_prefix_len(self, input_len: int) -> int:
         return min(super()._compute_max_prefix_len(input_len), self.first_scoring_position)

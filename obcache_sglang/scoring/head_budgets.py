@@ -1,4 +1,4 @@
-"""Budget global: how many tokens each head keeps, by the error that removing its others really makes.
+"""Budget global of a replay: how many tokens each head keeps, by the error that removing its others really makes.
 
 A token's OBCache score estimates the error of removing it alone. Where most tokens go, their errors add up or cancel, and the
 softmax is taken over what is left: tens of small scores may stand for no error in one head and for a large one in another. So
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
@@ -24,54 +24,40 @@ _GROWTH = 1.25
 _LARGEST_STEP = 4096
 """Tokens between two such numbers, at most: it bounds the scratch memory."""
 
-_UNSEEN = -1e30
-"""Logit of a token that the query cannot see: finite, so that a step of such tokens has a log-sum-exp, of no weight."""
-
 
 @dataclass(frozen=True)
 class SampledQueries:
-    """Some queries of one layer, and what they see behind the context. group = num_q_heads / num_kv_heads.
+    """Some queries of one layer that stand behind a context, and what they see there. group = num_q_heads / num_kv_heads.
 
     q: [num_kv_heads, group, queries, head_dim] float32, after RoPE and times the scale of the logits.
-    positions: [queries] int64, the last position that each sees.
     weights: [num_kv_heads, group, queries] float32, what a squared error counts, as of `ops.relative_error_weights`.
     lse, output: of attention to the tokens behind the context alone: log-sum-exps [num_kv_heads, group, queries, 1], outputs as q.
     """
 
     q: torch.Tensor
-    positions: torch.Tensor
     weights: torch.Tensor
     lse: torch.Tensor
     output: torch.Tensor
 
     @classmethod
     def take(
-        cls,
-        q: torch.Tensor,
-        positions: torch.Tensor,
-        weights: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        context_len: int,
-        scale: float,
+        cls, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, scale: float
     ) -> SampledQueries:
         """Copies the queries.
 
         q: [queries, num_q_heads, head_dim], any float dtype; weights: [queries, num_q_heads] float32.
-        keys, values: [tokens, num_kv_heads, head_dim], any float dtype, of the positions from context_len on.
+        keys, values: [tokens, num_kv_heads, head_dim], any float dtype, of the tokens behind the context.
+        seen: [queries], how many of these each query sees, at least 1. scale: factor of the logits.
         """
-        num_kv_heads = keys.shape[1]
-        tokens = torch.arange(context_len, context_len + len(keys), device=q.device).expand(num_kv_heads, -1)
-        queries = (q.float() * scale).transpose(0, 1).unflatten(0, (num_kv_heads, -1)).contiguous()
-        behind = _attend(queries, positions, keys.float().transpose(0, 1), values.float().transpose(0, 1), tokens)
-        return cls(queries, positions, weights.T.unflatten(0, (num_kv_heads, -1)).contiguous(), *behind)
+        queries = (q.float() * scale).transpose(0, 1).unflatten(0, (keys.shape[1], -1)).contiguous()
+        unseen = torch.arange(len(keys), device=q.device) >= seen[:, None]
+        behind = _attend(queries, keys.float().transpose(0, 1), values.float().transpose(0, 1), unseen)
+        return cls(queries, weights.T.unflatten(0, (keys.shape[1], -1)).contiguous(), *behind)
 
     @classmethod
     def joined(cls, samples: Sequence[SampledQueries]) -> SampledQueries:
         """The queries of all, of one layer."""
-        dims = {"q": 2, "positions": 0, "weights": 2, "lse": 2, "output": 2}
-        return cls(**{name: torch.cat([getattr(each, name) for each in samples], dim) for name, dim in dims.items()})
+        return cls(*(torch.cat([getattr(each, field.name) for each in samples], dim=2) for field in fields(cls)))
 
 
 def sampled_rows(first: int, num_rows: int, num_queries: int) -> slice:
@@ -114,7 +100,7 @@ def pruning_errors(
     for first, last in zip([0, *numbers[:-1]], numbers, strict=True):
         some = rows[:, first:last]
         k, v = (each.view(-1, each.shape[-1]).index_select(0, some.flatten()).float() for each in (keys, values))
-        of_some = _attend(sample.q, sample.positions, k.view(*some.shape, -1), v.view(*some.shape, -1), order[:, first:last])
+        of_some = _attend(sample.q, k.view(*some.shape, -1), v.view(*some.shape, -1))
         whole = torch.logaddexp(lse, of_some[0])
         output = output * (lse - whole).exp_() + of_some[1] * (of_some[0] - whole).exp_()
         lse = whole
@@ -158,15 +144,16 @@ def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
 
 
 def _attend(
-    q: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, unseen: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q, as in `SampledQueries`, to keys and values [num_kv_heads, tokens, head_dim] float32.
 
-    tokens: [num_kv_heads, tokens], the positions of the keys. Returns log-sum-exps and outputs, of the shapes in
-    `SampledQueries`; log-sum-exps of very little where a query sees none.
+    unseen: bool [queries, tokens], which tokens a query cannot see, never all. Returns log-sum-exps and outputs, of the shapes in
+    `SampledQueries`.
     """
-    logits = (q.flatten(1, 2) @ keys.transpose(1, 2)).view(*q.shape[:3], tokens.shape[1])
-    logits.masked_fill_(tokens[:, None, None] > positions[:, None], _UNSEEN)
+    logits = (q.flatten(1, 2) @ keys.transpose(1, 2)).view(*q.shape[:3], keys.shape[1])
+    if unseen is not None:
+        logits.masked_fill_(unseen, float("-inf"))
     lse = logits.logsumexp(-1, keepdim=True)
     output = logits.sub_(lse).exp_().flatten(1, 2) @ values
     return lse, output.view(q.shape)

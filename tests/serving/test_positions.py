@@ -24,12 +24,13 @@ from tests.unit.test_kvpress import (
     kept_by_kvpress,
     kept_by_us,
     layers,
+    replays,
     run_model,
     run_name,
     share_in_common,
 )
 
-__all__ = ["layers", "run_model"]  # fixtures
+__all__ = ["layers", "replays", "run_model"]  # fixtures
 
 
 def kept_by_server(server: Server, *, token_ids: list[int] = FIXTURE["token_ids"], **settings: Any) -> list[list[set[int]]]:
@@ -116,52 +117,91 @@ def test_a_window_that_spans_two_chunks_scores_as_one(
 
 
 @pytest.mark.parametrize("score", ["attention", "obcache-v", "obcache-kv"])
-def test_a_global_budget_keeps_what_its_definition_says(server: Server, layers: list[Layer], model_dir: Path, score: str) -> None:
-    """In float64. The window first; behind it the best pooled scores of all heads, or with OBCache's scores, each query's relative
-    to what its layer gives, the best of each head, as many as its measured errors say."""
+def test_a_global_budget_is_a_plain_sort_of_all_heads(server: Server, layers: list[Layer], model_dir: Path, score: str) -> None:
+    """In float64: pooled scores, each query's relative to what its layer gives, the window first, and the best of the rest."""
     window, kernel = 64, 5
     wish = {"preset": "kvpress", "budget": "global", "score": score, "compression_ratio": 0.8}
-    start, total = CONTEXT_LEN - window, int(CONTEXT_LEN * 0.2 + 1e-9) * len(layers) * layers[0][1].shape[1]
-    numbers, sampled = kept_numbers(window, CONTEXT_LEN), sampled_rows(0, window, window)
-    ranked, errors = [], []
+    ranked = []  # (-score, head of all layers, position)
+    start = CONTEXT_LEN - window
     for number, (q, k, v, scale) in enumerate(layers):
-        num_heads, group = q.shape[1], q.shape[1] // k.shape[1]
-        k, v = k.double(), v.double()
-        seen = [
-            attention(q[start:, h].double(), k[:, h // group], v[:, h // group], start=start, scale=scale)
-            for h in range(num_heads)
-        ]
-        # Behind the output projection, the average gain of a head's dimensions for each.
-        gains = output_projection(model_dir, number).view(-1, num_heads, q.shape[2]).square().sum((0, 2))
-        squares = torch.stack([output.square().sum(-1) for _, _, output in seen], dim=1)
-        query_weights = gains / (squares * gains).sum(-1, keepdim=True)
-        given = None if score == "attention" else query_weights
-        scores = score_tokens(q[start:], k, v, start=start, scale=scale, score=score, query_weights=given)
+        query_weights = None
+        if score != "attention":
+            heads = range(q.shape[1])
+            k_double, v_double = k.double().repeat_interleave(3, 1), v.double().repeat_interleave(3, 1)
+            outputs = [
+                attention(q[start:, h].double(), k_double[:, h], v_double[:, h], start=start, scale=scale)[2] for h in heads
+            ]
+            query_weights = relative(torch.stack(outputs, dim=1), output_projection(model_dir, number))
+        scores = score_tokens(q[start:], k, v, start=start, scale=scale, score=score, query_weights=query_weights)
         pooled = F.avg_pool1d(scores[:, :start], kernel, stride=1, padding=kernel // 2)
-        ranked += F.pad(pooled, (0, window), value=torch.inf)
-        for head, ranks in enumerate(ranked[-len(pooled) :]):
-            order, lost = ranks.argsort(descending=True, stable=True), []
-            for count in numbers:
-                kept = torch.zeros(CONTEXT_LEN, dtype=torch.bool)
-                kept[order[:count]] = True
-                of_heads = [
-                    (pruning_errors(seen[h][1], v[:, head], kept) * query_weights[:, h])[sampled].sum()
-                    for h in range(head * group, (head + 1) * group)
-                ]
-                lost.append(torch.stack(of_heads).sum())
-            errors.append(torch.stack(lost))
-    if score == "attention":
-        best = torch.stack(ranked).flatten().argsort(descending=True, stable=True)[:total].tolist()
-        wanted = [{place % CONTEXT_LEN for place in best if place // CONTEXT_LEN == head} for head in range(len(ranked))]
-    else:
-        counts = divide_by_errors(torch.stack(errors), numbers, total)
-        wanted = [
-            set(ranks.argsort(descending=True, stable=True)[:count].tolist()) for ranks, count in zip(ranked, counts, strict=True)
-        ]
-    kept_heads = [head for layer in kept_by_server(server, **wish) for head in layer]
+        for lane, values in enumerate(pooled.tolist()):
+            head = number * len(pooled) + lane
+            ranked += [(-value, head, position) for position, value in enumerate(values)]
+            ranked += [(float("-inf"), head, position) for position in range(start, CONTEXT_LEN)]
+    num_heads = len(layers) * layers[0][1].shape[1]
+    best = sorted(ranked)[: int(CONTEXT_LEN * 0.2 + 1e-9) * num_heads]
+    wanted = [{position for _, head, position in best if head == number} for number in range(num_heads)]
+    kept = [head for layer in kept_by_server(server, **wish) for head in layer]
+    assert sum(map(len, kept)) == len(best)
+    assert sum(len(ours & theirs) for ours, theirs in zip(kept, wanted, strict=True)) >= 0.994 * len(best)
+    assert max(map(len, kept)) > 3 * min(map(len, kept))
+
+
+@pytest.mark.parametrize(("score", "ratio"), [("obcache-v", 0.9), pytest.param("obcache-kv", 0.7, marks=pytest.mark.long)])
+def test_a_replay_divides_its_global_budget_by_measured_errors(
+    server: Server, replays: dict[int, list[list[Layer]]], model_dir: Path, score: str, ratio: float
+) -> None:
+    """In float64: each head keeps the best tokens of its own, as many as take away most error of some queries of all passes."""
+    run = KVZIP_RUNS["0.8-300"]
+    token_ids, passes = FIXTURE["kvzip"]["token_ids"], replays[300]
+    num_tokens, num_layers, num_lanes = len(token_ids), len(passes[0]), passes[0][0][1].shape[1]
+    total = int(num_tokens * (1 - ratio)) * num_layers * num_lanes
+    numbers = kept_numbers(4 + 8, num_tokens)
+    orders, errors = [], []
+    for number in range(num_layers):
+        projection = output_projection(model_dir, number)
+        scores = torch.zeros(num_lanes, num_tokens, dtype=torch.float64)
+        seen = []  # of each pass: attention weights of the sampled queries of each head, values, weights of these queries
+        for replay, layers_of_pass in zip(run["passes"], passes, strict=True):
+            q, k, v, scale = layers_of_pass[number]
+            group, k, v = q.shape[1] // num_lanes, k.double(), v.double()
+            attended = [
+                attention(q[:, h].double(), k[:, h // group], v[:, h // group], start=num_tokens, scale=scale)
+                for h in range(q.shape[1])
+            ]
+            query_weights = relative(torch.stack([output for _, _, output in attended], dim=1), projection)
+            scores += score_tokens(q, k, v, start=num_tokens, scale=scale, score=score, query_weights=query_weights)[
+                :, :num_tokens
+            ]
+            rows = sampled_rows(replay["first"], len(q), num_tokens)
+            seen.append(([weights[rows] for _, weights, _ in attended], v, query_weights[rows]))
+        scores[:, :4] = scores[:, -8:] = torch.inf
+        for lane, order in enumerate(scores.argsort(dim=-1, descending=True, stable=True)):
+            orders.append(order.tolist())
+            lost = torch.zeros(len(numbers), dtype=torch.float64)
+            for column, count in enumerate(numbers):
+                for weights, v, query_weights in seen:
+                    kept = torch.ones(len(v), dtype=torch.bool)
+                    kept[order[count:]] = False
+                    for h in range(lane * group, (lane + 1) * group):
+                        lost[column] += (pruning_errors(weights[h], v[:, lane], kept) * query_weights[:, h]).sum()
+            errors.append(lost)
+    counts = divide_by_errors(torch.stack(errors), numbers, total)
+    wish = {"method": "replay", "budget": "global", "score": score, "compression_ratio": ratio, "replay_chunk": 300}
+    kept_heads = [head for layer in kept_by_server(server, token_ids=token_ids, **wish) for head in layer]
     assert sum(map(len, kept_heads)) == total
+    wanted = [set(order[:count]) for order, count in zip(orders, counts, strict=True)]
     assert sum(len(ours & theirs) for ours, theirs in zip(kept_heads, wanted, strict=True)) >= 0.994 * total
-    assert max(map(len, kept_heads)) > 3 * min(map(len, kept_heads))
+    assert max(counts) > 10 * min(counts)
+
+
+def relative(outputs: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """Weights [queries, heads] of squared errors of outputs [queries, heads, head_dim], relative to all that their layer gives.
+
+    Behind the output projection [hidden, heads * head_dim], with the average gain of a head's dimensions for each.
+    """
+    gains = projection.view(-1, outputs.shape[1], outputs.shape[2]).square().sum((0, 2))
+    return gains / (outputs.square().sum(-1) * gains).sum(-1, keepdim=True)
 
 
 def output_projection(model_dir: Path, layer: int) -> torch.Tensor:
