@@ -16,7 +16,7 @@ import triton.language as tl
 
 from obcache_sglang.gpu.paged_contexts import PagedCache, PagedContexts, load_tokens, num_tokens
 from obcache_sglang.gpu.score_lse import MAX_REGISTERS, row_lse
-from obcache_sglang.scoring.ops import check_query_weights, check_statistic
+from obcache_sglang.scoring.ops import check_query_weights, check_statistic, weighted_lse
 
 # Multiplied with this, a log-sum-exp becomes one to base 2.
 LSE_BASES = {"2": 1.0, "e": math.log2(math.e)}
@@ -91,9 +91,7 @@ def score_tokens_paged(
     elif lse.dtype != torch.float32 or lse.shape != (num_rows, num_q_heads):
         raise ValueError(f"lse is {list(lse.shape)} {lse.dtype}; it must be float32 [{num_rows}, {num_q_heads}]")
     check_query_weights(query_weights, q, score)
-    if query_weights is not None:
-        # The scores are quadratic in the attention weights, and a log-sum-exp divides those.
-        lse = lse - query_weights.log2() / (2 * LSE_BASES[lse_base])
+    lse = weighted_lse(lse, query_weights, lse_base)
     o_sq = None
     if not needs_outputs(score):
         o = None

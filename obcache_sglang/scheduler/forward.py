@@ -19,6 +19,7 @@ from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, joined
 from obcache_sglang.scoring.head_budgets import SampledQueries, divide_by_errors, kept_numbers, pruning_errors, sampled_rows
 from obcache_sglang.scoring.ops import accumulate_scores_in_slots, relative_error_weights
 from obcache_sglang.scoring.selection import (
+    comparable,
     effective_window,
     keep_across_heads,
     keep_counts,
@@ -260,11 +261,9 @@ class ForwardPlan:
     def _measure_errors(self, rows: ScoringRows, ranked: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
         """What this layer's heads lose for each number of kept tokens, as `pruning_errors`."""
         job, context = rows.job, rows.job.context
-        # NaN would be first.
-        order = ranked.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
         return pruning_errors(
             SampledQueries.joined(job.all_samples(layer.layer_id)),
-            order.argsort(dim=-1, descending=True, stable=True),
+            comparable(ranked).argsort(dim=-1, descending=True, stable=True),
             kept_numbers(_fewest_kept(context), context.num_tokens),
             self.kv_pool.get_key_buffer(layer.layer_id),
             self.kv_pool.get_value_buffer(layer.layer_id),

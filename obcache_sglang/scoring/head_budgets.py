@@ -15,6 +15,8 @@ from itertools import pairwise
 
 import torch
 
+from obcache_sglang.cpu.sdpa import merge_attention
+
 NUM_QUERIES = 32
 """Queries of a context that errors are measured with, about. Four times as many divide no better (README, Results)."""
 
@@ -31,13 +33,13 @@ class SampledQueries:
 
     q: [num_kv_heads, group, queries, head_dim] float32, after RoPE and times the scale of the logits.
     weights: [num_kv_heads, group, queries] float32, what a squared error counts, as of `ops.relative_error_weights`.
-    lse, output: of attention to the tokens behind the context alone: log-sum-exps [num_kv_heads, group, queries, 1], outputs as q.
+    output, lse: of attention to the tokens behind the context alone: outputs as q, log-sum-exps [num_kv_heads, group, queries].
     """
 
     q: torch.Tensor
     weights: torch.Tensor
-    lse: torch.Tensor
     output: torch.Tensor
+    lse: torch.Tensor
 
     @classmethod
     def take(
@@ -95,15 +97,13 @@ def pruning_errors(
     """
     num_kv_heads = len(order)
     rows = slots[order] * num_kv_heads + torch.arange(num_kv_heads, device=order.device)[:, None]
-    lse, output = sample.lse, sample.output
+    output, lse = sample.output, sample.lse
     outputs = []
     for first, last in zip([0, *numbers[:-1]], numbers, strict=True):
         some = rows[:, first:last]
         k, v = (each.view(-1, each.shape[-1]).index_select(0, some.flatten()).float() for each in (keys, values))
         of_some = _attend(sample.q, k.view(*some.shape, -1), v.view(*some.shape, -1))
-        whole = torch.logaddexp(lse, of_some[0])
-        output = output * (lse - whole).exp_() + of_some[1] * (of_some[0] - whole).exp_()
-        lse = whole
+        output, lse = merge_attention(output, lse, *of_some)
         outputs.append(output)
     squares = (torch.stack(outputs, dim=1) - output[:, None]).square_().sum(-1)  # [num_kv_heads, numbers, group, queries]
     return (squares * sample.weights[:, None]).sum((2, 3))
@@ -148,12 +148,12 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q, as in `SampledQueries`, to keys and values [num_kv_heads, tokens, head_dim] float32.
 
-    unseen: bool [queries, tokens], which tokens a query cannot see, never all. Returns log-sum-exps and outputs, of the shapes in
+    unseen: bool [queries, tokens], which tokens a query cannot see, never all. Returns outputs and log-sum-exps, of the shapes in
     `SampledQueries`.
     """
     logits = (q.flatten(1, 2) @ keys.transpose(1, 2)).view(*q.shape[:3], keys.shape[1])
     if unseen is not None:
         logits.masked_fill_(unseen, float("-inf"))
-    lse = logits.logsumexp(-1, keepdim=True)
-    output = logits.sub_(lse).exp_().flatten(1, 2) @ values
-    return lse, output.view(q.shape)
+    lse = logits.logsumexp(-1)
+    output = logits.sub_(lse[..., None]).exp_().flatten(1, 2) @ values
+    return output.view(q.shape), lse

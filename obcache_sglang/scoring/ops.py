@@ -102,7 +102,7 @@ def accumulate_scores(
         if reduce == "max":
             _accumulate_weight_maxima(scores, q, k, start, scale, lse)
         else:
-            _accumulate_weight_sums(scores, q, k, v, start, scale, score, _weighted(lse, query_weights))
+            _accumulate_weight_sums(scores, q, k, v, start, scale, score, weighted_lse(lse, query_weights))
         return
     group = num_q_heads // num_kv_heads
     tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * _row_stride(num_tokens))))
@@ -244,9 +244,13 @@ def relative_error_weights(o: torch.Tensor, head_gains: torch.Tensor | None = No
     return gains / (squares @ gains).clamp_min_(torch.finfo(torch.float32).tiny)[:, None]
 
 
-def _weighted(lse: torch.Tensor, query_weights: torch.Tensor | None) -> torch.Tensor:
-    """Natural log-sum-exps whose weights, squared, are query_weights times as large."""
-    return lse if query_weights is None else lse - query_weights.log() / 2
+def weighted_lse(lse: torch.Tensor, query_weights: torch.Tensor | None, base: str = "e") -> torch.Tensor:
+    """Log-sum-exps to a base, "2" or "e", whose attention weights, squared, are query_weights times as large.
+
+    With them the obcache scores, which are quadratic in the attention weights, are so many times as large.
+    """
+    log = torch.log2 if base == "2" else torch.log
+    return lse if query_weights is None else lse - log(query_weights) / 2
 
 
 def accumulate_scores_in_slots(

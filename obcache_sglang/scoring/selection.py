@@ -82,7 +82,7 @@ def keep_per_head(ranked: torch.Tensor, num_slots: int) -> torch.Tensor:
     """
     num_kv_heads, context_len = ranked.shape
     _check("num_slots", num_slots, 1, context_len, "the tokens of the context")
-    keep = _highest(_comparable(ranked), num_slots)
+    keep = _highest(comparable(ranked), num_slots)
     return torch.nonzero_static(keep, size=num_kv_heads * num_slots)[:, 1].view(num_kv_heads, num_slots)
 
 
@@ -101,7 +101,7 @@ def keep_across_heads(ranked: torch.Tensor, total: int, *, safe_per_head: int = 
     rows, context_len = ranked.shape
     _check("safe_per_head", safe_per_head, 0, context_len, "the tokens of the context")
     _check("total", total, rows * safe_per_head, rows * context_len, "the safeguards and all tokens of all heads")
-    ranked = _comparable(ranked)
+    ranked = comparable(ranked)
     safe = _highest(ranked, safe_per_head)
     others = _highest(ranked.reshape(1, -1), total - rows * safe_per_head, taken=safe.reshape(1, -1))
     keep = safe | others.view(rows, context_len)
@@ -123,7 +123,7 @@ def keep_counts(ranked: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, 
         raise ValueError(f"counts has {len(counts)} values; ranked has {rows} rows")
     for count in counts:
         _check("count", count, 0, context_len, "the tokens of the context")
-    ranked = _comparable(ranked)
+    ranked = comparable(ranked)
     wanted = torch.tensor(counts).to(ranked.device, non_blocking=True).unsqueeze(1)
     # At least one, so that there is a threshold; a row that keeps nothing has no equals either.
     highest = torch.topk(ranked, max(1, *counts), dim=-1).values
@@ -137,7 +137,7 @@ def _check(name: str, value: int, lowest: int, highest: int, bounds: str) -> Non
         raise ValueError(f"{name}={value} is outside {lowest} .. {highest}, {bounds}")
 
 
-def _comparable(ranked: torch.Tensor) -> torch.Tensor:
+def comparable(ranked: torch.Tensor) -> torch.Tensor:
     """ranked with NaN, which compares with nothing, as -inf: it ranks last."""
     return ranked.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
 
