@@ -138,8 +138,8 @@ class KeptTokens:
         counts = [last - first for first, last in pairwise(self.bounds)]
         return [counts[first : first + num_kv_heads] for first in range(0, len(counts), num_kv_heads)]
 
-    def per_head(self, num_kv_heads: int) -> list[list[list[int]]]:
-        """Kept positions per layer and KV head."""
-        positions = self.positions.tolist()
-        heads = [positions[first:last] for first, last in pairwise(self.bounds)]
-        return [heads[first : first + num_kv_heads] for first in range(0, len(heads), num_kv_heads)]
+    def packed_layer(self, layer: int, num_kv_heads: int) -> bytes:
+        """The kept positions of one layer, [kept tokens of all its heads] int32 in this machine's byte order, head by head."""
+        heads = slice(layer * num_kv_heads, (layer + 1) * num_kv_heads + 1)
+        first, *_, last = self.bounds[heads]
+        return self.positions[first:last].cpu().numpy().tobytes()

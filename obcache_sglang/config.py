@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -20,6 +21,14 @@ from obcache_sglang.errors import ConfigError, InvalidValue
 
 SETTINGS_ENV = "OBCACHE_SGLANG_SETTINGS"
 """Environment variable that carries the server's settings, as JSON, from the launcher to every process it starts."""
+
+_SECRET_ENV = "OBCACHE_SGLANG_SECRET"
+
+
+def server_secret() -> bytes:
+    """What context ids cannot be guessed without: 32 random bytes, the same in all processes of a server."""
+    return bytes.fromhex(os.environ[_SECRET_ENV])
+
 
 METHODS = ("snapkv", "h2o", "tova", "replay", "streaming", "random")
 SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
@@ -40,6 +49,25 @@ EVERY_QUERY = 0
 # from that one's own values: a window chosen for snapkv says nothing about tova.
 _DECIDED_BY_METHOD = frozenset({"window", "pooling", "kernel_size", "recent_tokens", "heads"})
 _DECIDED_BY_PRESET = _DECIDED_BY_METHOD | {"sink_tokens"}
+
+# What each number may be, and why no more: a client may send any of them, and none may cost others much or overflow.
+# The longest contexts that models serve today bound what counts tokens.
+_LONGEST_CONTEXT = 1 << 24
+BOUNDS: dict[str, tuple[float, float, str]] = {
+    "window": (1, 8192, "as many queries read the whole context once more"),
+    "kernel_size": (1, 127, "wider smoothing keeps whatever lies near"),
+    "sink_tokens": (0, _LONGEST_CONTEXT, "the longest context"),
+    "recent_tokens": (0, _LONGEST_CONTEXT, "the longest context"),
+    "max_kept_tokens": (1, _LONGEST_CONTEXT, "the longest context"),
+    "replay_chunk": (32, 1 << 20, "each pass reads a prompt of its own: with shorter ones it would read little else"),
+    "context_len": (1, _LONGEST_CONTEXT, "the longest context"),
+    "ttl_seconds": (1, 366 * 86400, "a year"),
+    "wait_seconds": (0, 600, "ten minutes"),
+    "min_tokens": (1, _LONGEST_CONTEXT, "the longest context"),
+    "max_contexts": (1, 1 << 20, "each remembers its tokens"),
+    "max_pinned_slots": (0, 1 << 40, "no pool is larger"),
+}
+"""Lowest and highest value of every number that is not a fraction, and the reason for the highest."""
 
 _REPLAY_RECENT_TOKENS = 8
 """What follows a context stands next to its last tokens, and the queries of a replay do not. Heads to which a global budget gives
@@ -336,10 +364,11 @@ class ServerSettings:
         return self._check_budget(CompressionSettings.resolve({**kept, **overrides}, has_profile=self.head_profile is not None))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe, for reports."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("compression", "given")} | {
-            "compression": self.compression.to_dict()
-        }
+        """JSON-safe, for reports. A marker of the operator's own is not told: documents must not hold it."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("compression", "given")}
+        if self.marker != ServerSettings.marker:
+            shown["marker"] = None
+        return shown | {"compression": self.compression.to_dict()}
 
     def publish(self) -> None:
         """Hands the settings to every process started from this one, in the environment variable `SETTINGS_ENV`."""
@@ -350,6 +379,7 @@ class ServerSettings:
             if getattr(self, option.name) != getattr(defaults, option.name)
         }
         os.environ[SETTINGS_ENV] = json.dumps(server | dict(self.given), sort_keys=True)
+        os.environ[_SECRET_ENV] = secrets.token_hex(32)
 
     @staticmethod
     def from_environment() -> ServerSettings | None:
@@ -402,18 +432,32 @@ def _one_of(choices: Iterable[str]) -> Check:
     return check
 
 
-def _whole_number(minimum: int, what: str, *, optional: bool = False, odd: bool = False, all_word: bool = False) -> Check:
+def _whole_number(what: str, *, optional: bool = False, odd: bool = False, all_word: bool = False) -> Check:
     def check(name: str, value: Any) -> int | None:
         if value is None and optional:
             return None
         if all_word and value in ("all", EVERY_QUERY) and not isinstance(value, bool):
             return EVERY_QUERY
-        allowed = f"{'an odd' if odd else 'a'} whole number, {minimum} or more" + (', or "all"' if all_word else "")
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum or (odd and value % 2 == 0):
-            raise InvalidValue(name, value, f"is not {allowed}: it is {what}.")
-        return value
+        return check_whole_number(name, value, what, odd=odd, all_word=all_word)
 
     return check
+
+
+def check_whole_number(name: str, value: Any, what: str, *, odd: bool = False, all_word: bool = False) -> int:
+    """A whole number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "it is ..."."""
+    lowest, highest, reason = BOUNDS[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest or (odd and value % 2 == 0):
+        allowed = f"{'an odd' if odd else 'a'} whole number from {lowest} to {highest}" + (', or "all"' if all_word else "")
+        raise InvalidValue(name, value, f"is not {allowed} ({reason}): it is {what}.")
+    return value
+
+
+def check_number(name: str, value: Any, what: str) -> float:
+    """A finite number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "it is ..."."""
+    lowest, highest, reason = BOUNDS[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+        raise InvalidValue(name, value, f"is not a number from {lowest} to {highest} ({reason}): it is {what}.")
+    return float(value)
 
 
 def _ratio(name: str, value: Any) -> float:
@@ -488,7 +532,7 @@ COMPRESSION_OPTIONS = (
     ),
     Option(
         "window",
-        _whole_number(1, "the number of last context queries that score", all_word=True),
+        _whole_number("the number of last context queries that score", all_word=True),
         "Number of last context tokens whose queries score, and which are kept; all: every query of the context (h2o only). "
         "Default: 64 (tova: 1; preset paper: 16; none for replay).",
         _number,
@@ -502,21 +546,21 @@ COMPRESSION_OPTIONS = (
     ),
     Option(
         "kernel_size",
-        _whole_number(1, "the number of neighbouring positions pooled", odd=True),
+        _whole_number("the number of neighbouring positions pooled", odd=True),
         "Positions pooled together, an odd number. Default: 5 (preset paper: 7).",
         _number,
         "POSITIONS",
     ),
     Option(
         "sink_tokens",
-        _whole_number(0, "the number of first tokens that are always kept"),
+        _whole_number("the number of first tokens that are always kept"),
         "First tokens of a context that are always kept (attention sinks). Default: 4 (preset kvpress: 0).",
         _number,
         "TOKENS",
     ),
     Option(
         "recent_tokens",
-        _whole_number(0, "the number of last tokens that are always kept"),
+        _whole_number("the number of last tokens that are always kept"),
         f"Last tokens of a context that are always kept, where the window is shorter. Default: {_REPLAY_RECENT_TOKENS} for replay with budget "
         "global (preset kvzip: 0), else 0.",
         _number,
@@ -531,7 +575,7 @@ COMPRESSION_OPTIONS = (
     ),
     Option(
         "max_kept_tokens",
-        _whole_number(1, "the most tokens kept per KV head of one context", optional=True),
+        _whole_number("the most tokens kept per KV head of one context", optional=True),
         "Upper bound of the tokens kept per KV head of one context, beside the ratio. Default: none.",
         _number,
         "TOKENS",
@@ -561,7 +605,7 @@ COMPRESSION_OPTIONS = (
     ),
     Option(
         "replay_chunk",
-        _whole_number(1, "the number of context tokens that one replay pass re-reads"),
+        _whole_number("the number of context tokens that one replay pass re-reads"),
         "method replay: context tokens that one pass re-reads. Default: 2048.",
         _number,
         "TOKENS",
@@ -596,7 +640,7 @@ SERVER_OPTIONS = (
     ),
     Option(
         "min_tokens",
-        _whole_number(1, "the length in tokens from which contexts are compressed"),
+        _whole_number("the length in tokens from which contexts are compressed"),
         "Contexts of fewer tokens are served exactly. Default: 256.",
         _number,
         "TOKENS",
@@ -611,7 +655,7 @@ SERVER_OPTIONS = (
     ),
     Option(
         "max_contexts",
-        _whole_number(1, "the number of compressed contexts remembered at once"),
+        _whole_number("the number of compressed contexts remembered at once"),
         "Compressed contexts remembered at once; the least recently used unpinned one makes room. Default: 1024.",
         _number,
         "CONTEXTS",
@@ -619,7 +663,7 @@ SERVER_OPTIONS = (
     ),
     Option(
         "max_pinned_slots",
-        _whole_number(0, "the number of KV slots that pinned contexts may hold together", optional=True),
+        _whole_number("the number of KV slots that pinned contexts may hold together", optional=True),
         "KV slots that pinned contexts may hold together. Default: half of the pool.",
         _number,
         "SLOTS",

@@ -18,13 +18,15 @@ from obcache_sglang.host import Touch
 CONTROL_PREFIX = "obcache:"
 """Start of the `rid` of a GetInternalStateReq that carries an operation of ours, as JSON."""
 
+_SHORTEST_WAIT_SECONDS = 0.2
+
 _background: set[asyncio.Task[Any]] = set()
 
 
 async def call(tokenizer_manager: Any, operation: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     """Sends one operation to every data-parallel rank; (rank, answer) in order of rank.
 
-    operation: {"op": "status" | "list" | "get" | "delete" | "expire", ...}, JSON-safe.
+    operation: {"op": ...}, JSON-safe, as `CompressionManager.answer` takes it.
     Answers hold `ok`, and where that is false `status_code` and `error`.
     """
     tokenizer_manager.auto_create_handle_loop()
@@ -37,16 +39,36 @@ async def call(tokenizer_manager: Any, operation: dict[str, Any]) -> list[tuple[
     return sorted(((answer.get("dp_rank", index), answer) for index, answer in enumerate(answers)), key=lambda pair: pair[0])
 
 
-def expire_after(tokenizer_manager: Any, seconds: float) -> None:
-    """Lets the schedulers forget what has expired, `seconds` from now; any request or operation before does so too."""
-    loop = asyncio.get_running_loop()
+class ExpiryTimer:
+    """Lets the schedulers delete what has expired, in time: one timer for all contexts of a server.
 
-    def expire() -> None:
-        task = loop.create_task(call(tokenizer_manager, {"op": "expire"}))
+    Any request or operation that comes before does so too.
+    """
+
+    def __init__(self) -> None:
+        self._timer: asyncio.TimerHandle | None = None
+
+    def wake_after(self, tokenizer_manager: Any, seconds: float) -> None:
+        """At the latest `seconds` from now. Called from the event loop."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + seconds
+        if self._timer is not None and not self._timer.cancelled():
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_at(due, self._wake, tokenizer_manager)
+
+    def _wake(self, tokenizer_manager: Any) -> None:
+        self._timer = None
+        task = asyncio.get_running_loop().create_task(self._expire(tokenizer_manager))
         _background.add(task)
         task.add_done_callback(_background.discard)
 
-    loop.call_later(seconds, expire)
+    async def _expire(self, tokenizer_manager: Any) -> None:
+        answers = await call(tokenizer_manager, {"op": "expire"})
+        later = [answer["next"] for _, answer in answers if answer.get("next") is not None]
+        if later:
+            self.wake_after(tokenizer_manager, max(_SHORTEST_WAIT_SECONDS, min(later) - time.time()))
 
 
 TOUCHES = (

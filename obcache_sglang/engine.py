@@ -44,21 +44,23 @@ class Engine(SGLangEngine):
         """
         return self._run(service.compress_context(self.tokenizer_manager, self._serving_chat, body))
 
-    def contexts(self, *, cache_salt: str | None = None) -> list[dict[str, Any]]:
-        """The contexts made under `cache_salt`, or under none."""
-        return self._run(service.list_contexts(self.tokenizer_manager, cache_salt=cache_salt))
+    def contexts(self, caller: service.Caller = service.ANYBODY) -> list[dict[str, Any]]:
+        """The contexts that the caller sees (`service.Caller(cache_salt="...")`; all with `is_operator=True`), by name."""
+        return self._run(service.list_contexts(self.tokenizer_manager, caller))
 
-    def context(self, context_id: str, *, positions: bool = False, cache_salt: str | None = None) -> dict[str, Any]:
+    def context(self, context_id: str, *, positions: bool = False, caller: service.Caller = service.ANYBODY) -> dict[str, Any]:
         """One context, with `positions` the kept ones, `[layer][kv_head][kept]`. Raises ContextNotFound."""
-        return self._run(service.get_context(self.tokenizer_manager, context_id, positions=positions, cache_salt=cache_salt))
+        return self._run(service.get_context(self.tokenizer_manager, context_id, positions=positions, caller=caller))
 
     def delete_context(
-        self, context_id: str, *, cache_salt: str | None = None, wait_seconds: float = service.DELETE_WAIT_SECONDS
+        self,
+        context_id: str,
+        *,
+        caller: service.Caller = service.ANYBODY,
+        wait_seconds: float = service.DELETE_WAIT_SECONDS,
     ) -> str:
         """Deletes a context: "deleted", or "deleting" if it still has readers after `wait_seconds`. Raises ContextNotFound."""
-        return self._run(
-            service.delete_context(self.tokenizer_manager, context_id, cache_salt=cache_salt, wait_seconds=wait_seconds)
-        )
+        return self._run(service.delete_context(self.tokenizer_manager, context_id, caller=caller, wait_seconds=wait_seconds))
 
     def obcache_status(self) -> dict[str, Any]:
         """What `GET /obcache/status` answers: active or not, settings, hooks, counters."""

@@ -12,6 +12,15 @@ Messages say what was given, what is allowed and what to do.
 from __future__ import annotations
 
 
+def shown(value: object) -> str:
+    """A client's value for a message: of any size and kind, at most 200 characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of levels
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 class ObcacheError(Exception):
     """Base of all errors raised by obcache_sglang."""
 
@@ -46,7 +55,7 @@ class InvalidValue(ObcacheError, ValueError):
     """
 
     def __init__(self, name: str, value: object, reason: str) -> None:
-        super().__init__(f"{name}={value!r} {reason}")
+        super().__init__(f"{name}={shown(value)} {reason}")
         self.name = name
         self.value = value
         self.reason = reason

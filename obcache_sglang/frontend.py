@@ -2,26 +2,29 @@
 
 The hooks sit where every prompt passes, whatever endpoint it came from: `_validate_one_request` (before SGLang checks
 lengths) and `_create_tokenized_object` (what is sent to the scheduler). A TokenizerManager without a `Frontend` of its own
-is served as if this package were not there.
+is served as if this package were not there, but for requests that rely on compression: it refuses them.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from obcache_sglang.config import ServerSettings
-from obcache_sglang.control import expire_after
-from obcache_sglang.errors import HostError, RequestError
+from obcache_sglang.control import ExpiryTimer
+from obcache_sglang.errors import HostError, RequestError, shown
 from obcache_sglang.host import Touch
-from obcache_sglang.marker import register_marker
+from obcache_sglang.marker import Marker
 from obcache_sglang.plan import PARAM, Action, make_plan, parse_wish, split_marker
 
 _FRONTEND = "obcache_frontend"  # attribute of a TokenizerManager that serves with compression
+_REFUSED_MARKER = "obcache_refused_marker"  # attribute of one that serves without: what it refuses
 ACTION = "obcache_action"  # attribute of a GenerateReqInput made by POST /obcache/compress
 _PLAN = "obcache_plan"  # attribute of a GenerateReqInput that was sent with a plan
 
@@ -41,12 +44,14 @@ class _Prepared:
 class Frontend:
     """Compression as one TokenizerManager sees it.
 
-    settings: the server's. marker_id: token id of the marker, None where the server has no tokenizer.
+    settings: the server's. marker: None where the server has no tokenizer. vocab_size: the model's; ids of prompts are below it.
     """
 
-    def __init__(self, settings: ServerSettings, marker_id: int | None) -> None:
+    def __init__(self, settings: ServerSettings, marker: Marker | None, vocab_size: int) -> None:
         self.settings = settings
-        self.marker_id = marker_id
+        self.marker = marker
+        self.vocab_size = vocab_size
+        self.expiry = ExpiryTimer()
         self._prepared: _Prepared | None = None
 
     @staticmethod
@@ -54,17 +59,38 @@ class Frontend:
         """The Frontend of a TokenizerManager, or None where it serves without compression."""
         return getattr(tokenizer_manager, _FRONTEND, None)
 
+    @property
+    def marker_id(self) -> int | None:
+        """The marker's token id."""
+        return None if self.marker is None else self.marker.token_id
+
     def prepare(self, request: Any, token_ids: Sequence[int]) -> _Prepared:
         """Takes the marker out of `token_ids` and makes the request's plan. Raises RequestError.
 
         request: a GenerateReqInput of one prompt; not changed. token_ids: as tokenized or given by the client; not changed.
         """
+        check_ids(token_ids, None)
+        given_ids, token_ids = token_ids, token_ids if self.marker is None else self.marker.normalized(token_ids)
         sent_ids, marker_position = split_marker(token_ids, self.marker_id)
+        wish = parse_wish(_own_params(request))
         action: Action = getattr(request, ACTION, "ask")
+        before: tuple[int, ...] = ()
+        if marker_position is not None and action == "ask" and list(sent_ids[:marker_position]) == self._lead:
+            sent_ids = sent_ids if wish.context_id is None else sent_ids[marker_position:]
+            marker_position = 0
+        elif wish.context_id is not None:
+            if marker_position is None and self.marker is not None:
+                raise RequestError(
+                    f'custom_params["{PARAM}"]["context_id"] stands for a document: put the marker where that would stand, before the '
+                    f"question (as a token: {self.marker_id}), so that the question cannot be answered without it."
+                )
+            cut = marker_position or 0
+            before, marker_position, sent_ids = tuple(sent_ids[:cut]), 0, sent_ids[cut:]
         if action == "compress" and marker_position is not None:
             sent_ids, marker_position = sent_ids[:marker_position], None
-        custom_params = request.sampling_params.get("custom_params")
-        wish = parse_wish(custom_params.get(PARAM) if isinstance(custom_params, dict) else None)
+        if len(sent_ids) == 0:
+            raise RequestError("The prompt is empty, its context marker aside: send some text beside it.")
+        check_ids(sent_ids, self.vocab_size)
         plan = make_plan(
             wish,
             num_tokens=len(sent_ids),
@@ -72,10 +98,15 @@ class Frontend:
             server=self.settings,
             action=action,
             exact=_exact_reason(request),
+            before=before,
         )
         if plan is not None:
-            _check_logprobs(request, plan)
-        return _Prepared(token_ids, sent_ids, plan)
+            _check_logprobs(request, plan, asked=wish.asked or marker_position is not None)
+        return _Prepared(given_ids, sent_ids, plan)
+
+    @property
+    def _lead(self) -> list[int]:
+        return [] if self.marker is None else list(self.marker.lead)
 
     def hold(self, prepared: _Prepared) -> None:
         """Keeps a prepared prompt for `take`; SGLang awaits nothing in between."""
@@ -87,6 +118,46 @@ class Frontend:
         if prepared is None or prepared.given_ids is not token_ids:
             prepared = self.prepare(request, token_ids)
         return prepared
+
+
+def check_ids(token_ids: Sequence[int], vocab_size: int | None) -> None:
+    """Raises RequestError for what is no token id of the model: virtual ids of contexts must not come from outside.
+
+    vocab_size: None to check only that they are whole numbers.
+    """
+    try:
+        ids = np.frombuffer(array("q", token_ids), dtype=np.int64)
+    except (TypeError, OverflowError):
+        wrong = next(i for i in token_ids if not isinstance(i, int) or not -(1 << 63) <= i < 1 << 63)
+        raise RequestError(f"{shown(wrong)} among the token ids of the prompt is not a token id.") from None
+    if vocab_size is None or len(ids) == 0:
+        return
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(outside):
+        raise RequestError(f"Token id {outside[0]} is outside [0, {vocab_size}), the vocabulary of the model.")
+
+
+def _own_params(request: Any) -> Any:
+    """custom_params["obcache"] of a request, None where it has none."""
+    params = request.sampling_params
+    custom_params = params.get("custom_params") if isinstance(params, dict) else None
+    return custom_params.get(PARAM) if isinstance(custom_params, dict) else None
+
+
+def _check_texts(request: Any) -> None:
+    """Raises RequestError for texts that are not Unicode: halves of surrogate pairs cannot be encoded on the way to the scheduler."""
+    for name in ("rid", "cache_salt", "extra_key", "session_id"):
+        value = getattr(request, name, None)
+        if isinstance(value, str):
+            check_unicode(name, value)
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Raises RequestError where a text holds half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} is not Unicode text: it holds half of a surrogate pair at {error.start}.") from error
 
 
 def _exact_reason(request: Any) -> str | None:
@@ -103,16 +174,23 @@ def _exact_reason(request: Any) -> str | None:
         return "embedding_overrides"
     if request.multi_item_delimiter_indices is not None or request.token_indices_to_pool is not None:
         return "multi_item_scoring"
+    if request.return_routed_experts or request.return_indexer_topk:
+        return "routed_experts"
     return None
 
 
-def _check_logprobs(request: Any, plan: dict[str, Any]) -> None:
+def _check_logprobs(request: Any, plan: dict[str, Any], *, asked: bool) -> None:
+    """Raises RequestError for input log-probabilities within a context that the client asked for; one that did not is served exactly."""
     start = request.logprob_start_len
-    if plan["exact"] is None and request.return_logprob and 0 <= start < plan["context_len"]:
-        raise RequestError(
-            f"logprob_start_len={start} lies inside the context of {plan['context_len']} tokens, whose log-probabilities are not "
-            f'available: give {plan["context_len"]} or more, or -1 for none, or turn compression off (custom_params={{"{PARAM}": false}}).'
-        )
+    if plan["exact"] is not None or not request.return_logprob or not 0 <= start < plan["context_len"]:
+        return
+    if not asked:
+        plan["exact"] = "input_logprobs"
+        return
+    raise RequestError(
+        f"logprob_start_len={start} lies inside the context of {plan['context_len']} tokens, whose log-probabilities are not "
+        f'available: give {plan["context_len"]} or more, or -1 for none, or turn compression off (custom_params={{"{PARAM}": false}}).'
+    )
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------------------
@@ -121,23 +199,32 @@ def _check_logprobs(request: Any, plan: dict[str, Any]) -> None:
 def _attach(result: None, tokenizer_manager: Any) -> None:
     """After TokenizerManager.init_tokenizer_and_processor: the marker becomes a token, and the manager gets its Frontend."""
     settings = ServerSettings.from_environment()
-    if settings is None:
-        return
     tokenizer = tokenizer_manager.tokenizer
+    if settings is None:
+        marker = None if tokenizer is None else Marker.unregistered(tokenizer, ServerSettings.marker)
+        setattr(tokenizer_manager, _REFUSED_MARKER, marker)
+        return
     try:
-        marker_id = None if tokenizer is None else register_marker(tokenizer, settings.marker)
+        marker = None if tokenizer is None else Marker.register(tokenizer, settings.marker)
     except HostError as error:
         raise SystemExit(f"HostError: {error}") from error
-    setattr(tokenizer_manager, _FRONTEND, Frontend(settings, marker_id))
+    setattr(tokenizer_manager, _FRONTEND, Frontend(settings, marker, tokenizer_manager.model_config.vocab_size))
 
 
 def _validate(original: Callable[..., None], tokenizer_manager: Any, obj: Any, input_ids: list[int] | None) -> None:
     """Around TokenizerManager._validate_one_request: SGLang checks (or truncates) the prompt that the model will read."""
     frontend = Frontend.of(tokenizer_manager)
-    if frontend is None or not isinstance(obj, GenerateReqInput):
+    if frontend is None:
+        _refuse_without_compression(obj, getattr(tokenizer_manager, _REFUSED_MARKER, None))
         original(tokenizer_manager, obj, input_ids)
         return
-    if input_ids is None:
+    _check_texts(obj)
+    if not isinstance(obj, GenerateReqInput):
+        if input_ids is not None:
+            check_ids(input_ids, frontend.vocab_size)
+        original(tokenizer_manager, obj, input_ids)
+        return
+    if input_ids is None or obj.input_embeds is not None:
         _refuse_embeds(obj)
         original(tokenizer_manager, obj, input_ids)
         return
@@ -147,6 +234,24 @@ def _validate(original: Callable[..., None], tokenizer_manager: Any, obj: Any, i
         # SGLang may have truncated the prompt within its context.
         prepared.plan["context_len"] = min(prepared.plan["context_len"], len(prepared.sent_ids))
     frontend.hold(prepared)
+
+
+def _refuse_without_compression(request: Any, marker: Marker | None) -> None:
+    """Raises RequestError for a request that relies on compression, on a server without it: the answer would not be the one asked for."""
+    asks = _own_params(request) not in (None, False)
+    text, token_ids = getattr(request, "text", None), getattr(request, "input_ids", None)
+    if not asks and isinstance(text, str):
+        asks = ServerSettings.marker in text
+    elif not asks and marker is not None and isinstance(token_ids, list):
+        try:
+            asks = marker.is_plain_in(token_ids)
+        except (TypeError, OverflowError):  # no token ids: SGLang's to refuse
+            asks = False
+    if asks:
+        raise RequestError(
+            f'This server was started without --obcache: the marker {ServerSettings.marker} and custom_params["{PARAM}"] have no effect '
+            "here. Start it with --obcache, or leave them out."
+        )
 
 
 def _create(
@@ -160,7 +265,7 @@ def _create(
 ) -> Any:
     """Around TokenizerManager._create_tokenized_object: what goes to the scheduler has no marker and carries the plan."""
     frontend = Frontend.of(tokenizer_manager)
-    if frontend is None or input_ids is None or not isinstance(obj, GenerateReqInput):
+    if frontend is None or input_ids is None or not isinstance(obj, GenerateReqInput) or obj.input_embeds is not None:
         return original(tokenizer_manager, obj, input_text, input_ids, *args, **kwargs)
     prepared = frontend.take(obj, input_ids)
     tokenized = original(tokenizer_manager, obj, input_text, prepared.sent_ids, *args, **kwargs)
@@ -193,17 +298,31 @@ async def _with_report(stream: Any, tokenizer_manager: Any, state: Any, plan: di
             if reports:
                 output["meta_info"][PARAM] = reports[-1]
             if plan["ttl_seconds"] is not None and output["meta_info"]["finish_reason"] is not None:
-                expire_after(tokenizer_manager, plan["ttl_seconds"] + _EXPIRY_MARGIN_SECONDS)
+                frontend = Frontend.of(tokenizer_manager)
+                assert frontend is not None
+                frontend.expiry.wake_after(tokenizer_manager, plan["ttl_seconds"] + _EXPIRY_MARGIN_SECONDS)
             yield output
 
 
+def _no_empty_report(
+    result: None, tokenizer_manager: Any, meta_info: dict[str, Any], state: Any, *args: Any, **kwargs: Any
+) -> None:
+    """After TokenizerManager.update_request_meta_info: a request without a report has none, also beside others that have one.
+
+    SGLang fills up what the requests of a batch do not have with empty lists.
+    """
+    if not state.customized_info_accumulated.get(PARAM, True):
+        del state.customized_info_accumulated[PARAM]
+        state.customized_info_reported_keys.discard(PARAM)
+        meta_info.pop(PARAM, None)
+
+
 def _refuse_embeds(request: Any) -> None:
-    custom_params = (request.sampling_params or {}).get("custom_params")
-    if isinstance(custom_params, dict) and parse_wish(custom_params.get(PARAM)).asked:
+    if parse_wish(_own_params(request)).asked:
         raise RequestError("input_embeds cannot be compressed: a context is known by its tokens; send text or input_ids.")
 
 
-TOUCHES = (
+GUARD_TOUCHES = (
     Touch(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_tokenizer_and_processor",
         "after",
@@ -220,6 +339,11 @@ TOUCHES = (
         "tokenizer",
         _validate,
     ),
+)
+"""Also where compression is off: a request that relies on it is refused there."""
+
+TOUCHES = (
+    *GUARD_TOUCHES,
     Touch(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
         "around",
@@ -237,10 +361,18 @@ TOUCHES = (
         _report,
     ),
     Touch(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
+        "after",
+        "takes away the empty lists that SGLang gives to requests without a report",
+        ("meta_info", "state"),
+        "tokenizer",
+        _no_empty_report,
+    ),
+    Touch(
         "sglang.srt.managers.tokenizer_manager.ReqState",
         "read",
         "customized_info_accumulated: the scheduler's report of a request",
-        ("customized_info_accumulated",),
+        ("customized_info_accumulated", "customized_info_reported_keys"),
         "tokenizer",
     ),
     Touch(
@@ -260,6 +392,12 @@ TOUCHES = (
             "positional_embed_overrides",
             "multi_item_delimiter_indices",
             "token_indices_to_pool",
+            "return_routed_experts",
+            "return_indexer_topk",
+            "cache_salt",
+            "extra_key",
+            "session_id",
+            "input_embeds",
         ),
         "tokenizer",
     ),

@@ -1,12 +1,15 @@
 """The routes under `/obcache` of SGLang's HTTP server.
 
-They are ordinary routes of its app, so they ask for its API key like its own endpoints do. A context made under a
-`cache_salt` is seen only with it: contexts are listed, read and deleted under the salt in the header `X-Cache-Salt` (a header,
-since URLs end up in access logs), or else those without one.
+They are ordinary routes of its app, so they ask for its API keys like its own endpoints do. Who may see what:
+- a context id opens its context: whoever has it may look at the context and delete it, in the namespace it was made in.
+- a name, as lists show it, is for operators: such routes ask for the admin key where one is set, as `/flush_cache` does, and then
+  show all namespaces. Without an admin key they show the caller's own namespace only.
+The namespace is told in the headers `X-Cache-Salt`, `X-Extra-Key` and `X-Lora-Path` (headers, since URLs end up in access logs).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
@@ -14,13 +17,17 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from obcache_sglang import service
-from obcache_sglang.errors import ObcacheError, RequestError
+from obcache_sglang.config import check_number
+from obcache_sglang.errors import InvalidValue, ObcacheError, RequestError, shown
 from obcache_sglang.frontend import Frontend
 from obcache_sglang.host import Touch
 
 SALT_HEADER = "X-Cache-Salt"
+EXTRA_KEY_HEADER = "X-Extra-Key"
+LORA_HEADER = "X-Lora-Path"
 
 
 class _Route(APIRoute):
@@ -44,9 +51,12 @@ def _error(error: Exception, status_code: int) -> JSONResponse:
     return JSONResponse({"error": {"message": str(error)}}, status_code=status_code)
 
 
-def make_router(tokenizer_manager: Any) -> APIRouter:
-    """The routes, for the TokenizerManager of this server."""
+def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
+    """The routes, for the TokenizerManager of this server. has_admin_key: whether it tells operators from clients by a key."""
     router = APIRouter(prefix="/obcache", route_class=_Route)
+
+    def operator(request: Request) -> service.Caller:
+        return service.Caller(is_operator=True) if has_admin_key else _caller(request)
 
     @router.post("/compress")
     async def compress(request: Request) -> Any:
@@ -54,37 +64,57 @@ def make_router(tokenizer_manager: Any) -> APIRouter:
         body = await _json_object(request)
         stream = body.pop("stream", False)
         if not isinstance(stream, bool):
-            raise RequestError(f"stream={stream!r} is not true or false.")
+            raise RequestError(f"stream={shown(stream)} is not true or false.")
         given = (tokenizer_manager, lambda: request.app.state.openai_serving_chat, body, request)
         if not stream:
             return await service.compress_context(*given)
         answers = service.compress_progress(*given)
         # Until the first answer errors are still a status of their own.
-        return StreamingResponse(_events(await anext(answers), answers), media_type="text/event-stream")
+        first = await anext(answers, None)
+        if first is None:  # the client has hung up before there was anything to say
+            return Response(status_code=499)
+        return StreamingResponse(_events(first, answers), media_type="text/event-stream")
 
     @router.get("/contexts")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def list_contexts(request: Request) -> dict[str, Any]:
-        return {"contexts": await service.list_contexts(tokenizer_manager, cache_salt=_salt(request))}
+        return {"contexts": await service.list_contexts(tokenizer_manager, operator(request))}
+
+    @router.get("/contexts/by-name/{name}")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def get_named(name: str, request: Request, positions: bool = False) -> Response:
+        return await _shown(name=name, positions=positions, caller=operator(request))
+
+    @router.delete("/contexts/by-name/{name}")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def delete_named(name: str, request: Request, wait_seconds: float = service.DELETE_WAIT_SECONDS) -> Response:
+        return await _deleted({"name": name}, operator(request), wait_seconds)
 
     @router.get("/contexts/{context_id}")
-    async def get_context(context_id: str, request: Request, positions: bool = False) -> dict[str, Any]:
-        return await service.get_context(tokenizer_manager, context_id, positions=positions, cache_salt=_salt(request))
+    async def get_context(context_id: str, request: Request, positions: bool = False) -> Response:
+        return await _shown(context_id=context_id, positions=positions, caller=_caller(request))
 
     @router.delete("/contexts/{context_id}")
-    async def delete_context(
-        context_id: str, request: Request, response: Response, wait_seconds: float = service.DELETE_WAIT_SECONDS
-    ) -> dict[str, Any]:
-        """200 once it is gone, 202 if it still has readers after `wait_seconds`."""
-        if not 0 <= wait_seconds <= 600:
-            raise RequestError(f"wait_seconds={wait_seconds} is outside [0, 600].")
-        state = await service.delete_context(tokenizer_manager, context_id, cache_salt=_salt(request), wait_seconds=wait_seconds)
-        if state == "deleting":
-            response.status_code = 202
-        return {"id": context_id, "state": state}
+    async def delete_context(context_id: str, request: Request, wait_seconds: float = service.DELETE_WAIT_SECONDS) -> Response:
+        return await _deleted({"context_id": context_id}, _caller(request), wait_seconds)
 
     @router.get("/status")
     async def status() -> dict[str, Any]:
         return await service.status(tokenizer_manager)
+
+    async def _shown(**asked: Any) -> Response:
+        context = await service.get_context(tokenizer_manager, **asked)
+        # Millions of positions take their time, which other clients need not wait for.
+        return Response(await asyncio.to_thread(json.dumps, context), media_type="application/json")
+
+    async def _deleted(asked: dict[str, str], caller: service.Caller, wait_seconds: float) -> Response:
+        """200 once it is gone, 202 if it still has readers after `wait_seconds`."""
+        try:
+            wait_seconds = check_number("wait_seconds", wait_seconds, "how long to wait for the context's readers")
+        except InvalidValue as error:
+            raise RequestError(str(error)) from error
+        state = await service.delete_context(tokenizer_manager, **asked, caller=caller, wait_seconds=wait_seconds)
+        return JSONResponse({**asked, "state": state}, status_code=202 if state == "deleting" else 200)
 
     return router
 
@@ -109,8 +139,9 @@ async def _json_object(request: Request) -> dict[str, Any]:
     return body
 
 
-def _salt(request: Request) -> str | None:
-    return request.headers.get(SALT_HEADER) or None
+def _caller(request: Request) -> service.Caller:
+    header = request.headers.get
+    return service.Caller(header(EXTRA_KEY_HEADER) or None, header(SALT_HEADER) or None, header(LORA_HEADER) or None)
 
 
 def _add_routes(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +149,7 @@ def _add_routes(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: 
     from sglang.srt.entrypoints.http_server import app
 
     if Frontend.of(tokenizer_manager) is not None:
-        app.include_router(make_router(tokenizer_manager))
+        app.include_router(make_router(tokenizer_manager, has_admin_key=bool(server_args.admin_api_key)))
 
 
 TOUCHES = (
@@ -130,6 +161,11 @@ TOUCHES = (
         "launcher",
         _add_routes,
     ),
+    Touch(
+        "sglang.srt.utils.auth.auth_level", "call", "who may list contexts and look at those of others", ("level",), "launcher"
+    ),
+    Touch("sglang.srt.utils.auth.AuthLevel.ADMIN_OPTIONAL", "read", "as /flush_cache", (), "launcher"),
+    Touch("sglang.srt.server_args.ServerArgs", "read", "admin_api_key", (), "launcher"),
     Touch("sglang.srt.entrypoints.http_server.app", "read", "the FastAPI app that gets our routes", (), "launcher"),
     Touch(
         "sglang.srt.entrypoints.http_server.lifespan",

@@ -2,13 +2,117 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from obcache_sglang.errors import HostError
+from obcache_sglang.errors import HostError, RequestError
 
 # Both sides are tried with letters, blanks and line breaks next to the cut, where tokenizers merge or add blanks.
 _LEFT = ("A context ends here.", "line\n\n", "tail ")
 _RIGHT = ("What follows?", "\n\nQuestion: what?", " and so on")
+
+# The marker's text begins and ends within so many tokens of its middle.
+_NEIGHBOURS = 8
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The marker of a server, and the ways in which it comes.
+
+    token_id: its special token. lead: what the tokenizer puts in front of any text (begin-of-text). plain: its text as ordinary tokens,
+    as clients send it that tokenize for themselves; middle: the part of these that does not depend on what stands beside the marker.
+    """
+
+    text: str
+    tokenizer: Any
+    token_id: int | None
+    lead: array[int]
+    plain: array[int]
+    middle: array[int]
+
+    @classmethod
+    def register(cls, tokenizer: Any, text: str) -> Marker:
+        """Makes `text` a special token of `tokenizer`, in place. Raises HostError where it does not cut text cleanly."""
+        plain = _plain(tokenizer, text)
+        token_id = register_marker(tokenizer, text)
+        with_lead = list(tokenizer(text)["input_ids"])
+        return cls(
+            text, tokenizer, token_id, array("q", with_lead[: with_lead.index(token_id)]), plain, _middle(tokenizer, plain)
+        )
+
+    @classmethod
+    def unregistered(cls, tokenizer: Any, text: str) -> Marker:
+        """Of a server without compression: text like any other."""
+        plain = _plain(tokenizer, text)
+        return cls(text, tokenizer, None, array("q"), plain, _middle(tokenizer, plain))
+
+    def is_plain_in(self, token_ids: Sequence[int]) -> bool:
+        """Whether the marker's text stands among ordinary tokens, joined with its neighbours or not."""
+        ids = array("q", token_ids)
+        return any(self.text in self.tokenizer.decode(list(part), skip_special_tokens=False) for part in self._suspects(ids))
+
+    def normalized(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """token_ids with its special token in the place of its ordinary ones; the same object where there is nothing to replace.
+
+        Raises RequestError where the ordinary tokens are joined with what stands beside them, so that no cut would be clean.
+        """
+        if self.token_id is None or not self.is_plain_in(token_ids):
+            return token_ids
+        ids, replaced, last = array("q", token_ids), array("q"), 0
+        for place in _places(ids, self.plain):
+            replaced += ids[last:place]
+            replaced.append(self.token_id)
+            last = place + len(self.plain)
+        replaced += ids[last:]
+        if self.is_plain_in(replaced):
+            raise RequestError(
+                "The prompt holds the context marker as ordinary tokens that are joined with what stands beside them: send text, or put "
+                f"the token {self.token_id} where the context ends."
+            )
+        return list(replaced)
+
+    def _suspects(self, ids: array[int]) -> Iterator[array[int]]:
+        """The parts of a prompt that may hold the marker's text: each token is in one at the most."""
+        start = end = 0
+        for place in _places(ids, self.middle):
+            if place - _NEIGHBOURS > end:
+                yield ids[start:end]
+                start = place - _NEIGHBOURS
+            end = place + len(self.middle) + _NEIGHBOURS
+        yield ids[max(0, start) : end]
+
+
+def _plain(tokenizer: Any, text: str) -> array[int]:
+    # Once it is registered, only splitting special tokens gives the ordinary ones.
+    more = {"split_special_tokens": True} if text in tokenizer.get_added_vocab() else {}
+    return array("q", tokenizer(text, add_special_tokens=False, **more)["input_ids"])
+
+
+def _middle(tokenizer: Any, plain: array[int]) -> array[int]:
+    """The longest run of tokens of letters and digits, which nothing beside the marker is merged with; all but the ends without one."""
+    letters = [tokenizer.decode([token]).strip().isalnum() for token in plain]
+    best = range(0)
+    start = 0
+    for place, is_word in enumerate([*letters, False]):
+        if not is_word:
+            best = max(best, range(start, place), key=len)
+            start = place + 1
+    if not best:
+        best = range(1, len(plain) - 1) if len(plain) > 2 else range(len(plain))
+    return plain[best.start : best.stop]
+
+
+def _places(ids: array[int], wanted: array[int]) -> Iterator[int]:
+    """Where `wanted` stands in `ids`, without overlaps."""
+    haystack, needle, place = ids.tobytes(), wanted.tobytes(), 0
+    while needle and (place := haystack.find(needle, place)) >= 0:
+        if place % ids.itemsize:
+            place += 1
+        else:
+            yield place // ids.itemsize
+            place += len(needle)
 
 
 def register_marker(tokenizer: Any, marker: str) -> int:

@@ -20,6 +20,7 @@ class Metrics:
         self._exact: Counter[str] = Counter()
         self._seconds = 0.0
         self._replay_seconds = 0.0
+        self._schedule_seconds = 0.0
         self._contexts = 0
         self._slots_saved_now = 0
 
@@ -54,6 +55,11 @@ class Metrics:
             self._prometheus.reuses.inc()
             self._prometheus.tokens_saved.inc(tokens_saved)
 
+    def pass_decided(self, seconds: float) -> None:
+        """What is waiting was decided on for one scheduling pass, which took `seconds`."""
+        self._totals["schedule_passes"] += 1
+        self._schedule_seconds += seconds
+
     def exact(self, reason: str) -> None:
         """A request that asked for compression was served with the exact cache. reason: a fixed short word, not free text."""
         self._exact[reason] += 1
@@ -70,10 +76,11 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for `GET /obcache/status`."""
-        names = ("compressions", "reuses", "context_tokens", "slots_saved", "tokens_saved", "replayed_tokens")
+        names = ("compressions", "reuses", "context_tokens", "slots_saved", "tokens_saved", "replayed_tokens", "schedule_passes")
         return {name: self._totals[name] for name in names} | {
             "compression_seconds": self._seconds,
             "replay_seconds": self._replay_seconds,
+            "schedule_seconds": self._schedule_seconds,
             "exact": dict(self._exact),
             "contexts": self._contexts,
             "slots_saved_now": self._slots_saved_now,

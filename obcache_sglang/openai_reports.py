@@ -1,7 +1,7 @@
 """The per-request report in OpenAI responses: `metadata["obcache"]`.
 
-Completion and chat responses have a free-form `metadata` field, so that is where the report goes: one object, or a list by
-choice where a request has several. In a stream it is in the chunk that carries the `finish_reason` of its choice; no chunk is
+Completion and chat responses have a free-form `metadata` field, so that is where the report goes, always as one object: where a
+request has several choices, the first report with all of them under `choices`, by the choice's index. In a stream it is in the chunk that carries the `finish_reason` of its choice; no chunk is
 added, since clients read `choices[0]` of each.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from obcache_sglang.frontend import Frontend
 from obcache_sglang.host import Touch
 from obcache_sglang.plan import PARAM
 
@@ -24,9 +25,19 @@ _FINISHED = '"finish_reason":"'
 
 def _add_to_response(response: Any, serving: Any, request: Any, ret: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
     """After _build_completion_response and _build_chat_response. ret: what the engine answered, one per choice."""
-    reports = [answer["meta_info"].get(PARAM) for answer in ret]
-    if any(reports) and hasattr(response, "metadata"):
-        response.metadata = {**(response.metadata or {}), PARAM: reports[0] if len(reports) == 1 else reports}
+    reports = {str(index): report for index, answer in enumerate(ret) if (report := answer["meta_info"].get(PARAM))}
+    if reports and hasattr(response, "metadata"):
+        report = next(iter(reports.values()))
+        response.metadata = {**(response.metadata or {}), PARAM: report if len(ret) == 1 else report | {"choices": reports}}
+
+
+def _without_marker(echoed: str | list[str], serving: Any, *args: Any, **kwargs: Any) -> str | list[str]:
+    """After _get_echo_text and _prepare_echo_prompts: the prompt as the model read it."""
+    frontend = Frontend.of(serving.tokenizer_manager)
+    if frontend is None or frontend.marker is None:
+        return echoed
+    text = frontend.marker.text
+    return echoed.replace(text, "") if isinstance(echoed, str) else [each.replace(text, "") for each in echoed]
 
 
 def _add_to_stream(original: Callable[..., Any], serving: Any, adapted_request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,6 +89,10 @@ _COMPLETIONS = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingC
 _CHAT = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat"
 
 TOUCHES = (
+    *(
+        Touch(f"{_COMPLETIONS}.{name}", "after", "an echoed prompt has no marker", ("request",), "tokenizer", _without_marker)
+        for name in ("_get_echo_text", "_prepare_echo_prompts")
+    ),
     Touch(
         f"{_COMPLETIONS}._build_completion_response",
         "after",

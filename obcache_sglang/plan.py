@@ -10,25 +10,34 @@ A client sets `custom_params["obcache"]` to false, true or an object (`REQUEST_K
     pin           bool        hold the context's slots
     ttl_seconds   float|None  forget the context after this long
     context_id    str|None    the prompt is only the question, the context stands in front of it
+    before        list        tokens that the context must begin with: those before the marker of a prompt with a `context_id`
     exact         str|None    why the request is served exactly, where that is known already
     now           float       seconds since the epoch: one clock for all ranks, which have to agree on what has expired
 """
 
 from __future__ import annotations
 
-import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from obcache_sglang.config import COMPRESSION_OPTIONS, OPTIONS, ServerSettings
-from obcache_sglang.errors import InvalidValue, RequestError
+from obcache_sglang.config import COMPRESSION_OPTIONS, OPTIONS, ServerSettings, check_number, check_whole_number
+from obcache_sglang.errors import InvalidValue, RequestError, shown
 
 PARAM = "obcache"
 """The key under `custom_params` that is ours."""
 
 Action = Literal["ask", "compress"]
+
+# Reasons to serve exactly that count positions in the prompt, or go on from it: a context cannot be put in front of it.
+_NEEDS_WHOLE_PROMPT = {
+    "session": "a session",
+    "embedding_overrides": "positional_embed_overrides",
+    "multi_item_scoring": "multi-item scoring",
+    "routed_experts": "return_routed_experts",
+}
 
 _SETTING_KEYS = tuple(option.name for option in COMPRESSION_OPTIONS)
 _OWN_KEYS = ("context_len", "context_id", "mode", "pin", "ttl_seconds")
@@ -58,7 +67,7 @@ def parse_wish(value: object) -> Wish:
         return Wish(asked=value, refused=not value)
     if not isinstance(value, Mapping):
         raise RequestError(
-            f'custom_params["{PARAM}"]={value!r} is not allowed: give true, false or an object with any of {", ".join(REQUEST_KEYS)}.'
+            f'custom_params["{PARAM}"]={shown(value)} is not allowed: give true, false or an object with any of {", ".join(REQUEST_KEYS)}.'
         )
     overrides: dict[str, Any] = {}
     for key, given in value.items():
@@ -99,10 +108,12 @@ def make_plan(
     server: ServerSettings,
     action: Action = "ask",
     exact: str | None = None,
+    before: Sequence[int] = (),
 ) -> dict[str, Any] | None:
     """The plan of a request (see the module), or None for a request that compression leaves alone.
 
-    num_tokens: length of the marker-free prompt. marker_position: tokens before the marker, None without one.
+    num_tokens: length of the marker-free prompt. marker_position: tokens before the marker, None without one. With a context id both
+    are of what follows the marker, and `before` holds what stands in front of it.
     exact: why this request cannot use a compressed context, if the caller found a reason. Raises RequestError.
     """
     mode = wish.mode or server.mode
@@ -110,21 +121,25 @@ def make_plan(
         return None
     if not wish.asked and marker_position is None and mode == "marked" and action == "ask":
         return None
-    if wish.context_len is not None and marker_position is not None:
+    if wish.context_len is not None and marker_position is not None and wish.context_id is None:
         raise _wrong("context_len", wish.context_len, "is given beside the marker in the prompt: give one of them.")
     if wish.context_id is not None:
-        for other, given in (("context_len", wish.context_len), ("the marker in the prompt", marker_position)):
-            if given is not None:
-                raise _wrong("context_id", wish.context_id, f"stands for the whole context: leave out {other}.")
+        if wish.context_len is not None:
+            raise _wrong("context_id", wish.context_id, "stands for the whole context: leave out context_len.")
         if wish.overrides:
             raise _wrong("context_id", wish.context_id, f"brings its own settings: leave out {', '.join(wish.overrides)}.")
+        if exact in _NEEDS_WHOLE_PROMPT:
+            raise _wrong("context_id", wish.context_id, f"cannot be used with {_NEEDS_WHOLE_PROMPT[exact]}: send the whole text.")
+    elif marker_position == 0:
+        raise RequestError(
+            "The prompt begins with the context marker: there is no context before it. A question about a context that stands elsewhere "
+            f'names it in custom_params["{PARAM}"]["context_id"]; if yours did, something between you and this server drops custom_params.'
+        )
     bounded = marker_position is not None or wish.context_len is not None or wish.context_id is not None
     whole_prompt = mode == "prompt" and action == "ask" and not bounded
     context_len = _boundary(wish, num_tokens, marker_position, whole_prompt, action)
     if context_len is None:
         return None
-    if exact is None and marker_position == 0:
-        exact = "marker_at_start"
     if exact is None and 0 < context_len < server.min_tokens:
         exact = "below_min_tokens"
     try:
@@ -138,6 +153,7 @@ def make_plan(
         "pin": wish.pin,
         "ttl_seconds": wish.ttl_seconds,
         "context_id": wish.context_id,
+        "before": list(before),
         "judged_by_rest": whole_prompt,
         "exact": exact,
         "now": time.time(),
@@ -165,7 +181,7 @@ def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, whole_pr
 
 
 def _wrong(key: str, value: object, reason: str) -> RequestError:
-    return RequestError(f'custom_params["{PARAM}"]["{key}"]={value!r} {reason}')
+    return RequestError(f'custom_params["{PARAM}"]["{shown(key)[1:-1]}"]={shown(value)} {reason}')
 
 
 def _checked(key: str, value: object) -> Any:
@@ -176,18 +192,19 @@ def _checked(key: str, value: object) -> Any:
 
 
 def _context_len(value: object) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _wrong("context_len", value, "is not a whole number, 1 or more: it is the number of prompt tokens in the context.")
-    return value
+    try:
+        return None if value is None else check_whole_number("context_len", value, "the number of prompt tokens in the context")
+    except InvalidValue as error:
+        raise _wrong("context_len", error.value, error.reason) from error
 
 
 def _context_id(value: object) -> str | None:
     if value is None:
         return None
-    if not isinstance(value, str) or not value:
-        raise _wrong("context_id", value, "is not the id of a context, as /obcache/compress and /obcache/contexts give it.")
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{32}", value):
+        raise _wrong(
+            "context_id", value, "is not the id of a context, 32 hexadecimal digits, as /obcache/compress and answers give it."
+        )
     return value
 
 
@@ -198,8 +215,7 @@ def _pin(value: object) -> bool:
 
 
 def _ttl_seconds(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise _wrong("ttl_seconds", value, "is not a number of seconds above 0.")
-    return float(value)
+    try:
+        return None if value is None else check_number("ttl_seconds", value, "how long the context lives from now")
+    except InvalidValue as error:
+        raise _wrong("ttl_seconds", error.value, error.reason) from error

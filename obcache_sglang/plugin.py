@@ -3,7 +3,7 @@
 SGLang calls `register` in every process of a server (`sglang.srt.plugins.load_plugins`), and goes on without a plugin or
 hook that fails. So activation has two stages, and each is proved:
 
-1. In the launcher `register` adds the command-line flags, nothing else. Parsing `--obcache` (or `Engine(obcache=...)`)
+1. In the launcher `register` adds the command-line flags, and refuses requests that rely on compression. Parsing `--obcache` (or `Engine(obcache=...)`)
    calls `activate`: the settings go into the environment, the hooks of this process are applied and looked for.
 2. In a child process `register` finds the settings and applies the hooks of that process. Each scheduler reports that it is
    active when it is ready; the launcher refuses to serve if one does not.
@@ -24,8 +24,9 @@ from typing import Any, Literal
 from obcache_sglang import __version__
 from obcache_sglang.config import SETTINGS_ENV, ServerSettings, add_cli_flags, settings_from_cli
 from obcache_sglang.errors import ConfigError, HostError
+from obcache_sglang.frontend import GUARD_TOUCHES
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
-from obcache_sglang.profile import AUTO
+from obcache_sglang.profile import AUTO, HeadProfile
 from obcache_sglang.support import check_supported
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ def register() -> None:
     """Called by SGLang in every process. Idempotent."""
     if multiprocessing.parent_process() is None:
         # A launcher gets its settings from its own flags: a variable left in a shell must not turn anything on.
-        _apply(CLI_TOUCHES)
+        if not _registered:
+            deactivate()
+        _apply((*CLI_TOUCHES, *GUARD_TOUCHES))
         return
     try:
         settings = ServerSettings.from_environment()
@@ -56,7 +59,7 @@ def activate(settings: ServerSettings) -> None:
     apply_hooks("launcher")
     compression = settings.compression
     logger.info(
-        "obcache_sglang %s is active: ratio %s, method %s, score %s, preset %s, mode %s, contexts of %s tokens or more, marker %r.",
+        "obcache_sglang %s is active: ratio %s, method %s, score %s, preset %s, mode %s, contexts of %s tokens or more.",
         __version__,
         compression.compression_ratio,
         compression.method,
@@ -64,7 +67,6 @@ def activate(settings: ServerSettings) -> None:
         compression.preset,
         settings.mode,
         settings.min_tokens,
-        settings.marker,
     )
     if settings.head_profile is None and settings.mode == "marked" and compression.method in ("snapkv", "tova", "h2o"):
         logger.warning(
@@ -147,9 +149,12 @@ def _check_before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any)
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
     try:
-        check_supported(settings, server_args, model_config_of(server_args))
-    except HostError as error:
-        raise SystemExit(f"HostError: {error}") from error
+        model_config = model_config_of(server_args)
+        check_supported(settings, server_args, model_config)
+        if settings.head_profile is not None:
+            HeadProfile.load(settings.head_profile).check_model(model_config.hf_config)
+    except (ConfigError, HostError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
 def _check_after_launch(result: tuple[Any, ...], cls: type, *args: Any, **kwargs: Any) -> None:

@@ -12,11 +12,14 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from obcache_sglang import __version__, control
-from obcache_sglang.errors import ContextNotFound, ObcacheError, RequestError
-from obcache_sglang.frontend import ACTION, Frontend
+from obcache_sglang.errors import ContextNotFound, ObcacheError, RequestError, shown
+from obcache_sglang.frontend import ACTION, Frontend, check_unicode
 from obcache_sglang.host import Touch, TouchState, check_host, installed_sglang
 from obcache_sglang.plan import PARAM, REQUEST_KEYS
 
@@ -47,7 +50,7 @@ async def compress_context(
     Returns the report of a request (`context_tokens`, `kept_tokens`, `status`, `reason`, `seconds`, ...) with the context's `id`,
     of rank 0, and with several ranks all of them under `ranks`. Raises RequestError.
     """
-    rid = f"obcache-compress-{uuid.uuid4().hex}"
+    rid = uuid.uuid4().hex  # clients abort by the beginning of an id: nothing in it is known beforehand
     return await _compress(tokenizer_manager, _compress_request(tokenizer_manager, serving_chat, body), rid, http_request)
 
 
@@ -56,7 +59,7 @@ async def compress_progress(
 ) -> AsyncIterator[dict[str, Any]]:
     """As `compress_context`: yields {"progress": {"tokens": read so far, "of": in all}} as it goes on, and last what that returns."""
     request = _compress_request(tokenizer_manager, serving_chat, body)
-    rid = f"obcache-compress-{uuid.uuid4().hex}"
+    rid = uuid.uuid4().hex
     task = asyncio.ensure_future(_compress(tokenizer_manager, request, rid, http_request))
     shown = None
     try:
@@ -93,42 +96,107 @@ async def _compress(tokenizer_manager: Any, request: Any, rid: str, http_request
     return reports[0] if num_ranks == 1 else {**reports[0], "ranks": list(reports)}
 
 
-async def list_contexts(tokenizer_manager: Any, *, cache_salt: str | None = None) -> list[dict[str, Any]]:
-    """The contexts made under `cache_salt`, or under none; each with its `dp_rank`."""
-    answers = await control.call(tokenizer_manager, {"op": "list", "cache_salt": cache_salt})
+@dataclass(frozen=True)
+class Caller:
+    """Whose contexts are meant: those of one namespace, which an ordinary client sees, or all, for an operator.
+
+    extra_key, cache_salt, lora_path: as in the requests that made them.
+    """
+
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    lora_path: str | None = None
+    is_operator: bool = False
+
+    def namespace(self, tokenizer_manager: Any) -> dict[str, str | None] | None:
+        """For control calls; None for all. Raises RequestError for an adapter that is not loaded."""
+        if self.is_operator:
+            return None
+        lora_id = None
+        if self.lora_path is not None:
+            registry = getattr(tokenizer_manager, "lora_registry", None)
+            adapter = None if registry is None else registry.get_all_adapters().get(self.lora_path)
+            if adapter is None:
+                raise RequestError(f"lora_path={shown(self.lora_path)} is not loaded.")
+            lora_id = adapter.lora_id
+        return {"extra_key": self.extra_key, "cache_salt": self.cache_salt, "lora_id": lora_id}
+
+
+ANYBODY = Caller()
+"""A client without a namespace of its own."""
+
+
+async def list_contexts(tokenizer_manager: Any, caller: Caller = ANYBODY) -> list[dict[str, Any]]:
+    """The contexts that the caller sees, by `name`, which is not the id that opens one; each with its `dp_rank`."""
+    answers = await control.call(tokenizer_manager, {"op": "list", "namespace": caller.namespace(tokenizer_manager)})
     return [context | {"dp_rank": rank} for rank, answer in answers for context in _checked(answer)["contexts"]]
 
 
 async def get_context(
-    tokenizer_manager: Any, context_id: str, *, positions: bool = False, cache_salt: str | None = None
+    tokenizer_manager: Any,
+    context_id: str | None = None,
+    *,
+    name: str | None = None,
+    positions: bool = False,
+    caller: Caller = ANYBODY,
 ) -> dict[str, Any]:
     """One context, from the first rank that has it; `dp_ranks` names all of them. Raises ContextNotFound.
 
-    positions: also the kept token positions, `[layer][kv_head][kept]`, ascending.
+    Known by its context id, or by the name that lists show. positions: also the kept token positions, `[layer][kv_head][kept]`,
+    ascending; each layer is a call of its own, so that the scheduler is not kept from its work.
     """
-    operation = {"op": "get", "id": context_id, "positions": positions, "cache_salt": cache_salt}
-    found = _found(await control.call(tokenizer_manager, operation), context_id)
-    return found[0][1]["context"] | {"dp_ranks": [rank for rank, _ in found]}
+    asked = _asked(tokenizer_manager, context_id, name, caller)
+    found = _found(await control.call(tokenizer_manager, {"op": "get", **asked}), asked)
+    rank, answer = found[0]
+    context = answer["context"] | {"dp_ranks": [rank for rank, _ in found]}
+    counts = context["kept_per_head"]
+    if positions and counts is not None:
+        packed = []
+        for layer in range(len(counts)):
+            answers = dict(_found(await control.call(tokenizer_manager, {"op": "positions", "layer": layer, **asked}), asked))
+            if rank not in answers or answers[rank]["positions"] is None:
+                raise ContextNotFound("The context was evicted while its positions were read.")
+            packed.append(answers[rank]["positions"])
+        context["positions"] = await asyncio.to_thread(_unpacked, packed, counts)
+    return context
+
+
+def _unpacked(layers: list[bytes], counts: list[list[int]]) -> list[list[list[int]]]:
+    """`[layer][kv_head][kept]` from each layer's positions, int32, head by head, and the heads' counts."""
+    return [
+        [head.tolist() for head in np.split(np.frombuffer(layer, dtype=np.int32), np.cumsum(of_layer)[:-1])]
+        for layer, of_layer in zip(layers, counts, strict=True)
+    ]
 
 
 async def delete_context(
-    tokenizer_manager: Any, context_id: str, *, cache_salt: str | None = None, wait_seconds: float = DELETE_WAIT_SECONDS
+    tokenizer_manager: Any,
+    context_id: str | None = None,
+    *,
+    name: str | None = None,
+    caller: Caller = ANYBODY,
+    wait_seconds: float = DELETE_WAIT_SECONDS,
 ) -> str:
     """Deletes a context on every rank. Requests that read it finish first; no new one gets it.
 
     Returns "deleted", or "deleting" if it still has readers after `wait_seconds`. Raises ContextNotFound.
     """
-    operation = {"op": "delete", "id": context_id, "cache_salt": cache_salt}
-    found = _found(await control.call(tokenizer_manager, operation), context_id)
-    deadline = time.monotonic() + wait_seconds
-    state = "deleted" if all(answer["state"] == "deleted" for _, answer in found) else "deleting"
-    while state == "deleting" and time.monotonic() < deadline:
-        await asyncio.sleep(0.1)
-        try:
-            await get_context(tokenizer_manager, context_id, cache_salt=cache_salt)
-        except ContextNotFound:
-            state = "deleted"
-    return state
+    asked = _asked(tokenizer_manager, context_id, name, caller)
+    found = _found(await control.call(tokenizer_manager, {"op": "delete", **asked}), asked)
+    deadline, pause = time.monotonic() + wait_seconds, 0.05
+    gone = all(answer["gone"] for _, answer in found)
+    while not gone and time.monotonic() < deadline:
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, 1.0)
+        answers = await control.call(tokenizer_manager, {"op": "gone", "name": found[0][1]["name"]})
+        gone = all(_checked(answer)["gone"] for _, answer in answers)
+    return "deleted" if gone else "deleting"
+
+
+def _asked(tokenizer_manager: Any, context_id: str | None, name: str | None, caller: Caller) -> dict[str, Any]:
+    if (context_id is None) == (name is None):
+        raise RequestError("A context is asked for by its context_id or by its name: give one of them.")
+    return {"context_id": context_id, "name": name, "namespace": caller.namespace(tokenizer_manager)}
 
 
 async def status(tokenizer_manager: Any) -> dict[str, Any]:
@@ -151,6 +219,7 @@ async def status(tokenizer_manager: Any) -> dict[str, Any]:
         "version": __version__,
         "sglang_version": installed_sglang(),
         "settings": frontend.settings.to_dict(),
+        "marker_token_id": frontend.marker_id,
         "hooks": hooks,
         "counters": _summed([rank["counters"] for rank in ranks]),
         "ranks": ranks,
@@ -175,10 +244,11 @@ def _checked(answer: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in answer.items() if key not in ("ok", "status_code", "error", "dp_rank")}
 
 
-def _found(answers: list[tuple[int, dict[str, Any]]], context_id: str) -> list[tuple[int, dict[str, Any]]]:
+def _found(answers: list[tuple[int, dict[str, Any]]], asked: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     found = [(rank, _checked(answer)) for rank, answer in answers if answer.get("status_code") != 404]
     if not found:
-        raise ContextNotFound(f"There is no context {context_id!r} under this cache salt; GET /obcache/contexts lists them.")
+        what = shown(asked["context_id"] or asked["name"])
+        raise ContextNotFound(f"There is no context {what} in this namespace (cache salt, extra key, LoRA adapter).")
     return found
 
 
@@ -216,12 +286,14 @@ def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: M
     unknown = [key for key in body if key not in COMPRESS_KEYS]
     if unknown:
         raise RequestError(
-            f"{', '.join(map(repr, unknown))} in the body of compress is not allowed: keys are {', '.join(COMPRESS_KEYS)}."
+            f"{', '.join(map(shown, unknown[:5]))} in the body of compress is not allowed: keys are {', '.join(COMPRESS_KEYS)}."
         )
     prompts = [key for key in _PROMPT_KEYS if body.get(key) is not None]
     if len(prompts) != 1:
         raise RequestError(f"compress needs one of {', '.join(_PROMPT_KEYS)}; given: {', '.join(prompts) or 'none'}.")
     prompt = body[prompts[0]]
+    if prompts != ["input_ids"]:
+        check_unicode(prompts[0], prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False))
     if prompts == ["messages"]:
         request = _render(tokenizer_manager, serving_chat(), body)
     elif prompts == ["text"] and isinstance(prompt, str) and prompt:
@@ -234,7 +306,7 @@ def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: M
     for name in _REQUEST_FIELDS:
         value = body.get(name)
         if value is not None and not isinstance(value, str):
-            raise RequestError(f"{name}={value!r} is not a text: compress takes one context.")
+            raise RequestError(f"{name}={shown(value)} is not a text: compress takes one context.")
         if value is not None:
             setattr(request, name, value)
     options = {key: body[key] for key in _OPTION_KEYS if key in body}
@@ -273,11 +345,18 @@ def _with_marker(messages: Any, marker: str) -> Any:
         else:
             last["content"][-1]["text"] += marker
     except (LookupError, TypeError) as error:
-        raise RequestError(f"messages do not end with a text: put the marker {marker!r} where the context ends.") from error
+        raise RequestError("messages do not end with a text: put the marker where the context ends.") from error
     return messages
 
 
 TOUCHES = (
+    Touch(
+        "sglang.srt.lora.lora_registry.LoRARegistry.get_all_adapters",
+        "call",
+        "the namespace of an adapter, by its name",
+        (),
+        "tokenizer",
+    ),
     Touch(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
         "call",

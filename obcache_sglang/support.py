@@ -87,6 +87,17 @@ _REQUIRED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("pp_size", (1,), "a context's layers must be in one scheduler: use --tp-size instead of --pp-size"),
     ("dcp_size", (1,), "decode-context parallelism splits a sequence's KV over ranks: leave out --dcp-size"),
     ("attn_cp_size", (1,), "context parallelism splits a prompt over ranks: leave out --attn-cp-size"),
+    (
+        "enable_two_batch_overlap",
+        (False,),
+        "it splits batches, in whose halves contexts could not be told apart: leave out --enable-two-batch-overlap",
+    ),
+    (
+        "enable_session_radix_cache",
+        (False,),
+        "radix sessions keep prefixes that compressed contexts are not: leave out --enable-session-radix-cache",
+    ),
+    ("elastic_ep_backend", (None,), "elastic expert parallelism renames cache namespaces: leave out --elastic-ep-backend"),
     ("enable_pdmux", (False,), "PD multiplexing runs prefill in another stream: leave out --enable-pdmux"),
     (
         "tokenizer_worker_num",

@@ -1,9 +1,15 @@
 """Compressed contexts, and the nodes that hold them in SGLang's radix tree.
 
-A context of L tokens that keeps M slots is, for the engine, a prefix of M virtual tokens: ids no tokenizer produces, drawn
-from a hash of what the context is (namespace, settings, tokens, judges). Its node in the radix tree holds the M slots, and is
-matched, locked, evicted and leak-checked like any other. A context is matched whole or not at all, since each head of each
-layer keeps tokens of its own.
+A context of L tokens that keeps M slots is, for the engine, a prefix of M virtual tokens: ids no tokenizer produces. Its node in
+the radix tree holds the M slots, and is matched, locked, evicted and leak-checked like any other. A context is matched whole or
+not at all, since each head of each layer keeps tokens of its own.
+
+Three things are never confused:
+- `Context.id`: what the context is, a keyed hash of (namespace, settings, tokens, judges). Operators see it as its *name*. It opens
+  nothing.
+- the *context id* that clients hold (`ContextCache.capability`): stands for the context in a prompt, so whoever has it can read
+  the document. It is told to the client that sent the text, and to nobody else.
+- the virtual ids: drawn anew whenever the context is compressed, so that a node in the tree is this record's own or nobody's.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import heapq
 import json
 import time
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -39,6 +45,12 @@ FIRST_VIRTUAL_ID = 1 << 61
 MAX_TRACKED_SUFFIXES = 4096
 """Prefixes cached behind one context that are remembered, so that deleting it can free them at once."""
 
+MAX_TAILS = 256
+"""Different ends of a context behind its last whole page that context ids are remembered for; the oldest is forgotten first."""
+
+PINNED_SHARE = 0.5
+"""Of the contexts that are remembered at once, so many may be pinned: compression goes on with the others."""
+
 
 class ContextState(Enum):
     ABSENT = "absent"
@@ -57,17 +69,24 @@ class Namespace:
     cache_salt: str | None
     lora_id: str | None
 
+    @classmethod
+    def of(cls, *, extra_key: str | None, cache_salt: str | None, lora_id: str | None) -> Namespace:
+        """From what a request says: as SGLang's Req joins the LoRA adapter to the extra key."""
+        return cls((extra_key or "") + lora_id if lora_id else extra_key, cache_salt or None, lora_id)
+
 
 @dataclass(eq=False)
 class Context:
     """One compressed context.
 
-    id: 32 hexadecimal digits, from (namespace, settings, tokens, judges). tokens: its L real token ids. judges: the tokens behind it
-    that score it as its own last ones do, and are no part of it. num_slots: M.
-    kept: which tokens this rank's heads keep, and where; None unless resident, and when the node of an even context was found
-    in the tree without it. seconds: wall time of its compression; scoring_seconds: the part spent on scoring,
-    selecting and copying, as the host saw it; job_cached_tokens: its tokens found in the exact cache. tree_lock: held while it is compressed or pinned. suffixes: what requests left
-    in the tree behind it, as token ids; suffixes_complete: whether that is all of it.
+    id: 32 hexadecimal digits, see `context_id`. tokens: its L real token ids, whole pages. judges: the tokens behind it
+    that score it as its own last ones do, and are no part of it. num_slots: M. virtual_ids: [M], empty until slots are reserved.
+    kept: which tokens this rank's heads keep, and where; None unless resident. seconds: wall time of its compression; scoring_seconds:
+    the part spent on scoring, selecting and copying, as the host saw it; job_cached_tokens: its tokens found in the exact cache.
+    node: its node in the radix tree, None where it has none. tree_lock: held while it is compressed or pinned. ttl_seconds, expires_at
+    (seconds since the epoch): None for as long as the tree holds it. tails: by context id, the tokens between the last whole page and
+    the end that a client gave it. suffixes: what requests left in the tree behind it, as token ids; suffixes_complete: whether that
+    is all of it.
     """
 
     id: str
@@ -75,10 +94,11 @@ class Context:
     settings: CompressionSettings
     tokens: array[int]
     num_slots: int
-    virtual_ids: array[int]
+    virtual_ids: array[int] = field(default_factory=lambda: array("q"))
     judges: array[int] = field(default_factory=lambda: array("q"))
     state: ContextState = ContextState.ABSENT
     job: CompressionJob | None = None
+    node: int | None = None
     tree_lock: Any = None
     pinned: bool = False
     ttl_seconds: float | None = None
@@ -89,6 +109,7 @@ class Context:
     scoring_seconds: float | None = None
     job_cached_tokens: int = 0
     reuses: int = 0
+    tails: OrderedDict[str, array[int]] = field(default_factory=OrderedDict)
     suffixes: dict[bytes, None] = field(default_factory=dict)
     suffixes_complete: bool = True
 
@@ -109,7 +130,7 @@ class Context:
     def describe(self) -> dict[str, Any]:
         """JSON-safe facts for the control endpoints."""
         return {
-            "id": self.id,
+            "name": self.id,
             "state": self.state.value,
             "context_tokens": self.num_tokens,
             "kept_tokens": self.num_slots,
@@ -124,29 +145,34 @@ class Context:
         }
 
 
-def context_id(namespace: Namespace, settings: CompressionSettings, tokens: array[int], judges: Sequence[int] = ()) -> str:
-    """The identity of a context, equal in every process: never a counter, since external caches outlive one."""
+def context_id(
+    namespace: Namespace, settings: CompressionSettings, tokens: array[int], judges: Sequence[int] = (), *, secret: bytes = b""
+) -> str:
+    """What a context is, in 32 hexadecimal digits: a hash, equal in every process that has the server's `secret`.
+
+    Without the secret nobody can compute it, so a name in a list does not tell whether a guessed text is the context's.
+    """
     head = json.dumps([namespace.extra_key, namespace.cache_salt, namespace.lora_id, settings.fingerprint(), *judges])
-    return hashlib.blake2b(tokens.tobytes(), digest_size=16, key=hashlib.blake2b(head.encode()).digest()).hexdigest()
-
-
-def virtual_ids(identity: str, count: int) -> array[int]:
-    """`count` consecutive ids that no tokenizer produces, unique to the identity (at least 16 hexadecimal digits)."""
-    base = FIRST_VIRTUAL_ID + int(identity[:16], 16) % (1 << 62)
-    return array("q", range(base, base + count))
+    key = hashlib.blake2b(head.encode("utf-8", "surrogatepass"), key=secret).digest()
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16, key=key).hexdigest()
 
 
 class ContextCache:
-    """The contexts of one scheduler, least recently used first, and their nodes in its radix tree."""
+    """The contexts of one scheduler, least recently used first, and their nodes in its radix tree.
 
-    def __init__(self, tree_cache: UnifiedRadixCache, max_contexts: int) -> None:
+    secret: of this server, 0 to 64 bytes, the same on every rank; context ids and virtual ids cannot be guessed without it.
+    """
+
+    def __init__(self, tree_cache: UnifiedRadixCache, max_contexts: int, secret: bytes = b"") -> None:
         self.tree = tree_cache
         self.allocator = tree_cache.token_to_kv_pool_allocator
         self.page_size: int = tree_cache.page_size
         self.max_contexts = max_contexts
+        self._secret = secret
         self._contexts: OrderedDict[str, Context] = OrderedDict()
         self._deleting: dict[str, Context] = {}
-        self._num_uneven = 0
+        self._capabilities: dict[str, Context] = {}
+        self._num_reserved = 0
 
     def __iter__(self) -> Iterator[Context]:
         yield from self._contexts.values()
@@ -155,27 +181,43 @@ class ContextCache:
     def get(self, identity: str) -> Context | None:
         return self._contexts.get(identity) or self._deleting.get(identity)
 
+    def capability(self, context: Context, tail: array[int]) -> str:
+        """The context id that stands for this context and the tokens behind its last whole page: 32 hexadecimal digits.
+
+        tail: fewer than a page of tokens, which two texts of one context may have different.
+        """
+        message = context.id.encode() + tail.tobytes()
+        identity = hashlib.blake2b(message, digest_size=16, key=self._secret, person=b"context id").hexdigest()
+        if identity not in context.tails:
+            context.tails[identity] = tail
+            self._capabilities[identity] = context
+            if len(context.tails) > MAX_TAILS:
+                del self._capabilities[context.tails.popitem(last=False)[0]]
+        return identity
+
+    def by_capability(self, identity: str) -> tuple[Context, array[int]] | None:
+        """The context that a context id stands for, and the tokens between its last whole page and the question."""
+        context = self._capabilities.get(identity)
+        return None if context is None else (context, context.tails[identity])
+
     def obtain(
         self, namespace: Namespace, settings: CompressionSettings, tokens: array[int], judges: array[int] | None = None
-    ) -> Context:
-        """The context of these tokens (whole pages), made on first sight. judges: as in Context, where its method asks any."""
+    ) -> Context | None:
+        """The context of these tokens (whole pages), made on first sight. judges: as in Context, where its method asks any.
+
+        None where as many contexts are pinned or being compressed as may be remembered.
+        """
         if judges is None or not settings.own_queries_score:
             judges = array("q")
-        identity = context_id(namespace, settings, tokens, judges)
+        identity = context_id(namespace, settings, tokens, judges, secret=self._secret)
         if (context := self._deleting.get(identity)) is not None:
             return context
         context = self._contexts.get(identity)
         if context is None:
+            if not self._forget_oldest():
+                return None
             num_slots = settings.kept_slots(len(tokens), self.page_size)
-            context = Context(identity, namespace, settings, tokens, num_slots, virtual_ids(identity, num_slots), judges)
-            if context.is_uneven:
-                # What such a node holds can be read only with `kept`, which goes with this record: another record of the
-                # same context must not find it in the tree. All ranks count alike.
-                self._num_uneven += 1
-                node = hashlib.blake2b(f"{identity} {self._num_uneven}".encode()).hexdigest()
-                context.virtual_ids = virtual_ids(node, num_slots)
-            self._contexts[identity] = context
-            self._forget_oldest()
+            context = self._contexts[identity] = Context(identity, namespace, settings, tokens, num_slots, judges=judges)
         self._contexts.move_to_end(identity)
         return context
 
@@ -201,35 +243,68 @@ class ContextCache:
         return RadixKey(ids, context.namespace.extra_key, cache_salt=context.namespace.cache_salt)
 
     def is_resident(self, context: Context) -> bool:
-        """Whether the tree still holds all of the context's slots. Counts as a use for the tree's eviction order."""
-        if context.state in (ContextState.COMPRESSING, ContextState.DELETING):
+        """Whether the tree holds the context's slots, with the content that this record's compression left there.
+
+        Looks at the node alone: costs the same for every length, and does not count as a use.
+        """
+        if context.state is not ContextState.RESIDENT:
             return False
-        if context.is_uneven and context.kept is None:
+        if self._holds_node(context):
+            return True
+        self._mark_absent(context)
+        return False
+
+    def _holds_node(self, context: Context) -> bool:
+        if context.node is None:
             return False
-        held = self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).device_prefix_len == context.num_slots
-        if held and context.state is ContextState.ABSENT:
-            # Made before its record was dropped: the same id is the same content.
-            context.state = ContextState.RESIDENT
-            context.suffixes_complete = False
-        elif not held and context.state is ContextState.RESIDENT:
-            self._mark_absent(context)
-        return held
+        try:
+            ((*_, node),) = self.tree.tree_core.collect_path_info([context.node])
+        except KeyError:  # evicted; ids of nodes are never used again
+            return False
+        return bool(node.path_end == node.full_value_len == context.num_slots)
 
     def reserve(self, context: Context) -> torch.Tensor | None:
         """Allocates the context's slots, evicting from the tree if needed, and inserts its node, locked.
 
         Returns the slots, [num_slots] int64, or None where the pool has no room. The node is in the tree before its content
-        is, so that the pool's accounts always hold; nothing can match it, since its state is not RESIDENT yet.
+        is, so that the pool's accounts always hold; nothing can match it, since its state is not RESIDENT yet. Whatever raises here
+        leaves the pool as it was.
         """
         evict_from_tree_cache(self.tree, context.num_slots)
         slots = self.allocator.alloc(context.num_slots)
         if slots is None:
             return None
         slots = slots.to(torch.int64)
-        self.tree.insert(InsertParams(key=self.key(context), value=slots))
-        self._lock(context)
+        try:
+            context.virtual_ids = self._unused_ids(context)
+            self.tree.insert(InsertParams(key=self.key(context), value=slots))
+            self._lock(context)
+        except Exception:
+            self._take_back(context, slots)
+            raise
         context.state = ContextState.COMPRESSING
         return slots
+
+    def _unused_ids(self, context: Context) -> array[int]:
+        """[num_slots] consecutive virtual ids that no node in the tree begins with. All ranks draw the same ones."""
+        while True:
+            self._num_reserved += 1
+            message = f"{context.id} {self._num_reserved}".encode()
+            drawn = hashlib.blake2b(message, digest_size=8, key=self._secret, person=b"virtual ids").digest()
+            base = FIRST_VIRTUAL_ID + int.from_bytes(drawn) % (1 << 62)
+            context.virtual_ids = array("q", range(base, base + context.num_slots))
+            if self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).device_prefix_len == 0:
+                return context.virtual_ids
+
+    def _take_back(self, context: Context, slots: torch.Tensor) -> None:
+        """After an insertion that raised: the slots go back, from the tree if they came that far."""
+        match = self.tree.match_prefix(MatchPrefixParams(key=self.key(context)))
+        if match.device_prefix_len != context.num_slots:
+            self.allocator.free(slots)
+        else:
+            self.unlock(context)
+            self._drop_leaf(match.last_device_node)
+        context.virtual_ids, context.node = array("q"), None
 
     def publish(self, context: Context, kept: KeptTokens) -> None:
         """The content is in the slots: from now on requests may match the context."""
@@ -255,9 +330,39 @@ class ContextCache:
         if context.state is not ContextState.COMPRESSING:
             self.unlock(context)
 
+    def make_way_for_pin(self, context: Context, max_slots: int) -> bool:
+        """Whether a context may be pinned: not more than max_slots KV slots and PINNED_SHARE of all contexts are.
+
+        Where the room is taken, the namespace that holds most of it gives way to one that would hold less: its least recently used
+        pins are undone. So nobody can pin others out.
+        """
+        pinned = [each for each in self if each.pinned]
+        max_contexts = int(PINNED_SHARE * self.max_contexts)
+        if context.num_slots > max_slots or max_contexts == 0:
+            return False
+        shares: defaultdict[Namespace, float] = defaultdict(float)
+
+        def share(each: Context) -> float:
+            return max(each.num_slots / max_slots, 1 / max_contexts)
+
+        for each in pinned:
+            shares[each.namespace] += share(each)
+        gives_way: list[Context] = []
+        while sum(each.num_slots for each in pinned) + context.num_slots > max_slots or len(pinned) >= max_contexts:
+            largest = max(shares, key=lambda namespace: shares[namespace])
+            if largest == context.namespace or shares[largest] <= shares[context.namespace] + share(context):
+                return False
+            oldest = next(each for each in pinned if each.namespace == largest)
+            gives_way.append(oldest)
+            pinned.remove(oldest)
+            shares[largest] -= share(oldest)
+        for each in gives_way:
+            self.unpin(each)
+        return True
+
     def _lock(self, context: Context) -> None:
-        node = self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).last_device_node
-        context.tree_lock = self.tree.lock(node)
+        context.node = self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).last_device_node
+        context.tree_lock = self.tree.lock(context.node)
 
     def unlock(self, context: Context) -> None:
         self.tree.unlock(context.tree_lock)
@@ -275,7 +380,7 @@ class ContextCache:
     def delete(self, context: Context) -> None:
         """No new request finds the context; its slots go with `sweep`, once it has no readers."""
         self.unpin(context)
-        self._contexts.pop(context.id, None)
+        self._drop_record(context)
         context.state = ContextState.DELETING
         self._deleting[context.id] = context
 
@@ -303,7 +408,7 @@ class ContextCache:
 
         What is left (locked, or behind more than MAX_TRACKED_SUFFIXES requests) is ordinary evictable content.
         """
-        if context.suffixes_complete:
+        if context.virtual_ids and context.suffixes_complete:
             self._drop_ends(context, [array("q", raw) for raw in context.suffixes] + [array("q")])
 
     def drop_suffixes(self, context: Context) -> None:
@@ -364,11 +469,26 @@ class ContextCache:
         context.suffixes.clear()
         context.suffixes_complete = True
         self.unlock(context)
+        context.node, context.virtual_ids = None, array("q")
         context.pinned = False
+        # Whoever makes it again says anew how long it is to live.
+        context.ttl_seconds = context.expires_at = None
 
-    def _forget_oldest(self) -> None:
-        for context in list(self._contexts.values()):
-            if len(self._contexts) <= self.max_contexts:
-                return
-            if context.job is None and not context.pinned:
-                del self._contexts[context.id]  # its node stays in the tree, as content that ages out
+    def _forget_oldest(self) -> bool:
+        """Makes room for one more record; False where none can go. What goes is evicted, as far as no request reads it."""
+        if len(self._contexts) < self.max_contexts:
+            return True
+        idle = (each for each in self._contexts.values() if each.job is None and not each.pinned)
+        oldest = next(idle, None)
+        if oldest is None:
+            return False
+        if self.is_resident(oldest):
+            self.drop_node(oldest)
+        self._drop_record(oldest)
+        return True
+
+    def _drop_record(self, context: Context) -> None:
+        self._contexts.pop(context.id, None)
+        for identity in context.tails:
+            self._capabilities.pop(identity, None)
+        context.tails.clear()

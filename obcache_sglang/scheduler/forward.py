@@ -1,7 +1,7 @@
 """Inside the model's forward: positions of requests that use a context, and the scoring attention calls of jobs.
 
 `ForwardBatch` is copied between its making and the attention calls, so what a forward needs is planned when the batch is
-made (`plan_forward`) and found again by its request ids.
+made (`plan_forward`), row by row: a row's context and job are those of the request that SGLang put there, whatever it is called.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from obcache_sglang.cells import KeptTokens, KVSpace
+from obcache_sglang.errors import HostError
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, joined
 from obcache_sglang.scoring.head_budgets import SampledQueries, divide_by_errors, kept_numbers, pruning_errors, sampled_rows
 from obcache_sglang.scoring.ops import accumulate_scores_in_slots, relative_error_weights
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from obcache_sglang.scheduler.contexts import Context
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class ForwardPlan:
     uneven contexts lie; None where the pool cannot hold such. attends_uneven_heads: whether the attention backends read them.
     head_gains: of `head_gains.head_gains`, for budget global. head_profile, lanes: for budget profile; which KV heads of a layer
     this rank has. serial: of the current forward. mean_over_ranks: averages a tensor over the ranks that share a layer's KV heads;
-    None with one rank. row_lse: [rows, query heads] float32, the natural log-sum-exps of the attention call that ended last, from
+    None with one rank. agree: whether all of these say True. Both are collectives: called by all ranks, or by none. row_lse: [rows, query heads] float32, the natural log-sum-exps of the attention call that ended last, from
     a backend that gives them.
     """
 
@@ -84,38 +89,61 @@ class ForwardPlan:
         self.head_profile: HeadProfile | None = None
         self.lanes = (0, kv_pool.head_num)
         self.mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.agree: Callable[[bool], bool] = bool
         self.serial = 0
         self.row_lse: torch.Tensor | None = None
         self._rows: list[ScoringRows] = []
-        self._rids: list[str] = []
-        self._contexts: dict[str, Context] = {}
+        self._rids: list[str] | None = None
+        self._contexts: list[Context | None] = []
 
     def plan_forward(self, forward_batch: ForwardBatch, batch: ScheduleBatch) -> None:
-        """Offsets the positions of requests behind a context, and plans the scoring of jobs."""
+        """Offsets the positions of requests behind a context, and plans the scoring of jobs.
+
+        Where that fails, on this rank or another one, the requests behind contexts end with an error: their positions are wrong.
+        """
         self.serial += 1
-        self._rows = []
-        self._contexts = {
-            req.rid: req.context for req in batch.reqs if isinstance(req, ContextReq) and req.is_virtual and req.context
-        }
-        if self._contexts:
-            offset_positions(forward_batch, [self._contexts.get(req.rid) for req in batch.reqs], batch.extend_lens)
+        self._rows, self._contexts, self._rids = [], [], forward_batch.rids
+        contexts = [req.context if isinstance(req, ContextReq) and req.is_virtual else None for req in batch.reqs]
+        jobs = [req for req in batch.reqs if isinstance(req, CompressionJob)]
+        if not jobs and not any(contexts):
+            return
+        planned = False
+        try:
+            self._plan(forward_batch, batch, contexts)
+            planned = True
+        except Exception:
+            logger.exception("obcache: a forward could not be planned")
+        if not self.agree(planned):
+            self._rows, self._contexts = [], []
+            _end_unplanned(batch)
+
+    def _plan(self, forward_batch: ForwardBatch, batch: ScheduleBatch, contexts: list[Context | None]) -> None:
+        if any(contexts):
+            offset_positions(forward_batch, contexts, batch.extend_lens)
+            self._contexts = contexts
         if not forward_batch.forward_mode.is_extend():
             return
         first_row = 0
         for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
-            if isinstance(req, CompressionJob) and req.error is None:
+            if isinstance(req, CompressionJob) and (req.error is None or req.slots is not None):
                 rows = self._scoring_rows(req, first_row, prefix_len, prefix_len + extend_len)
                 if rows is not None:
                     self._rows.append(rows)
             first_row += extend_len
-        self._rids = [req.rid for req in batch.reqs]
 
     def contexts(self, forward_batch: ForwardBatch) -> list[Context | None] | None:
-        """The compressed context before each request of the batch; None where there is none at all."""
+        """The compressed context before each request of the batch; None where there is none at all.
+
+        Raises HostError for a part of the planned batch: nobody could say whose rows it has.
+        """
         if not self._contexts or forward_batch.rids is None:
             return None
-        contexts = [self._contexts.get(rid) for rid in forward_batch.rids]
-        return contexts if any(contexts) else None
+        if forward_batch.rids != self._rids:
+            raise HostError(
+                "SGLang runs another batch than the one that was planned, and compressed contexts cannot be told apart in it: "
+                "turn off what splits batches, or start without --obcache."
+            )
+        return self._contexts
 
     def uneven_contexts(self, forward_batch: ForwardBatch) -> list[tuple[int, Context]]:
         """Those of `contexts` whose heads may keep different numbers of tokens, each with its request's row."""
@@ -139,39 +167,64 @@ class ForwardPlan:
         return ScoringRows(job, first_row + first_position - start, num_rows, first_position, slots, last)
 
     def after_attention(self, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
-        """Scores this layer for the jobs in the forward; in their last chunk also selects and copies. Never raises."""
+        """Scores this layer for the jobs in the forward; in their last chunk also selects and copies. Never raises.
+
+        q: [rows, num_q_heads * head_dim] after RoPE; output: the attention's, of the same shape.
+        """
         lse, self.row_lse = self.row_lse, None
         if not self.scores(forward_batch):
             return
         for rows in self._rows:
-            job = rows.job
-            if job.error is not None:
-                continue
             started_at = time.perf_counter()
-            try:
-                self._compress_layer(rows, q, output, lse, layer)
-            except Exception:  # whatever it is, the context must be served exactly
-                job.error = "error"
-                logger.exception("obcache: context %s is served exactly", job.context.id)
-            job.scoring_seconds += time.perf_counter() - started_at
+            scores = self._contained(rows.job, self._add_scores, rows, q, output, lse, layer)
+            if rows.last and rows.job.context.settings.heads == "shared" and self.mean_over_ranks is not None:
+                # A collective: every rank takes part, also one that has failed and has nothing to give.
+                failed = scores is None
+                given = torch.zeros(1, rows.job.context.num_tokens, device=q.device) if scores is None else scores
+                scores = self.mean_over_ranks(given)
+                scores = None if failed else scores
+            if rows.last and scores is not None:
+                self._contained(rows.job, self._keep, rows, scores, layer)
+            rows.job.scoring_seconds += time.perf_counter() - started_at
 
-    def _compress_layer(
+    @staticmethod
+    def _contained(job: CompressionJob, step: Callable[..., T], *args: Any) -> T | None:
+        """A step of a job; None where it raised, or one before it did. Whatever it is, the context must be served exactly."""
+        if job.error is not None:
+            return None
+        try:
+            return step(*args)
+        except Exception:
+            job.error = "error"
+            logger.exception("obcache: context %s is served exactly", job.context.id)
+            return None
+
+    def _add_scores(
         self, rows: ScoringRows, q: torch.Tensor, output: torch.Tensor, lse: torch.Tensor | None, layer: RadixAttention
-    ) -> None:
-        job, context, settings = rows.job, rows.job.context, rows.job.context.settings
+    ) -> torch.Tensor | None:
+        """The scores of this layer's tokens, [num_kv_heads, L] float32, or [1, L] for heads that keep the same ones.
+
+        None before the last chunk, where the job keeps them. q, output: as in `after_attention`; lse: [rows, num_q_heads] float32.
+        """
+        job, settings = rows.job, rows.job.context.settings
         if layer.logit_cap > 0 or layer.is_cross_attention:
             job.error = "unsupported_attention"
-            return
+            return None
         scores = self._score_layer(rows, q, output, lse, layer)
         if not rows.last:
             job.scores[layer.layer_id] = scores
-            return
-        tokens = joined(scores, job.earlier.get(layer.layer_id), settings.reduce)
-        if settings.heads == "shared":
-            tokens = tokens.mean(0, keepdim=True)
-            tokens = (self.mean_over_ranks(tokens) if self.mean_over_ranks else tokens).expand(layer.tp_k_head_num, -1)
+            return None
+        scores = joined(scores, job.earlier.get(layer.layer_id), settings.reduce)
+        return scores.mean(0, keepdim=True) if settings.heads == "shared" else scores
+
+    def _keep(self, rows: ScoringRows, scores: torch.Tensor, layer: RadixAttention) -> None:
+        """Chooses the tokens that this layer's heads keep, and copies their K and V; with budget global once all layers are scored.
+
+        scores: as `_add_scores` gives them.
+        """
+        job, context, settings = rows.job, rows.job.context, rows.job.context.settings
         ranked = rank_positions(
-            tokens,
+            scores.expand(layer.tp_k_head_num, -1),
             context.num_slots,
             window=settings.kept_window,
             sink_tokens=settings.sink_tokens,
@@ -336,6 +389,19 @@ class ForwardPlan:
             cells = space.cell_rows(rows.job.slots, first_cell + first, first_cell + min(first + step, num_cells))
             for buffer in (space.k, space.v):
                 buffer.index_copy_(0, cells, buffer.index_select(0, sources))
+
+
+def _end_unplanned(batch: ScheduleBatch) -> None:
+    """Requests whose forward runs without a plan: those behind a context end with an error and leave nothing in the tree."""
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    for req in batch.reqs:
+        if isinstance(req, CompressionJob):
+            req.error = req.error or "error"
+        elif isinstance(req, ContextReq) and req.is_virtual:
+            req.skip_radix_cache_insert = True
+            req.to_finish = FINISH_ABORT(
+                "The request could not be continued behind its compressed context; send it again.", status
+            )
 
 
 def _fewest_kept(context: Context) -> int:

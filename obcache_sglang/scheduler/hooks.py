@@ -6,8 +6,10 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from sglang.srt.managers.io_struct import GetInternalStateReqOutput
@@ -17,18 +19,19 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_parallel
 
 from obcache_sglang.cells import create_one_space
-from obcache_sglang.config import ServerSettings
+from obcache_sglang.config import ServerSettings, server_secret
 from obcache_sglang.control import CONTROL_PREFIX
 from obcache_sglang.cpu.attention import CpuAttentionBackend
 from obcache_sglang.errors import HostError, RequestError
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
 from obcache_sglang.metrics import Metrics
+from obcache_sglang.plan import PARAM
 from obcache_sglang.profile import HeadProfile
-from obcache_sglang.scheduler.contexts import FIRST_VIRTUAL_ID
 from obcache_sglang.scheduler.forward import ForwardPlan, score_after
 from obcache_sglang.scheduler.head_gains import head_gains
+from obcache_sglang.scheduler.kv_events import VisibleEvents
 from obcache_sglang.scheduler.manager import CompressionManager
-from obcache_sglang.scheduler.requests import REPORT_KEY
+from obcache_sglang.scheduler.requests import CompressionJob, client_view
 from obcache_sglang.scoring.ops import accumulate_scores_in_slots
 
 if TYPE_CHECKING:
@@ -37,10 +40,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
 _manager: CompressionManager | None = None
 _plan: ForwardPlan | None = None
 _overlay: HeadOverlay | None = None
 _graphs: HeadGraphs | None = None
+_events = VisibleEvents()
+
+
+def _contained(what: str) -> Callable[[Hook], Hook]:
+    """An after hook whose failure is logged, and changes nothing: a defect of ours must not end the scheduler."""
+
+    def decorate(hook: Hook) -> Hook:
+        @wraps(hook)
+        def contained(result: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(result, *args, **kwargs)
+            except Exception:
+                logger.exception("obcache: %s", what)
+                return result
+
+        return contained  # type: ignore[return-value]
+
+    return decorate
 
 
 def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
@@ -76,6 +99,7 @@ def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any
         torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN, group=cpu_group)
         return bool(votes.item())
 
+    _plan.agree = agree
     if group_size > 1:
         _plan.mean_over_ranks = lambda tensor: scheduler.attn_tp_group.all_reduce(tensor) / group_size
     reporter = scheduler.metrics_reporter
@@ -87,6 +111,7 @@ def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any
         uneven_refusal=refusal,
         agree=agree,
         clock=time.time if group_size == 1 else None,
+        secret=server_secret(),
     )
 
 
@@ -227,21 +252,31 @@ def hooks_in_place() -> dict[str, bool]:
     return {touch.target: hook_in_place(touch) for touch in hook_rows("scheduler")}
 
 
+_REQ_POSITIONAL = ("rid", "origin_input_text", "origin_input_ids", "sampling_params")
+
+
 def around_create_generation_req(create: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Req:
-    """A request with a plan becomes a ContextReq; all others are SGLang's own."""
+    """A request with a plan becomes a ContextReq; all others are SGLang's own.
+
+    One that names its context by id gets the document or an error: its prompt is the question alone.
+    """
     params = recv_req.sampling_params.custom_params
-    plan = params.get(REPORT_KEY) if isinstance(params, dict) else None
+    plan = params.get(PARAM) if isinstance(params, dict) else None
     if _manager is None or not isinstance(plan, dict):
         return create(scheduler, recv_req, *args, **kwargs)
     try:
-        return _manager.create_request(args, kwargs, plan)
+        # A session calls with keywords only.
+        return _manager.create_request({**dict(zip(_REQ_POSITIONAL, args, strict=False)), **kwargs}, plan)
     except RequestError as error:
-        req = create(scheduler, recv_req, *args, **kwargs)
-        req.set_finish_with_abort(str(error), status_code=HTTPStatus(error.status_code))
-        return req
-    except Exception:
-        logger.exception("obcache: request %s is served exactly", recv_req.rid)
-        return create(scheduler, recv_req, *args, **kwargs)
+        message, status_code = str(error), error.status_code
+    except Exception as error:
+        logger.exception("obcache: request %s", recv_req.rid)
+        message, status_code = f"the context of this request cannot be had: {type(error).__name__}", 500
+        if plan.get("context_id") is None:
+            return create(scheduler, recv_req, *args, **kwargs)
+    req = create(scheduler, recv_req, *args, **kwargs)
+    req.set_finish_with_abort(message, status_code=HTTPStatus(status_code))
+    return req
 
 
 def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -250,6 +285,13 @@ def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kw
     return _manager.schedule(lambda **kw: pick(scheduler, *args, **kw), **kwargs)
 
 
+@_contained("a request that came into the queue while a batch was picked")
+def after_add_request_to_queue(result: None, scheduler: Any, req: Req, *args: Any, **kwargs: Any) -> None:
+    if _manager is not None:
+        _manager.queued(req)
+
+
+@_contained("reserving slots")
 def after_prepare_for_extend(result: None, batch: Any) -> None:
     if _manager is not None:
         _manager.before_forward(batch)
@@ -269,17 +311,30 @@ def around_release_kv_cache(release: Any, req: Req, tree_cache: Any, *, checkpoi
     release(req, tree_cache, checkpoint=checkpoint)
 
 
+@_contained("after an abort")
 def after_abort_request(result: None, scheduler: Any, recv_req: Any) -> None:
     if _manager is not None:
-        try:
-            _manager.after_abort()
-        except Exception:
-            logger.exception("obcache: after an abort")
+        _manager.after_abort()
 
 
-def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    if flushed and _manager is not None:
+def around_flush_cache(flush: Any, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
+    if _manager is None:
+        return bool(flush(scheduler, *args, **kwargs))
+    try:
+        _manager.before_flush()
+    except Exception:
+        logger.exception("obcache: before a flush")
+    flushed = bool(flush(scheduler, *args, **kwargs))
+    if flushed:
         _manager.after_flush()
+    return flushed
+
+
+@_contained("after a LoRA adapter was unloaded")
+def after_unload_lora_adapter(result: Any, scheduler: Any, recv_req: Any) -> Any:
+    if _manager is not None and recv_req.lora_id is not None:
+        _manager.forget_adapter(recv_req.lora_id)
+    return result
 
 
 def around_get_internal_state(get_internal_state: Any, scheduler: Any, recv_req: Any) -> Any:
@@ -306,26 +361,24 @@ def around_get_output_streamer_class(get_class: Any, scheduler: Any) -> type:
         __slots__ = ()
 
         def stream_output(self, reqs: list[Req], *args: Any, **kwargs: Any) -> None:
-            assert _manager is not None
-            _manager.stream_output(super().stream_output, reqs, *args, **kwargs)
+            shown = [req for req in reqs if not isinstance(req, CompressionJob)]
+            with ExitStack() as view:
+                try:
+                    view.enter_context(client_view(shown))
+                except Exception:
+                    logger.exception("obcache: answers count virtual tokens")
+                super().stream_output(shown, *args, **kwargs)
 
         def is_request_level_customized_info_key(self, key: str) -> bool:
-            return key == REPORT_KEY or super().is_request_level_customized_info_key(key)
+            return key == PARAM or super().is_request_level_customized_info_key(key)
 
     return ObcacheOutputStreamer
 
 
+@_contained("KV events")
 def after_take_events(events: list[Any], tree_cache: Any) -> list[Any]:
     """KV events without virtual tokens, and without what is cached behind them: routers could do nothing with them."""
-    hidden: set[int] = set()
-    shown = []
-    for event in events:
-        token_ids = getattr(event, "token_ids", None)
-        if token_ids and (token_ids[0] >= FIRST_VIRTUAL_ID or event.parent_block_hash in hidden):
-            hidden.update(event.block_hashes)
-        else:
-            shown.append(event)
-    return shown
+    return _events.of(events)
 
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -361,7 +414,26 @@ SCHEDULER_TOUCHES: tuple[Touch, ...] = (
         ("prefill_delayer_single_pass", "running_batch"),
     ),
     _hook(f"{_SCHEDULER}.abort_request", "after", after_abort_request, "ends jobs nobody waits for", ("recv_req",)),
-    _hook(f"{_SCHEDULER}.flush_cache", "after", after_flush_cache, "the tree was reset: every context is gone"),
+    _hook(
+        f"{_SCHEDULER}.flush_cache",
+        "around",
+        around_flush_cache,
+        "what nobody waits for makes way; and the tree was reset: every context is gone",
+    ),
+    _hook(
+        f"{_SCHEDULER}._add_request_to_queue",
+        "after",
+        after_add_request_to_queue,
+        "what comes into the queue while a batch is picked (structured output, preemption) waits for a decision",
+        ("req",),
+    ),
+    _hook(
+        f"{_SCHEDULER}.unload_lora_adapter",
+        "after",
+        after_unload_lora_adapter,
+        "an adapter's contexts go with it",
+        ("recv_req",),
+    ),
     _hook(
         f"{_SCHEDULER}.get_internal_state", "around", around_get_internal_state, "control calls of the endpoints", ("recv_req",)
     ),
@@ -440,9 +512,16 @@ SCHEDULER_TOUCHES: tuple[Touch, ...] = (
         f"{_REQ}.init_next_round_input", "subclass", "the last check that virtual ids are resident", ("tree_cache", "cow_mamba")
     ),
     _use(f"{_REQ}._compute_max_prefix_len", "subclass", "leaves the window to be computed", ("input_len",)),
+    _use(f"{_REQ}.__init__", "call", "our requests", (*_REQ_POSITIONAL, "extra_key", "cache_salt", "lora_id")),
     _use(f"{_REQ}.set_finish_with_abort", "call", "answers a wrong request", ("error_msg", "status_code")),
     _use(f"{_SCHEDULER}.collect_inflight_reqs", "call", "the readers of a context"),
-    _use(f"{_TREE}.match_prefix", "call", "whether a context is resident", ("params",)),
+    _use(f"{_TREE}.match_prefix", "call", "what of a context and its suffixes is in the tree", ("params",)),
+    _use(
+        "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface.collect_path_info",
+        "call",
+        "whether a context's node is still there, without using it; ids of nodes are never used again",
+        ("end_node_ids",),
+    ),
     _use(f"{_TREE}.insert", "call", "a context's node", ("params",)),
     _use(f"{_TREE}.lock", "call", "holds a node while it is made or pinned", ("node_id",)),
     _use(f"{_TREE}.unlock", "call", "lets it be evicted", ("lock",)),
@@ -454,6 +533,21 @@ SCHEDULER_TOUCHES: tuple[Touch, ...] = (
         "subclass",
         "stream_output, is_request_level_customized_info_key",
     ),
+    _use(
+        "sglang.srt.managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper",
+        "read",
+        "_pending: somebody waits for the engine to become idle",
+    ),
+    _use("sglang.srt.disaggregation.utils.prepare_abort", "call", "ends a job that makes way", ("req", "error_message")),
+    _use(
+        "sglang.srt.managers.schedule_batch.FINISH_ABORT",
+        "call",
+        "ends a request whose forward failed",
+        ("message", "status_code"),
+    ),
+    _use(f"{_SCHEDULER}.process_batch_result", "call", "takes the result of a forward before a flush"),
+    _use("sglang.srt.disaggregation.kv_events.BlockStored", "read", "block_hashes, parent_block_hash, token_ids"),
+    _use("sglang.srt.disaggregation.kv_events.BlockRemoved", "read", "block_hashes"),
     _use("sglang.srt.managers.schedule_batch.FINISH_LENGTH", "call", "ends a request that only compresses", ("length",)),
     _use(f"{_POOL}.get_key_buffer", "call", "K of a layer, [slots, heads, dim]", ("layer_id",)),
     _use(f"{_POOL}.get_value_buffer", "call", "V of a layer", ("layer_id",)),

@@ -6,6 +6,7 @@ share, never from clocks of their own.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from array import array
@@ -14,7 +15,10 @@ from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.disaggregation.utils import prepare_abort
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
+from sglang.srt.mem_cache import common
+from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from obcache_sglang import __version__
 from obcache_sglang.config import ServerSettings
@@ -27,7 +31,6 @@ from obcache_sglang.scheduler.requests import (
     CompressionJob,
     ContextReq,
     Plan,
-    client_view,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +39,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
+MAX_DEFERRED = 256
+"""Contexts that wait to be compressed when the engine is idle; of more the first to come is given up, until it is asked about again."""
+
+MAX_REPLAY_FACTOR = 4
+"""Tokens that a replay may read for each token of its context, its prompts included."""
 
 TIGHT_POOL = 0.1
 """A pool with less than this share of its KV slots free is tight: with when=idle a context is compressed although the engine is busy."""
@@ -53,6 +62,7 @@ class CompressionManager:
     uneven_refusal: why budgets other than uniform cannot be served here; None where they can.
     agree: whether all ranks of this scheduler's tensor-parallel group say True; called by all of them at the same point.
     clock: seconds since the epoch; None with several ranks, whose clocks differ: then the stamps that requests carry tell the time.
+    secret: as in ContextCache.
     """
 
     def __init__(
@@ -64,6 +74,7 @@ class CompressionManager:
         uneven_refusal: str | None,
         agree: Callable[[bool], bool],
         clock: Callable[[], float] | None,
+        secret: bytes = b"",
     ) -> None:
         self.scheduler = scheduler
         self.settings = settings
@@ -71,7 +82,8 @@ class CompressionManager:
         self.uneven_refusal = uneven_refusal
         self.agree = agree
         self.clock = clock
-        self.cache = ContextCache(scheduler.tree_cache, settings.max_contexts)
+        self.cache = ContextCache(scheduler.tree_cache, settings.max_contexts, secret)
+        self._secret = secret
         self.num_kv_heads: int = scheduler.token_to_kv_pool_allocator.get_kvcache().head_num
         self.pool_slots: int = scheduler.max_total_num_tokens
         self.tight_slots = int(TIGHT_POOL * self.pool_slots)
@@ -79,65 +91,110 @@ class CompressionManager:
             self.pool_slots // 2 if settings.max_pinned_slots is None else min(settings.max_pinned_slots, self.pool_slots)
         )
         self._num_jobs = 0
+        self._jobs: dict[str, CompressionJob] = {}
         self._replay_prompts: ReplayPrompts | None = None
         self._deferred: dict[str, tuple[Context, ContextReq]] = {}
         self._started_now: list[CompressionJob] = []
         self._one_waits = False
         self._now = 0.0
+        # Of the pass under way: SGLang's own attribute is that of the pass before.
+        self._running_batch: ScheduleBatch | None = None
+        self._late: list[ContextReq] | None = None
 
     # --- arrival ----------------------------------------------------------------------------------------------------
 
-    def create_request(self, args: tuple[Any, ...], kwargs: dict[str, Any], plan: dict[str, Any]) -> ContextReq:
-        """The request of a plan. args, kwargs: of SGLang's Req. A context id is replaced by the context's own tokens.
+    def create_request(self, fields: dict[str, Any], plan: dict[str, Any]) -> ContextReq:
+        """The request of a plan. fields: the arguments of SGLang's Req, by name. A context id is replaced by the context's own tokens.
 
         Raises RequestError where the id names no context of the request's namespace, or this server cannot serve the budget.
         """
         self.advance_clock(float(plan.get("now", 0.0)))
         settled = Plan.from_dict(plan)
         if settled.context_id is not None:
-            rid, text, input_ids, *rest = args
-            namespace = Namespace(
-                (kwargs.get("extra_key") or "") + kwargs["lora_id"] if kwargs.get("lora_id") else kwargs.get("extra_key"),
-                kwargs.get("cache_salt") or None,
-                kwargs.get("lora_id"),
-            )
-            context = self.cache.get(settled.context_id)
-            if context is None or context.namespace != namespace or context.state is ContextState.DELETING:
-                raise ContextNotFound(
-                    f"context_id={settled.context_id!r} is not known under this cache_salt, extra_key and LoRA adapter; "
-                    "GET /obcache/contexts lists the known ones; POST /obcache/compress makes one."
-                )
-            args = (rid, text, context.tokens + array("q", input_ids), *rest)
-            settled = replace(
-                settled, context_id=None, context_len=context.num_tokens, settings=context.settings, judges=context.judges
-            )
+            settled, fields = self._named(settled, fields)
         elif settled.settings.budget != "uniform" and self.uneven_refusal is not None:
             raise RequestError(
                 f"budget={settled.settings.budget!r} cannot be served here: {self.uneven_refusal}; set budget=uniform."
             )
-        return ContextReq(*args, plan=settled, count_exact=self.metrics.exact, **kwargs)
+        return ContextReq(**fields, plan=settled, count_exact=self.metrics.exact)
+
+    def _named(self, plan: Plan, fields: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
+        """The plan and the prompt of a request that names its context. Raises RequestError."""
+        namespace = Namespace.of(**{name: fields.get(name) for name in ("extra_key", "cache_salt", "lora_id")})
+        known = self.cache.by_capability(plan.context_id or "")
+        if known is None or known[0].namespace != namespace:
+            raise ContextNotFound(
+                f"context_id={plan.context_id!r} is not known under this cache_salt, extra_key and LoRA adapter: it was forgotten, or "
+                "deleted, or is of another server; send the text again, with the marker at its end, or POST /obcache/compress."
+            )
+        context, tail = known
+        before = array("q", plan.before)
+        if context.tokens[: len(before)] != before:
+            raise RequestError(
+                f"The {len(before)} tokens before the marker are not those that the context of context_id={plan.context_id!r} begins "
+                "with: put the marker where the context stood, after the same words, or at the very start."
+            )
+        prompt = context.tokens + tail + array("q", fields["origin_input_ids"])
+        plan = replace(plan, context_len=context.num_tokens, settings=context.settings, judges=context.judges)
+        return plan, {**fields, "origin_input_ids": prompt}
 
     # --- a scheduling pass ------------------------------------------------------------------------------------------
 
-    def schedule(self, pick_prefill_batch: Callable[..., Any], **kwargs: Any) -> Any:
+    def schedule(self, pick_prefill_batch: Callable[..., Any], running_batch: ScheduleBatch, **kwargs: Any) -> Any:
         """One pass of SGLang's prefill admission, in which requests that wait for a compression are left out.
 
-        They stay where aborts, timeouts and the idle check look for them: in the waiting queue, in their order.
+        They stay where aborts, timeouts and the idle check look for them: in the waiting queue, in their order. What comes into the
+        queue during the pass waits for the next one.
         """
-        self._compress_deferred()
+        started_at = time.perf_counter()
+        self._running_batch = running_batch
+        self._late = []
+        order = admitted = self.scheduler.waiting_queue
+        try:
+            if not self._admits_nobody():
+                order, admitted = self._decide()
+        except Exception:  # a defect of ours must not end the scheduler
+            logger.exception("obcache: all requests of a scheduling pass are served exactly")
+            order = admitted = [req for req in self.scheduler.waiting_queue if self._is_admitted_exactly(req)]
+        self.scheduler.waiting_queue = admitted
+        self.metrics.pass_decided(time.perf_counter() - started_at)
+        try:
+            result = pick_prefill_batch(running_batch=running_batch, **kwargs)
+        finally:
+            taken = {id(req) for req in admitted} - {id(req) for req in self.scheduler.waiting_queue}
+            known = {id(req) for req in order}
+            requeued = [req for req in self.scheduler.waiting_queue if id(req) not in known]
+            self.scheduler.waiting_queue = [req for req in order if id(req) not in taken] + requeued + self._late
+            self._running_batch = None
+            self._late = None
+        self._release_pins_if_starved(result)
+        return result
+
+    def _admits_nobody(self) -> bool:
+        """Whether SGLang will not look at the queue in this pass, so that nothing has to be decided either."""
+        scheduler, running = self.scheduler, self._running_batch
+        assert running is not None
+        full = running.batch_is_full and not running.is_empty() and not scheduler.enable_priority_preemption
+        return bool(full and scheduler.chunked_req is None)
+
+    def _decide(self) -> tuple[list[Req], list[Req]]:
+        """(the queue with the jobs that start now, those of it that may be admitted), in order."""
+        for dead in [each for each in self._jobs.values() if not self._is_alive(each)]:
+            self.end_job(dead, completed=False)
+        if self._yields_engine():
+            self._stop_unattended()
         self._started_now, self._one_waits = [], False
+        self._compress_deferred()
         queue = self.scheduler.waiting_queue
         if queue:
             self._make_room(self.tight_slots)
-        if not any(isinstance(req, ContextReq) for req in queue):
-            result = pick_prefill_batch(**kwargs)
-            self._release_pins_if_starved(result)
-            return result
         order: list[Req] = []
         admitted: list[Req] = []
+        unattended_wait = not self._engine_is_idle() and not self._pool_is_tight()
         for req in queue:
             if isinstance(req, ContextReq):
                 verdict, job = self._resolve_contained(req)
+                req.decided = verdict is Verdict.ADMIT
                 if job is not None:
                     self._started_now.append(job)
                     order.append(job)
@@ -146,19 +203,26 @@ class CompressionManager:
                     continue
                 if verdict is Verdict.ADMIT:
                     admitted.append(req)
-            else:
+            elif not (isinstance(req, CompressionJob) and req.unattended and unattended_wait):
                 admitted.append(req)
             order.append(req)
-        self.scheduler.waiting_queue = admitted
+        return order, admitted
+
+    def _is_admitted_exactly(self, req: Req) -> bool:
+        if not isinstance(req, ContextReq):
+            return True
         try:
-            result = pick_prefill_batch(**kwargs)
-        finally:
-            taken = {id(req) for req in admitted} - {id(req) for req in self.scheduler.waiting_queue}
-            known = {id(req) for req in order}
-            requeued = [req for req in self.scheduler.waiting_queue if id(req) not in known]
-            self.scheduler.waiting_queue = [req for req in order if id(req) not in taken] + requeued
-        self._release_pins_if_starved(result)
-        return result
+            req.decided = self._serve_exact(req, "error") is Verdict.ADMIT
+            return req.decided
+        except Exception:
+            logger.exception("obcache: request %s cannot be served", req.rid)
+            return False
+
+    def queued(self, req: Req) -> None:
+        """SGLang has put a request into the waiting queue: one of ours that comes while a batch is picked is not decided yet."""
+        if self._late is not None and isinstance(req, ContextReq) and self.scheduler.waiting_queue[-1:] == [req]:
+            req.decided = False
+            self._late.append(self.scheduler.waiting_queue.pop())
 
     def _resolve_contained(self, req: ContextReq) -> tuple[Verdict, CompressionJob | None]:
         try:
@@ -168,12 +232,17 @@ class CompressionManager:
             return self._serve_exact(req, "error"), None
 
     def _resolve(self, req: ContextReq) -> tuple[Verdict, CompressionJob | None]:
-        """Decides at every pass, not once: a context may be evicted, and a retracted request waits again."""
+        """Decides at every pass, not once: a context may be evicted, and a retracted request waits again.
+
+        Mostly nothing has changed, so that costs the same for every length of context.
+        """
         if req.to_finish is not None or req.finished():
             req.use_real_ids()
             return Verdict.ADMIT, None
         if req.exact_reason is not None:
-            return self._serve_exact(req, req.exact_reason), None
+            if not req.is_reported_exact or req.is_virtual or req.plan.action == "compress":
+                return self._serve_exact(req, req.exact_reason), None
+            return Verdict.ADMIT, None
         context = req.context
         if context is None or self.cache.get(context.id) is not context:
             req.use_real_ids()
@@ -189,7 +258,7 @@ class CompressionManager:
         req.use_real_ids()
         if self._may_defer(req):
             if context.job is None:
-                self._deferred[context.id] = (context, req)
+                self._defer(context, req)
             return self._serve_exact(req, "deferred"), None
         if context.job is not None or self._must_wait(context):
             return Verdict.HOLD, None
@@ -200,13 +269,18 @@ class CompressionManager:
         plan = req.plan
         return self.settings.when == "idle" and plan.action == "ask" and plan.context_len < len(req.prompt_ids) - 1
 
+    def _defer(self, context: Context, req: ContextReq) -> None:
+        self._deferred.setdefault(context.id, (context, req))
+        if len(self._deferred) > MAX_DEFERRED:
+            del self._deferred[next(iter(self._deferred))]
+
     def _compress_deferred(self) -> None:
         """Starts the compression of a context whose questions were served exactly, the longest waiting first, one at a time."""
-        if not self._deferred or any(context.job is not None for context in self.cache):
+        if not self._deferred or self._yields_engine():
             return
-        scheduler = self.scheduler
-        idle = not scheduler.waiting_queue and scheduler.running_batch.is_empty() and scheduler.chunked_req is None
-        if not idle and self.cache.allocator.available_size() > self.tight_slots:
+        if self._jobs:
+            return
+        if not self._engine_is_idle() and not self._pool_is_tight():
             return
         context, req = self._deferred.pop(next(iter(self._deferred)))
         if self.cache.get(context.id) is not context or self.cache.is_resident(context):
@@ -217,15 +291,60 @@ class CompressionManager:
                 logger.warning("obcache: context %s stays exact: %s", context.id, refusal)
             else:
                 job.unattended = True
-                scheduler.waiting_queue.insert(0, job)
+                self.scheduler.waiting_queue.insert(0, job)
         except Exception:
             logger.exception("obcache: context %s stays exact", context.id)
+
+    def _engine_is_idle(self) -> bool:
+        """Whether no client waits for anything. Only within a pass."""
+        scheduler = self.scheduler
+        waits = any(not (isinstance(req, CompressionJob) and req.unattended) for req in self._waiting())
+        runs = self._running_batch is not None and not self._running_batch.is_empty()
+        return not waits and not runs and scheduler.chunked_req is None
+
+    def _pool_is_tight(self) -> bool:
+        return bool(self.cache.allocator.available_size() <= self.tight_slots)
+
+    def _yields_engine(self) -> bool:
+        """Whether somebody waits for the engine to become idle: what no client waits for must not keep it busy."""
+        return self.scheduler.flush_wrapper._pending is not None
+
+    def _stop_unattended(self) -> None:
+        """Takes compressions that no client waits for out of the queue; they are due again when the engine is idle.
+
+        One whose prefill is under way ends with that.
+        """
+        for job in [req for req in self.scheduler.waiting_queue if isinstance(req, CompressionJob) and req.unattended]:
+            self._dequeue(job)
+            self.end_job(job, completed=False)
+
+    def before_flush(self) -> None:
+        """The cache is to be flushed, or weights were changed: a compression that nobody waits for gives the engine back at once."""
+        scheduler = self.scheduler
+        self._stop_unattended()
+        jobs = [job for job in self._jobs.values() if job.unattended]
+        if not jobs or any(req not in jobs for req in {*self._in_flight(), *self._waiting()}):
+            return
+        # As pause_generation does: the forward under way ends, and its result is taken, before anything is given back.
+        while scheduler.enable_overlap and scheduler.result_queue:
+            scheduler.process_batch_result(*scheduler.result_queue.popleft())
+        job = scheduler.chunked_req
+        if isinstance(job, CompressionJob) and job.unattended:
+            prepare_abort(job, "the cache is flushed")
+            # Through the module, where our own hook sits.
+            common.release_kv_cache(job, scheduler.tree_cache, checkpoint=False)
+            scheduler.chunked_req = None
+        self._stop_unattended()
+        scheduler.last_batch = None
 
     def _find_context(self, req: ContextReq) -> Context | None:
         """The context of a request by its boundary, or the longest resident one that its prompt starts with."""
         plan, prompt = req.plan, req.origin_input_ids
         if plan.context_len == 0:
-            return self.cache.find_prefix(req.namespace, plan.settings, prompt)
+            context = self.cache.find_prefix(req.namespace, plan.settings, prompt)
+            if context is not None:
+                req.context_id = self.cache.capability(context, array("q"))
+            return context
         # A prompt of its context alone still needs one token to generate from; auto-truncation may have cut it shorter.
         longest = len(prompt) if plan.action == "compress" else len(prompt) - 1
         boundary = min(plan.context_len, longest) // self.cache.page_size * self.cache.page_size
@@ -233,7 +352,12 @@ class CompressionManager:
             req.exact_reason = "shorter_than_a_page"
             return None
         judges = prompt[boundary:] if plan.judged_by_rest else plan.judges
-        return self.cache.obtain(req.namespace, plan.settings, prompt[:boundary], judges)
+        context = self.cache.obtain(req.namespace, plan.settings, prompt[:boundary], judges)
+        if context is None:
+            req.exact_reason = "too_many_contexts"
+        elif plan.context_id is None and context.state is not ContextState.DELETING:
+            req.context_id = self.cache.capability(context, prompt[boundary : min(plan.context_len, len(prompt))])
+        return context
 
     def _serve_resident(self, req: ContextReq, context: Context) -> Verdict:
         if req.return_logprob and not req.is_virtual and 0 <= req.logprob_start_len < context.num_tokens:
@@ -243,12 +367,12 @@ class CompressionManager:
                 'or set custom_params {"obcache": false}.'
             )
             return Verdict.ADMIT
-        if req.plan.pin:
-            self._pin(context)
-        if req.plan.ttl_seconds is not None:
-            self._set_ttl(context, req.plan.ttl_seconds)
         if not req.is_virtual:
             compressed_now = req.compressions_started > 0
+            if req.plan.pin:
+                self._pin(context)
+            if req.plan.ttl_seconds is not None:
+                self._set_ttl(context, req.plan.ttl_seconds, made_now=compressed_now)
             if not compressed_now:
                 context.reuses += 1
                 self.metrics.reused(context.num_tokens)
@@ -257,7 +381,9 @@ class CompressionManager:
                 return self._finish_without_forward(req)
             spared = context.job_cached_tokens if compressed_now else context.num_tokens
             req.use_context(context, cached_tokens=spared)
-        self.cache.remember_suffix(context, req.suffix_ids())
+        if req.suffix_known != len(req.output_ids):
+            self.cache.remember_suffix(context, req.suffix_ids())
+            req.suffix_known = len(req.output_ids)
         return Verdict.ADMIT
 
     def _serve_exact(self, req: ContextReq, reason: str) -> Verdict:
@@ -275,11 +401,14 @@ class CompressionManager:
         batch, running_batch = result
         if batch is not None or not self.scheduler.waiting_queue or not running_batch.is_empty():
             return
-        for context in self.cache:
-            if context.pinned:
-                self.cache.unpin(context)
-                logger.warning("obcache: unpinned context %s, since nothing else could run", context.id)
-                return
+        try:
+            for context in self.cache:
+                if context.pinned:
+                    self.cache.unpin(context)
+                    logger.warning("obcache: unpinned context %s, since nothing else could run", context.id)
+                    return
+        except Exception:
+            logger.exception("obcache: unpinning a context")
 
     # --- jobs -------------------------------------------------------------------------------------------------------
 
@@ -299,7 +428,7 @@ class CompressionManager:
         """
         if self._one_waits:
             return True  # in the order of the queue, so that small ones do not overtake a large one for ever
-        jobs = [each.job for each in self.cache if each.job is not None and self._is_alive(each.job)]
+        jobs = list(self._jobs.values())
         if not jobs:
             return False
         needed = sum(self._slots_to_compress(each) for each in (context, *(job.context for job in jobs)))
@@ -348,6 +477,8 @@ class CompressionManager:
         passes = self._replay_passes(context)
         if passes is None:
             return None, "no_room_to_replay"
+        if sum(len(each.tokens) for each in passes) > MAX_REPLAY_FACTOR * context.num_tokens:
+            return None, "replay_too_long"
         longest = max((len(each.tokens) for each in passes), default=len(context.judges))
         if context.num_tokens + longest + context.num_slots > self.pool_slots:
             return None, "pool_too_small"
@@ -364,7 +495,8 @@ class CompressionManager:
         self, context: Context, like: ContextReq | CompressionJob, passes: Sequence[ReplayPass] = ()
     ) -> CompressionJob:
         self._num_jobs += 1
-        context.job = job = CompressionJob(context, like, number=self._num_jobs, passes=passes)
+        rid = hashlib.blake2b(str(self._num_jobs).encode(), digest_size=16, key=self._secret, person=b"job").hexdigest()
+        self._jobs[context.id] = context.job = job = CompressionJob(context, like, rid=rid, passes=passes)
         job.time_stats.set_wait_queue_entry_time()
         return job
 
@@ -385,19 +517,27 @@ class CompressionManager:
     def before_forward(self, batch: ScheduleBatch) -> None:
         """Reserves the slots of jobs whose last chunk is in this batch, after the batch's own allocation."""
         for req in batch.reqs:
-            if not isinstance(req, CompressionJob) or not req.is_final or req.error is not None:
-                continue
-            if req.extend_end != len(req.origin_input_ids):
+            if not isinstance(req, CompressionJob) or not req.is_final or req.extend_end != len(req.origin_input_ids):
                 continue
             if req.context.job is not req:
                 req.error = "replaced"  # a second node of the same context would free the first one's slots
                 continue
+            slots = None
             try:
-                req.slots = self.cache.reserve(req.context)
+                slots = self.cache.reserve(req.context)
             except Exception:
                 logger.exception("obcache: no slots for context %s", req.context.id)
-            if req.slots is None:
-                req.error = "no_slots"
+            # Every rank takes part, also one whose scoring has failed in an earlier chunk.
+            if self.agree(slots is not None and req.error is None):
+                req.slots = slots
+                continue
+            req.error = req.error or "no_slots"
+            try:
+                self._discard(req.context)
+                # Where another rank has evicted for it and this one has not: their trees must stay equal.
+                evict_from_tree_cache(self.scheduler.tree_cache, req.context.num_slots)
+            except Exception:
+                logger.exception("obcache: taking back the slots of context %s", req.context.id)
 
     def before_release(self, req: Req, *, checkpoint: bool) -> None:
         """A request gives its KV back: a job ends, or starts over after retraction; a question leaves its suffix."""
@@ -408,9 +548,11 @@ class CompressionManager:
                 if req.context.job is req:
                     self._discard(req.context)
                 req.reset()
-        elif isinstance(req, ContextReq) and req.is_virtual and checkpoint:
-            assert req.context is not None
-            self.cache.remember_suffix(req.context, req.suffix_ids(), instead_of=req.prompt_suffix_ids())
+        elif isinstance(req, ContextReq):
+            req.decided = False  # a retracted one waits again
+            if req.is_virtual and checkpoint:
+                assert req.context is not None
+                self.cache.remember_suffix(req.context, req.suffix_ids(), instead_of=req.prompt_suffix_ids())
 
     def end_job(self, job: CompressionJob, *, completed: bool) -> None:
         """Publishes what a job made, or takes it back and lets its questions be served exactly.
@@ -421,6 +563,7 @@ class CompressionManager:
         if context.job is not job:
             return  # another one has taken its place
         context.job = None
+        self._jobs.pop(context.id, None)
         if completed and job.replay is not None:
             self.metrics.replayed(len(job.replay.tokens), time.perf_counter() - job.pass_started_at)
         if completed and not job.is_final:
@@ -465,39 +608,63 @@ class CompressionManager:
 
     def after_abort(self) -> None:
         """Ends the jobs nobody waits for any more. A job whose last chunk runs is let finish: the work is done."""
-        for context in list(self.cache):
-            job = context.job
-            if job is None or self._is_awaited(job):
+        for job in list(self._jobs.values()):
+            if not self._is_alive(job):  # all were aborted, and it with them
+                self.end_job(job, completed=False)
+                continue
+            if self._is_awaited(job):
                 continue
             if job is self.scheduler.chunked_req:
                 self.scheduler._pending_chunked_abort_req = job
             elif not job.kv.holds_kv:
-                self.scheduler.waiting_queue = [req for req in self.scheduler.waiting_queue if req is not job]
+                self._dequeue(job)
                 self.end_job(job, completed=False)
 
     def _is_awaited(self, job: CompressionJob) -> bool:
-        waiting = (req for req in self._waiting() if isinstance(req, ContextReq))
-        return job.unattended or any(req.context is job.context for req in waiting)
+        if job.unattended:
+            return not self._yields_engine()
+        return any(isinstance(req, ContextReq) and req.context is job.context for req in self._waiting())
+
+    def _dequeue(self, job: CompressionJob) -> None:
+        self.scheduler.waiting_queue = [req for req in self.scheduler.waiting_queue if req is not job]
 
     def _waiting(self) -> Iterable[Req]:
         yield from self.scheduler.waiting_queue
+        yield from self._late or ()
         yield from self.scheduler.grammar_manager.grammar_queue
+
+    def _in_flight(self) -> set[Req]:
+        """Requests that hold KV: those of the batches under way, and one between two chunks of its prefill."""
+        running = self._running_batch.reqs if self._running_batch is not None else ()
+        chunked = self.scheduler.chunked_req
+        return {*self.scheduler.collect_inflight_reqs(), *running, *((chunked,) if chunked is not None else ())}
 
     # --- pins, time to live, deletion -------------------------------------------------------------------------------
 
     def _pin(self, context: Context) -> None:
-        if not context.pinned and self.cache.pinned_slots + context.num_slots <= self.max_pinned_slots:
+        if not context.pinned and self.cache.make_way_for_pin(context, self.max_pinned_slots):
             self.cache.pin(context)
 
-    def _set_ttl(self, context: Context, ttl_seconds: float) -> None:
-        context.ttl_seconds = ttl_seconds
-        context.expires_at = (self.clock() if self.clock else self._now) + ttl_seconds
+    def _set_ttl(self, context: Context, ttl_seconds: float, *, made_now: bool) -> None:
+        """Sets how long a context lives, from now. Only whoever has it made may limit that; others can prolong it, not shorten it."""
+        if context.expires_at is None and not made_now:
+            return
+        expires_at = (self.clock() if self.clock else self._now) + ttl_seconds
+        if context.expires_at is None or expires_at > context.expires_at:
+            context.ttl_seconds, context.expires_at = ttl_seconds, expires_at
 
     def advance_clock(self, now: float) -> None:
         """A stamp that a request carries: all ranks see the same. Contexts whose time to live has passed are deleted."""
         self._now = max(self._now, now)
         for context in list(self.cache):
             if context.expires_at is not None and context.expires_at <= self._now and context.state is ContextState.RESIDENT:
+                self.cache.delete(context)
+        self.sweep()
+
+    def forget_adapter(self, lora_id: str) -> None:
+        """A LoRA adapter was unloaded: its contexts are deleted, since another one may be loaded under the same name."""
+        for context in [each for each in self.cache if each.namespace.lora_id == lora_id]:
+            if context.job is None and context.state is not ContextState.DELETING:
                 self.cache.delete(context)
         self.sweep()
 
@@ -521,7 +688,7 @@ class CompressionManager:
     def readers(self) -> dict[str, int]:
         """Requests that use each context now, by context id."""
         counts: dict[str, int] = {}
-        for req in {*self.scheduler.collect_inflight_reqs(), *self._waiting(), self.scheduler.chunked_req}:
+        for req in {*self._in_flight(), *self._waiting()}:
             if isinstance(req, ContextReq) and req.is_virtual and req.context is not None and not req.finished():
                 counts[req.context.id] = counts.get(req.context.id, 0) + 1
         return counts
@@ -529,53 +696,70 @@ class CompressionManager:
     # --- control calls ----------------------------------------------------------------------------------------------
 
     def answer(self, call: dict[str, Any]) -> dict[str, Any]:
-        """Answers one control call of the tokenizer process: op is status, list, get, delete, progress or expire."""
+        """Answers one control call of the tokenizer process; op is status, list, get, positions, delete, gone, progress or expire.
+
+        namespace: {"extra_key", "cache_salt", "lora_id"} of whoever asks, None for an operator who sees all. A context is asked for by
+        its `context_id`, or by the `name` that lists show.
+        """
         self.advance_clock(float(call.get("now", 0.0)))
-        op = call.get("op")
-        if op == "status":
-            return {"ok": True, **self._status()}
-        if op == "expire":
-            return {"ok": True}
-        if op == "progress":
-            asked = [req for req in self._waiting() if isinstance(req, ContextReq) and req.rid.startswith(call["rid"])]
-            jobs = [req.context.job for req in asked if req.context is not None and req.context.job is not None]
-            done, total = jobs[0].progress if jobs else (0, 0)
-            return {"ok": True, "tokens": done, "of": total}
-        salt = call.get("cache_salt") or None
-        visible = [context for context in self.cache if context.namespace.cache_salt == salt]
-        if op == "list":
-            readers = self.readers()
-            for context in visible:
-                self.cache.is_resident(context)
-            held = [c for c in visible if c.state is not ContextState.ABSENT or c.job is not None]
-            return {"ok": True, "contexts": [c.describe() | {"readers": readers.get(c.id, 0)} for c in held]}
-        named = [c for c in visible if c.id == call.get("id")]
-        if not named or not (self.cache.is_resident(named[0]) or named[0].job or named[0].state is ContextState.DELETING):
+        match call.get("op"):
+            case "status":
+                return {"ok": True, **self._status()}
+            case "expire":
+                due = [context.expires_at for context in self.cache if context.expires_at is not None]
+                return {"ok": True, "next": min(due) if due else None}
+            case "progress":
+                asked = [req for req in self._waiting() if isinstance(req, ContextReq) and req.rid.startswith(call["rid"])]
+                jobs = [req.context.job for req in asked if req.context is not None and req.context.job is not None]
+                done, total = jobs[0].progress if jobs else (0, 0)
+                return {"ok": True, "tokens": done, "of": total}
+            case "gone":
+                return {"ok": True, "gone": self.cache.get(call["name"]) is None}
+            case "list":
+                readers = self.readers()
+                visible = [context for context in self.cache if self._is_visible(context, call)]
+                held = [each for each in visible if self._is_held(each)]
+                return {"ok": True, "contexts": [each.describe() | {"readers": readers.get(each.id, 0)} for each in held]}
+        named = self._asked_for(call)
+        if named is None:
+            wanted = call.get("context_id") or call.get("name")
             return {
                 "ok": False,
                 "status_code": 404,
-                "error": f"no context {call.get('id')!r} is held under this cache_salt; GET /obcache/contexts lists them",
+                "error": f"no context {wanted!r} is held in this namespace (cache salt, extra key, LoRA adapter)",
             }
-        context = named[0]
-        if op == "get":
-            described = context.describe() | {"readers": self.readers().get(context.id, 0)}
-            kept = context.kept
-            described["kept_per_head"] = None if kept is None else kept.counts(self.num_kv_heads)
-            if call.get("positions"):
-                described["positions"] = None if kept is None else kept.per_head(self.num_kv_heads)
-            return {"ok": True, "context": described}
-        if op == "delete":
-            if context.job is not None:
-                return {
-                    "ok": False,
-                    "status_code": 409,
-                    "error": f"context {context.id} is being compressed; delete it afterwards",
-                }
-            if context.state is not ContextState.DELETING:
-                self.cache.delete(context)
-            self.sweep()
-            return {"ok": True, "state": "deleting" if self.cache.get(context.id) is not None else "deleted"}
-        return {"ok": False, "status_code": 400, "error": f"unknown op {op!r}"}
+        match call.get("op"):
+            case "get":
+                described = named.describe() | {"readers": self.readers().get(named.id, 0)}
+                described["kept_per_head"] = None if named.kept is None else named.kept.counts(self.num_kv_heads)
+                return {"ok": True, "context": described}
+            case "positions":
+                packed = None if named.kept is None else named.kept.packed_layer(int(call["layer"]), self.num_kv_heads)
+                return {"ok": True, "positions": packed}
+            case "delete":
+                if named.job is not None:
+                    return {"ok": False, "status_code": 409, "error": "the context is being compressed; delete it afterwards"}
+                if named.state is not ContextState.DELETING:
+                    self.cache.delete(named)
+                self.sweep()
+                return {"ok": True, "name": named.id, "gone": self.cache.get(named.id) is None}
+        return {"ok": False, "status_code": 400, "error": f"unknown op {call.get('op')!r}"}
+
+    def _asked_for(self, call: dict[str, Any]) -> Context | None:
+        if call.get("context_id") is not None:
+            known = self.cache.by_capability(call["context_id"])
+            context = None if known is None else known[0]
+        else:
+            context = self.cache.get(call.get("name") or "")
+        return context if context is not None and self._is_visible(context, call) and self._is_held(context) else None
+
+    def _is_held(self, context: Context) -> bool:
+        return self.cache.is_resident(context) or context.job is not None or context.state is not ContextState.ABSENT
+
+    @staticmethod
+    def _is_visible(context: Context, call: dict[str, Any]) -> bool:
+        namespace = call.get("namespace")
+        return namespace is None or context.namespace == Namespace.of(**namespace)
 
     def _status(self) -> dict[str, Any]:
         for context in self.cache:
@@ -595,9 +779,3 @@ class CompressionManager:
                 "max_pinned_slots": self.max_pinned_slots,
             },
         }
-
-    def stream_output(self, stream: Callable[..., None], reqs: list[Req], *args: Any, **kwargs: Any) -> None:
-        """SGLang's stream_output, without our jobs, and with what clients sent in place of virtual tokens."""
-        shown = [req for req in reqs if not isinstance(req, CompressionJob)]
-        with client_view(shown):
-            stream(shown, *args, **kwargs)

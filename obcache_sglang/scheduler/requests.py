@@ -15,6 +15,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from obcache_sglang.cells import KeptTokens
 from obcache_sglang.config import EVERY_QUERY, CompressionSettings
+from obcache_sglang.plan import PARAM
 from obcache_sglang.scheduler.contexts import Context, Namespace
 from obcache_sglang.scheduler.replay import ReplayPass
 from obcache_sglang.scoring.head_budgets import SampledQueries
@@ -22,9 +23,6 @@ from obcache_sglang.scoring.selection import effective_window
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
-
-REPORT_KEY = "obcache"
-"""Where a request's report stands in its `meta_info`."""
 
 MAX_COMPRESSIONS_PER_REQUEST = 2
 """Compressions one request may start: beyond it, a pool that evicts a context before its first reader would loop."""
@@ -36,8 +34,9 @@ class Plan:
 
     context_len: tokens of the prompt that are context, as the client bounded it; 0 with `context_id`, or for "find one".
     action: "ask", or "compress": nothing is generated, only the context is made. exact: why it must be served exactly.
-    judged_by_rest: whether the prompt's tokens behind the context score it too (mode prompt). judges: those of a context that was
-    named by its id.
+    context_id: stands for the context, whose tokens the prompt does not hold; before: tokens that stand in front of it in the prompt
+    all the same (a chat template's), with which it must begin. judged_by_rest: whether the prompt's tokens behind the context score
+    it too (mode prompt). judges: those of a context that was named by its id.
     """
 
     context_len: int
@@ -46,6 +45,7 @@ class Plan:
     pin: bool = False
     ttl_seconds: float | None = None
     context_id: str | None = None
+    before: Sequence[int] = ()
     exact: str | None = None
     judged_by_rest: bool = False
     judges: array[int] = field(default_factory=lambda: array("q"))
@@ -70,12 +70,18 @@ class ContextReq(Req):
         self.origin_input_ids: array[int]
         self.plan = plan
         self.context: Context | None = None
+        self.context_id: str | None = plan.context_id
+        """How the client may name its context from now on."""
+        self.decided = False
+        """Whether the manager has decided on it since it was queued."""
         self.position_offset = 0
         self.real_ids: array[int] | None = None
         self.compressions_started = 0
         self.exact_reason: str | None = plan.exact
         self._count_exact = count_exact
-        self._reported_exact = False
+        self.is_reported_exact = False
+        self.suffix_known: int | None = None
+        """Generated tokens within the suffix that the context remembers of this request; None for no suffix yet."""
         self._cached_tokens_correction = 0
 
     @property
@@ -134,8 +140,8 @@ class ContextReq(Req):
         self.use_real_ids()
         self.exact_reason = reason
         self.report("exact", reason)
-        if not self._reported_exact:
-            self._reported_exact = True
+        if not self.is_reported_exact:
+            self.is_reported_exact = True
             self._count_exact(reason)
 
     def report(self, status: str, reason: str | None = None) -> None:
@@ -143,11 +149,11 @@ class ContextReq(Req):
         context = self.context
         settings = self.plan.settings if context is None else context.settings
         self.customized_info = {
-            REPORT_KEY: [
+            PARAM: [
                 {
                     "status": status,
                     "reason": reason,
-                    "context_id": None if context is None else context.id,
+                    "context_id": None if context is None else self.context_id,
                     "context_tokens": 0 if context is None else context.num_tokens,
                     "kept_tokens": 0 if context is None else context.num_slots if status != "exact" else context.num_tokens,
                     "compression_ratio": settings.compression_ratio,
@@ -161,13 +167,25 @@ class ContextReq(Req):
         }
 
     def init_next_round_input(self, tree_cache: BasePrefixCache | None = None, cow_mamba: bool | None = None) -> None:
-        """SGLang's, with a last check: virtual ids that the tree does not hold must never reach the model's embedding."""
+        """SGLang's, with two last checks: a request that came into the queue past the manager says that it was served exactly, and
+        virtual ids that the tree does not hold must never reach the model's embedding."""
+        if tree_cache is not None and not self.decided:
+            self.serve_exact("undecided")
         super().init_next_round_input(tree_cache, cow_mamba)
         if tree_cache is not None and self.is_virtual:
             assert self.context is not None
             if self.prefix_len < self.context.num_slots:
                 self.serve_exact("evicted")
                 super().init_next_round_input(tree_cache, cow_mamba)
+
+
+class JobId(str):
+    """The request id of a job. SGLang aborts all ids that begin with a client's: a job's begins with none but itself."""
+
+    __slots__ = ()
+
+    def startswith(self, prefix: Any, *bounds: Any) -> bool:
+        return prefix == str(self)
 
 
 def joined(scores: torch.Tensor, earlier: torch.Tensor | None, reduce: str) -> torch.Tensor:
@@ -200,9 +218,12 @@ class CompressionJob(Req):
     tokenizer: Any
 
     def __init__(
-        self, context: Context, like: ContextReq | CompressionJob, *, number: int, passes: Sequence[ReplayPass] = ()
+        self, context: Context, like: ContextReq | CompressionJob, *, rid: str, passes: Sequence[ReplayPass] = ()
     ) -> None:
-        """like: whose LoRA adapter, priority and namespace it has; the prefill that came before it, if one did."""
+        """like: whose LoRA adapter, priority and namespace it has; the prefill that came before it, if one did.
+
+        rid: the same on every rank, and not to be guessed by clients.
+        """
         sampling_params = SamplingParams(max_new_tokens=0, temperature=0)
         sampling_params.normalize(None)
         self.replay: ReplayPass | None = None
@@ -225,7 +246,7 @@ class CompressionJob(Req):
             self.earlier_tokens = like.progress[0]
         tokens = context.tokens + (context.judges if self.replay is None else self.replay.tokens)
         super().__init__(
-            f"obcache-job-{number}",
+            JobId(rid),
             "",
             tokens,
             sampling_params,
@@ -304,16 +325,17 @@ class CompressionJob(Req):
 @contextmanager
 def client_view(reqs: Iterable[Req]) -> Iterator[None]:
     """Shows real prompts and real cached-token counts for the time that SGLang reports to clients."""
-    shown = [req for req in reqs if isinstance(req, ContextReq) and req.is_virtual]
-    engine_ids = [req.origin_input_ids for req in shown]
-    for req in shown:
-        req.origin_input_ids = req.prompt_ids
-        req.cached_tokens += req._cached_tokens_correction
-        req.cached_tokens_device += req._cached_tokens_correction
+    shown: list[tuple[ContextReq, array[int]]] = []
     try:
+        for req in reqs:
+            if isinstance(req, ContextReq) and req.is_virtual:
+                shown.append((req, req.origin_input_ids))
+                req.origin_input_ids = req.prompt_ids
+                req.cached_tokens += req._cached_tokens_correction
+                req.cached_tokens_device += req._cached_tokens_correction
         yield
     finally:
-        for req, ids in zip(shown, engine_ids, strict=True):
+        for req, ids in shown:
             req.origin_input_ids = ids
             req.cached_tokens -= req._cached_tokens_correction
             req.cached_tokens_device -= req._cached_tokens_correction

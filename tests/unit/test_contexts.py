@@ -6,18 +6,21 @@ from array import array
 
 import pytest
 import torch
+from sglang.srt.disaggregation.kv_events import AllBlocksCleared
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
 from obcache_sglang.cells import KeptTokens
 from obcache_sglang.config import CompressionSettings
+from obcache_sglang.scheduler import contexts
 from obcache_sglang.scheduler.contexts import FIRST_VIRTUAL_ID, Context, ContextCache, ContextState, Namespace, context_id
-from obcache_sglang.scheduler.hooks import after_take_events
+from obcache_sglang.scheduler.kv_events import VisibleEvents
 
 POOL = 200
 HERE = Namespace(None, None, None)
@@ -213,35 +216,150 @@ def test_a_prompt_finds_the_longest_context_it_starts_with(cache: ContextCache) 
     assert cache.find_prefix(Namespace("x", None, None), HALF, tokens(0, 50)) is None
 
 
-def test_forgotten_records_leave_nodes_that_are_found_again(cache: ContextCache) -> None:
-    first = make(cache, tokens(0))
+@pytest.mark.parametrize("settings", [HALF, UNEVEN], ids=["even", "uneven"])
+def test_what_is_forgotten_is_evicted_and_never_taken_for_another_compression(
+    cache: ContextCache, settings: CompressionSettings
+) -> None:
+    first = make(cache, tokens(0), settings=settings)
     leave_behind(cache, first, [1, 2])
+    old_key = cache.key(first)
+    identity = cache.capability(first, tokens(0, 0))
+    lock = cache.tree.lock(cache.tree.match_prefix(MatchPrefixParams(key=old_key)).last_device_node)
     for start in (100, 200, 300):
         make(cache, tokens(start, 20))
     assert cache.get(first.id) is None  # max_contexts is 3
-    again = cache.obtain(HERE, HALF, tokens(0))
-    assert again is not first
-    assert cache.is_resident(again)
-    cache.delete(again)  # what stands behind it is not known: nothing may panic, and it stays evictable
-    cache.sweep(set())
-    assert accounts(cache)[2] == 0
-
-
-def test_what_an_uneven_context_left_in_the_tree_is_not_found_without_its_record(cache: ContextCache) -> None:
-    """Without the record nobody knows how many tokens each head keeps there."""
-    first = make(cache, tokens(0), settings=UNEVEN)
-    assert cache.is_resident(first)
-    leave_behind(cache, first, [1, 2])
-    for start in (100, 200, 300):
-        make(cache, tokens(start, 20))
-    assert cache.get(first.id) is None  # max_contexts is 3
-    again = cache.obtain(HERE, UNEVEN, tokens(0))
-    assert again.id == first.id
+    assert cache.by_capability(identity) is None
+    assert accounts(cache) == (POOL - 20 - 30, 30, 20)  # a request reads it still; what stood behind it is gone
+    again = cache.obtain(HERE, settings, tokens(0))
+    assert again is not None and again.id == first.id
     assert not cache.is_resident(again)
-    assert cache.reserve(again) is not None  # beside what is left of the first, which ages out
+    assert cache.reserve(again) is not None
+    assert cache.key(again).token_ids != old_key.token_ids
     cache.publish(again, KEPT)
     assert cache.is_resident(again)
+    cache.tree.unlock(lock)
     assert accounts(cache)[2] == 0
+
+
+def test_a_node_that_another_content_left_is_never_taken_for_a_contexts_own(cache: ContextCache, monkeypatch) -> None:
+    """Whatever the virtual ids are drawn from: two contexts whose ids begin alike stay apart."""
+    drawn = iter([7, 7, 8])
+
+    class Drawn:
+        def digest(self) -> bytes:
+            return next(drawn).to_bytes(8)
+
+    monkeypatch.setattr(contexts.hashlib, "blake2b", lambda *args, **kwargs: Drawn())
+    one, two = (Context(name, HERE, HALF, tokens(start), 20) for name, start in (("ab" * 16, 0), ("ab" * 8 + "cd" * 8, 100)))
+    assert cache.reserve(one) is not None
+    cache.publish(one, KEPT)
+    assert not cache.is_resident(two)
+    assert cache.reserve(two) is not None
+    assert one.virtual_ids[0] + 1 == two.virtual_ids[0]
+    assert one.node != two.node
+    assert accounts(cache) == (POOL - 40, 20, 20)
+
+
+def test_ids_of_nodes_are_never_used_again(cache: ContextCache) -> None:
+    """What residency rests on: a node's id says which compression's content it is."""
+    seen: set[int] = set()
+    for start in range(0, 1000, 100):
+        context = make(cache, tokens(start))
+        assert context.node not in seen
+        seen.add(context.node)
+        cache.tree.evict(EvictParams(num_tokens=POOL))
+        assert not cache.is_resident(context)
+    cache.tree.reset()
+    cache.allocator.clear()
+    assert make(cache, tokens(5000)).node not in seen
+
+
+def test_looking_at_a_context_is_no_use_of_it(cache: ContextCache) -> None:
+    """Else a monitor would decide what is evicted."""
+    older, newer = make(cache, tokens(0)), make(cache, tokens(100))
+    assert cache.is_resident(older)
+    cache.tree.evict(EvictParams(num_tokens=20))
+    assert not cache.is_resident(older)
+    assert cache.is_resident(newer)
+
+
+@pytest.mark.parametrize("step", ["insert", "lock"])
+def test_a_reservation_that_raises_loses_no_slot(cache: ContextCache, monkeypatch, step: str) -> None:
+    context = cache.obtain(HERE, HALF, tokens(0))
+    original = getattr(cache.tree, step)
+
+    def fail_once(*args: object) -> None:
+        monkeypatch.setattr(cache.tree, step, original)
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(cache.tree, step, fail_once)
+    with pytest.raises(RuntimeError, match="injected"):
+        cache.reserve(context)
+    assert accounts(cache) == (POOL, 0, 0)
+    assert context.state is ContextState.ABSENT
+    assert cache.reserve(context) is not None
+
+
+def test_pins_leave_room_for_compressions(cache: ContextCache) -> None:
+    """Of three contexts one may be pinned: the others make way for new ones."""
+    for start in (0, 100, 200):
+        context = make(cache, tokens(start, 4))
+        if cache.make_way_for_pin(context, POOL):
+            cache.pin(context)
+    assert [context.pinned for context in cache] == [True, False, False]
+    assert cache.obtain(HERE, HALF, tokens(300, 4)) is not None
+    assert [context.pinned for context in cache] == [True, False, False]
+
+
+def test_who_pins_most_makes_way_for_who_pins_less(cache: ContextCache) -> None:
+    cache.max_contexts = 20
+    mine, yours = (Namespace(None, salt, None) for salt in ("mine", "yours"))
+
+    def pinned(namespace: Namespace, start: int) -> bool:
+        context = make(cache, tokens(start), namespace)
+        if cache.make_way_for_pin(context, 80):
+            cache.pin(context)
+        return context.pinned
+
+    assert [pinned(mine, start) for start in range(0, 500, 100)] == [True, True, True, True, False]
+    assert [pinned(yours, start) for start in range(500, 800, 100)] == [True, True, False]
+    held = [context.namespace for context in cache if context.pinned]
+    assert held.count(mine) == held.count(yours) == 2
+    assert not pinned(mine, 900)
+
+
+def test_no_record_can_be_had_where_all_are_pinned_or_being_made(cache: ContextCache) -> None:
+    for start in (0, 100, 200):
+        cache.obtain(HERE, HALF, tokens(start)).job = object()
+    assert cache.obtain(HERE, HALF, tokens(300)) is None
+    assert cache.obtain(HERE, HALF, tokens(100)) is not None
+
+
+def test_a_deadline_goes_with_what_it_was_set_for(cache: ContextCache) -> None:
+    context = make(cache, tokens(0))
+    context.ttl_seconds, context.expires_at = 5.0, 1.0
+    cache.tree.evict(EvictParams(num_tokens=POOL))
+    assert not cache.is_resident(context)
+    assert (context.ttl_seconds, context.expires_at) == (None, None)
+
+
+def test_a_context_id_brings_the_tokens_behind_the_last_whole_page(cache: ContextCache) -> None:
+    context = make(cache, tokens(0))
+    whole, one, other = (cache.capability(context, tail) for tail in (tokens(0, 0), tokens(7, 3), tokens(8, 3)))
+    assert len({whole, one, other, context.id}) == 4
+    assert cache.capability(context, tokens(7, 3)) == one
+    assert cache.by_capability(one) == (context, tokens(7, 3))
+    assert cache.by_capability(context.id) is None
+    for start in range(1000):
+        cache.capability(context, tokens(start, 2))
+    assert len(context.tails) == len(cache._capabilities) == contexts.MAX_TAILS
+    cache.delete(context)
+    assert cache.by_capability(one) is None and not cache._capabilities
+
+
+def test_nothing_that_opens_a_context_can_be_computed_without_the_secret() -> None:
+    ids = tokens(0)
+    assert context_id(HERE, HALF, ids, secret=b"a") != context_id(HERE, HALF, ids, secret=b"b") != context_id(HERE, HALF, ids)
 
 
 def test_no_room_is_none_and_changes_nothing(cache: ContextCache) -> None:
@@ -253,14 +371,25 @@ def test_no_room_is_none_and_changes_nothing(cache: ContextCache) -> None:
 
 
 def test_kv_events_never_show_virtual_tokens(cache: ContextCache) -> None:
+    """Also not of what is stored behind a context, or removed, long after it."""
+    events = VisibleEvents()
     context = make(cache, tokens(0))
+    cleared, *recorded = cache.tree.take_events()
+    assert isinstance(cleared, AllBlocksCleared)
+    assert any(event.token_ids[0] >= FIRST_VIRTUAL_ID for event in recorded)
+    assert events.of([cleared, *recorded]) == [cleared]
     leave_behind(cache, context, [1, 2, 3])
     slots = cache.allocator.alloc(5).to(torch.int64)
-    plain = cache.key(context)
-    plain.token_ids = tokens(50, 5)
+    plain = RadixKey(tokens(50, 5))
     cache.tree.insert(InsertParams(key=plain, value=slots))
-    events = cache.tree.take_events()
-    stored = [event for event in events if getattr(event, "token_ids", None)]
-    assert any(event.token_ids[0] >= FIRST_VIRTUAL_ID for event in stored)
-    shown = after_take_events(events, cache.tree)
-    assert [event.token_ids for event in shown if getattr(event, "token_ids", None)] == [list(tokens(50, 5))]
+    leave_behind(cache, context, [1, 2, 3, 4, 5])
+    recorded = cache.tree.take_events()
+    assert {token for event in recorded for token in event.token_ids} >= {1, 2, 3, 4, 5}
+    shown = events.of(recorded)
+    assert [token for event in shown for token in event.token_ids] == list(tokens(50, 5))
+    cache.tree.evict(EvictParams(num_tokens=POOL))
+    removed = events.of(cache.tree.take_events())
+    assert {block for event in removed for block in event.block_hashes} == {
+        block for event in shown for block in event.block_hashes
+    }
+    assert not events._hidden

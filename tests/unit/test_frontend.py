@@ -10,13 +10,15 @@ from transformers import AutoTokenizer
 from obcache_sglang import lang, service
 from obcache_sglang.config import SETTINGS_ENV, settings_from_python
 from obcache_sglang.errors import ContextNotFound, HostError, RequestError
+from obcache_sglang.frontend import GUARD_TOUCHES
 from obcache_sglang.marker import register_marker
 from obcache_sglang.metrics import Metrics
 from obcache_sglang.openai_reports import with_report
 from obcache_sglang.plan import REQUEST_KEYS, make_plan, parse_wish, split_marker
-from obcache_sglang.plugin import register
+from obcache_sglang.plugin import CLI_TOUCHES, register
 
 MARKER = "<|obcache|>"
+SOME_ID = "0123456789abcdef" * 2
 SERVER = settings_from_python({"min_tokens": 4, "compression_ratio": 0.5})
 
 
@@ -113,6 +115,7 @@ def test_the_marker_is_the_boundary():
         "pin": False,
         "ttl_seconds": None,
         "context_id": None,
+        "before": [],
         "judged_by_rest": False,
         "exact": None,
     }
@@ -125,14 +128,13 @@ def test_the_marker_is_the_boundary():
         ({"context_len": 60}, None, {"context_len": 60}),
         ({"context_len": 100}, None, {"context_len": 100}),
         (True, None, {"context_len": 0, "context_id": None}),
-        ({"context_id": "abc"}, None, {"context_len": 0, "context_id": "abc"}),
+        ({"context_id": SOME_ID}, 0, {"context_len": 0, "context_id": SOME_ID}),
         ({"mode": "prompt"}, None, {"context_len": 99, "judged_by_rest": True}),
         ({"mode": "prompt"}, 50, {"context_len": 50, "judged_by_rest": False}),
         ({"mode": "prompt", "context_len": 60}, None, {"context_len": 60, "judged_by_rest": False}),
         ({"pin": True, "ttl_seconds": 60}, 50, {"pin": True, "ttl_seconds": 60.0}),
         ({}, 3, {"exact": "below_min_tokens"}),
         ({}, 4, {"exact": None}),
-        ({}, 0, {"exact": "marker_at_start"}),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict | bool) else None,
 )
@@ -171,17 +173,24 @@ def test_requests_override_the_servers_settings():
         ({"score": "v"}, 50, "choose attention, obcache-v, obcache-k or obcache-kv"),
         ({"method": "tova", "window": 5}, 50, '["window"]=5 is not allowed with method tova'),
         ({"mode": "both"}, 50, "choose marked or prompt"),
-        ({"context_len": 0}, None, "a whole number, 1 or more"),
-        ({"context_len": True}, None, "a whole number, 1 or more"),
+        ({"context_len": 0}, None, "a whole number from 1 to"),
+        ({"context_len": True}, None, "a whole number from 1 to"),
+        ({"context_len": 10**400}, None, "a whole number from 1 to"),
         ({"context_len": 101}, None, "outside [1, 100]"),
         ({"context_len": 50}, 50, "beside the marker"),
-        ({"context_id": "a"}, 50, "leave out the marker"),
-        ({"context_id": "a", "context_len": 5}, None, "leave out context_len"),
-        ({"context_id": "a", "compression_ratio": 0.5}, None, "leave out compression_ratio"),
-        ({"context_id": 7}, None, "is not the id of a context"),
+        ({"context_id": SOME_ID, "context_len": 5}, 0, "leave out context_len"),
+        ({"context_id": SOME_ID, "compression_ratio": 0.5}, 0, "leave out compression_ratio"),
+        ({"context_id": 7}, 0, "is not the id of a context"),
+        ({"context_id": SOME_ID + "0"}, 0, "is not the id of a context"),
+        ({}, 0, "no context before it"),
         ({"pin": 1}, 50, "true or false"),
-        ({"ttl_seconds": 0}, 50, "seconds above 0"),
-        ({"ttl_seconds": float("inf")}, 50, "seconds above 0"),
+        ({"ttl_seconds": 0}, 50, "a number from 1 to 31622400"),
+        ({"ttl_seconds": float("inf")}, 50, "a number from 1 to 31622400"),
+        ({"ttl_seconds": float("nan")}, 50, "a number from 1 to 31622400"),
+        ({"ttl_seconds": 10**400}, 50, "a number from 1 to 31622400"),
+        ({"kernel_size": 999999999999, "pooling": "max"}, 50, "an odd whole number from 1 to 127"),
+        ({"replay_chunk": 1, "method": "replay"}, 50, "a whole number from 32 to"),
+        ({"window": 10**6, "method": "snapkv"}, 50, "a whole number from 1 to 8192"),
         ({"max_contexts": 5}, 50, "is not a key of it"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
@@ -202,6 +211,7 @@ class Manager:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        self.model_config = SimpleNamespace(vocab_size=49152)
         self.sent = None
 
     def init(self):
@@ -308,7 +318,7 @@ def test_log_probabilities_inside_the_context_are_refused(serve_one):
     serve_one(prompt, logprob_start_len=3)
 
 
-def test_a_manager_without_a_frontend_is_passed_through(monkeypatch, model_dir):
+def test_a_manager_without_a_frontend_passes_on_what_does_not_rely_on_one(monkeypatch, model_dir):
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     from obcache_sglang import frontend
@@ -320,10 +330,18 @@ def test_a_manager_without_a_frontend_is_passed_through(monkeypatch, model_dir):
     request = GenerateReqInput(text=MARKER, sampling_params={"custom_params": {"obcache": "left to others"}})
     token_ids = manager.tokenizer(MARKER)["input_ids"]
     assert len(token_ids) > 1, "without --obcache the marker is text like any other"
-    frontend._validate(Manager.validate, manager, request, token_ids)
-    sent = frontend._create(Manager.create, manager, request, MARKER, token_ids)
+    refused = [request, GenerateReqInput(text="a" + MARKER, sampling_params={}), GenerateReqInput(input_ids=token_ids)]
+    refused.append(GenerateReqInput(text="a", sampling_params={"custom_params": {"obcache": True}}))
+    for each in refused:
+        with pytest.raises(RequestError, match="started without --obcache"):
+            frontend._validate(Manager.validate, manager, each, list(token_ids))
+    others = {"obcache": False, "x": 1}
+    plain = GenerateReqInput(text="obcache", sampling_params={"custom_params": others})
+    token_ids = manager.tokenizer("obcache")["input_ids"]
+    frontend._validate(Manager.validate, manager, plain, token_ids)
+    sent = frontend._create(Manager.create, manager, plain, "obcache", token_ids)
     assert sent.input_ids == token_ids
-    assert sent.sampling_params.custom_params == {"obcache": "left to others"}
+    assert sent.sampling_params.custom_params == others
 
 
 def test_every_output_carries_the_report_as_one_object(serve_one):
@@ -417,9 +435,9 @@ def test_answers_of_the_schedulers_become_results_or_errors():
         service._checked({"ok": False, "status_code": 409, "error": "busy"})
     assert conflict.value.status_code == 409
     with pytest.raises(ContextNotFound):
-        service._found([(0, {"ok": False, "status_code": 404}), (1, {"ok": False, "status_code": 404})], "x")
-    found = service._found([(0, {"ok": False, "status_code": 404}), (1, {"ok": True, "state": "deleted"})], "x")
-    assert found == [(1, {"state": "deleted"})]
+        service._found([(0, {"ok": False, "status_code": 404}), (1, {"ok": False, "status_code": 404})], {"context_id": "x"})
+    found = service._found([(0, {"ok": False, "status_code": 404}), (1, {"ok": True, "gone": True})], {"context_id": "x"})
+    assert found == [(1, {"gone": True})]
 
 
 def test_counters_of_ranks_add_up():
@@ -438,6 +456,7 @@ def test_metrics_count_once_for_status_and_prometheus():
     metrics.replayed(300, 1.5)
     metrics.exact("session")
     metrics.resident(1, 70)
+    metrics.pass_decided(0.25)
     assert metrics.to_dict() == {
         "compressions": 1,
         "reuses": 2,
@@ -446,6 +465,8 @@ def test_metrics_count_once_for_status_and_prometheus():
         "tokens_saved": 200,
         "replayed_tokens": 300,
         "replay_seconds": 1.5,
+        "schedule_passes": 1,
+        "schedule_seconds": 0.25,
         "compression_seconds": 0.5,
         "exact": {"session": 1},
         "contexts": 1,
@@ -473,10 +494,7 @@ def test_a_variable_left_in_a_shell_turns_nothing_on_in_a_launcher(monkeypatch):
     monkeypatch.setenv(SETTINGS_ENV, "{}")
     before = set(HookRegistry._hooks)
     register()
-    assert set(HookRegistry._hooks) - before <= {
-        "sglang.srt.server_args.ServerArgs.add_cli_args",
-        "sglang.srt.server_args.ServerArgs.from_cli_args",
-    }
+    assert set(HookRegistry._hooks) - before <= {touch.target for touch in (*CLI_TOUCHES, *GUARD_TOUCHES)}
 
 
 def test_request_keys_are_the_documented_ones():

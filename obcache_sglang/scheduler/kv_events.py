@@ -1,0 +1,39 @@
+"""KV events for routers: without virtual tokens, and without what is cached behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+
+from obcache_sglang.scheduler.contexts import FIRST_VIRTUAL_ID
+
+
+class VisibleEvents:
+    """The events of one tree that routers can do something with.
+
+    A block behind a hidden one is hidden too, also when it is stored long after: hidden blocks are remembered until they are removed.
+    """
+
+    def __init__(self) -> None:
+        self._hidden: set[int] = set()
+
+    def of(self, events: list[Any]) -> list[Any]:
+        """The visible ones of events that the tree recorded since the last call."""
+        shown = []
+        for event in events:
+            if isinstance(event, BlockStored):
+                if event.token_ids[:1] >= [FIRST_VIRTUAL_ID] or event.parent_block_hash in self._hidden:
+                    self._hidden.update(event.block_hashes)
+                    continue
+            elif isinstance(event, BlockRemoved) and self._hidden.intersection(event.block_hashes):
+                visible = [block for block in event.block_hashes if block not in self._hidden]
+                self._hidden.difference_update(event.block_hashes)
+                if not visible:
+                    continue
+                event = msgspec.structs.replace(event, block_hashes=visible)
+            elif isinstance(event, AllBlocksCleared):
+                self._hidden.clear()
+            shown.append(event)
+        return shown

@@ -1,0 +1,146 @@
+"""The marker with tokenizers of the kinds that models use: what the model reads is the same however a request says where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pydoc_data.topics import topics
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from obcache_sglang.config import settings_from_python
+from obcache_sglang.errors import RequestError
+from obcache_sglang.frontend import Frontend
+from obcache_sglang.marker import Marker
+
+TEXT = "<|obcache|>"
+SOME_ID = "0123456789abcdef" * 2
+DOCUMENT = "The Council met in Geneva. It agreed on:\n\n1. nothing at all"
+QUESTIONS = ("\n\nWhat was agreed?", " And then?", "Where did it meet", "ice cream")
+PROSE = [topics["class"], topics["exceptions"], DOCUMENT]
+
+# How Qwen and Llama 3 cut text before they merge bytes.
+_SPLIT = Regex(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(bos: bool) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(_SPLIT, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|begin_of_text|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(PROSE, trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet))
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin_of_text|>")
+
+
+def sentencepiece(scheme: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme=scheme), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator(
+        [*PROSE, TEXT], trainers.BpeTrainer(vocab_size=900, special_tokens=special, max_token_length=12)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "smollm2": lambda model_dir: AutoTokenizer.from_pretrained(model_dir),
+    "llama2": lambda model_dir: sentencepiece("first"),
+    "llama2-legacy": lambda model_dir: sentencepiece("always"),
+    "llama3": lambda model_dir: byte_level(bos=True),
+    "qwen": lambda model_dir: byte_level(bos=False),
+}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def frontend(request: pytest.FixtureRequest, model_dir: Any) -> Frontend:
+    tokenizer = KINDS[request.param](model_dir)
+    marker = Marker.register(tokenizer, TEXT)
+    return Frontend(settings_from_python({"min_tokens": 4}), marker, vocab_size=len(tokenizer))
+
+
+def prepare(frontend: Frontend, prompt: str | list[int], context_id: str | None = None) -> Any:
+    none = dict.fromkeys(("session_params", "custom_logit_processor", "watermark", "positional_embed_overrides"))
+    none |= dict.fromkeys(
+        ("multi_item_delimiter_indices", "token_indices_to_pool", "return_routed_experts", "return_indexer_topk")
+    )
+    params = {} if context_id is None else {"custom_params": {"obcache": {"context_id": context_id}}}
+    request = SimpleNamespace(sampling_params=params, return_logprob=False, logprob_start_len=-1, **none)
+    ids = prompt if isinstance(prompt, list) else list(frontend.marker.tokenizer(prompt)["input_ids"])
+    return frontend.prepare(request, ids)
+
+
+@pytest.mark.parametrize("asked", QUESTIONS)
+def test_a_question_by_id_reads_as_the_rest_of_the_text_does_by_marker(frontend: Frontend, asked: str) -> None:
+    by_marker = prepare(frontend, DOCUMENT + TEXT + asked)
+    boundary = by_marker.plan["context_len"]
+    by_id = prepare(frontend, TEXT + asked, SOME_ID)
+    assert list(by_id.sent_ids) == list(by_marker.sent_ids[boundary:])
+    assert by_id.plan["before"] == []
+    assert frontend.marker_id not in by_id.sent_ids
+
+
+def test_what_stands_before_the_marker_goes_along_to_be_compared_with_the_context(frontend: Frontend) -> None:
+    """A chat template's words stand before the document, and before the marker of a question by id."""
+    begins = []
+    for words in ("System: be brief.\n", "[System] ", "System: be brief. User: "):
+        by_marker = prepare(frontend, words + DOCUMENT + TEXT + " And then?")
+        by_id = prepare(frontend, words + TEXT + " And then?", SOME_ID)
+        before = by_id.plan["before"]
+        assert list(by_id.sent_ids) == list(by_marker.sent_ids[by_marker.plan["context_len"] :])
+        begins.append(bool(before) and list(by_marker.sent_ids[: len(before)]) == before)
+    assert any(begins)  # where a tokenizer joins the words with the document, the request is refused
+
+
+def test_without_a_document_before_it_the_marker_is_refused(frontend: Frontend) -> None:
+    for prompt, words in ((TEXT + " And then?", "no context before it"), (TEXT, "")):
+        with pytest.raises(RequestError, match=words):
+            prepare(frontend, prompt)
+    with pytest.raises(RequestError, match="put the marker"):
+        prepare(frontend, " And then?", SOME_ID)
+    with pytest.raises(RequestError, match="empty"):
+        prepare(frontend, TEXT, SOME_ID)
+
+
+def test_the_marker_as_ordinary_tokens_is_found_or_refused(frontend: Frontend) -> None:
+    """As it comes from clients that tokenize with a tokenizer that does not know it."""
+    assert frontend.marker is not None
+    split = frontend.marker.tokenizer
+    for left, right in (("agreed on:", "\n\nWhat?"), ("at all", " And"), ("at all.", "."), ("x<", ">"), ("\n", "A")):
+        ids = [*split(left, split_special_tokens=True)["input_ids"]]
+        joined = split(left + TEXT + right, split_special_tokens=True)["input_ids"]
+        try:
+            plan = prepare(frontend, list(joined)).plan
+        except RequestError as error:
+            assert "ordinary tokens" in str(error)
+            continue
+        assert plan is not None, (left, right)
+        assert plan["context_len"] == len(ids)
+
+
+def test_prose_about_the_marker_is_no_marker(frontend: Frontend) -> None:
+    for text in ("obcache is a plugin", "the token |obcache| here", "<|obcache", "obcache " * 500):
+        assert prepare(frontend, text * 2).plan is None
+    assert frontend.marker.normalized([]) == []
+
+
+def test_ids_outside_the_vocabulary_name_the_first_of_them(frontend: Frontend) -> None:
+    for wrong in (-1, frontend.vocab_size + 5, 1 << 61):
+        with pytest.raises(RequestError, match=f"Token id {wrong} is outside"):
+            prepare(frontend, [5, wrong, 6])
+    for wrong in (1 << 80, 1.5, "a", None):
+        with pytest.raises(RequestError, match="is not a token id"):
+            prepare(frontend, [5, wrong])
