@@ -49,6 +49,16 @@ def generate(
     return server.post("/generate", {**prompt_field, "sampling_params": params, **fields})
 
 
+def marker_id(server: Server) -> int:
+    """The marker as a token, for prompts of token ids."""
+    return server.get("/obcache/status")["marker_token_id"]
+
+
+def ask_by_id(server: Server, context_id: str, asked: list[int], **fields: Any) -> dict[str, Any]:
+    """The answer to a question about a context that is named, not sent: the marker stands where its text would."""
+    return generate(server, [marker_id(server), *asked], obcache={"context_id": context_id}, **fields)
+
+
 def generate_together(server: Server, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers to requests (arguments of `generate`) that are sent at the same moment."""
     with ThreadPoolExecutor(len(requests)) as pool:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from obcache_sglang.server import Server, serve
-from tests.serving.client import document, generate, question, report
+from tests.serving.client import document, generate, marker_id, question, report
 from tests.serving.conftest import COMMON, STRICT, checked
 
 L = 300
@@ -83,11 +83,12 @@ def test_a_context_belongs_to_its_adapter(lora_server: Server, model_dir: Path) 
             assert [report(answer)["status"] for answer in (first, later)] == ["compressed", "reused"]
             assert first["output_ids"] == later["output_ids"]
             ids[lora] = report(first)["context_id"]
-            kept[lora] = server.get(f"/obcache/contexts/{ids[lora]}", params={"positions": "true"})["positions"]
+            headers = {} if lora is None else {"X-Lora-Path": lora}
+            kept[lora] = server.get(f"/obcache/contexts/{ids[lora]}?positions=true", headers=headers)["positions"]
         assert ids[None] != ids[ADAPTER]
         assert kept[None] != kept[ADAPTER]  # its queries look for other tokens
         for lora, other in ((None, ADAPTER), (ADAPTER, None)):
             params = {"max_new_tokens": 1, "custom_params": {"obcache": {"context_id": ids[lora]}}}
-            body = {"input_ids": prompt[L:], "lora_path": other, "sampling_params": params}
+            body = {"input_ids": [marker_id(server), *prompt[L:]], "lora_path": other, "sampling_params": params}
             answer = server.request("POST", "/generate", json=body)
             assert answer.status_code == 404 and "LoRA adapter" in answer.text

@@ -14,7 +14,7 @@ from obcache_sglang.config import CompressionSettings
 from obcache_sglang.scoring.head_budgets import divide_by_errors, kept_numbers, sampled_rows
 from obcache_sglang.scoring.reference import attention, pruning_errors, score_tokens
 from obcache_sglang.server import Server
-from tests.serving.client import generate, report
+from tests.serving.client import ask_by_id, generate, report
 from tests.unit.test_kvpress import (
     CONTEXT_LEN,
     FIXTURE,
@@ -91,7 +91,7 @@ def test_a_context_of_mode_prompt_is_found_by_its_id(server: Server) -> None:
     prompt = FIXTURE["token_ids"][:301]
     wish = {"mode": "prompt", "method": "tova"}
     made = generate(server, prompt, obcache=wish, max_new_tokens=4)
-    by_id = generate(server, prompt[-1:], obcache={"context_id": report(made)["context_id"]}, max_new_tokens=4)
+    by_id = ask_by_id(server, report(made)["context_id"], prompt[-1:], max_new_tokens=4)
     assert report(by_id)["status"] == "reused"
     assert by_id["output_ids"] == made["output_ids"]
     other = generate(server, [*prompt[:-1], prompt[5]], obcache=wish, max_new_tokens=4)

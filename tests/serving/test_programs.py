@@ -25,7 +25,7 @@ if __name__ == "__main__":
     prompts = [document + "<|obcache|>" + question for question in ("So", "But", "And")]
     answers = engine.generate(prompts, {"temperature": 0, "max_new_tokens": 4})
     assert [answer["meta_info"]["obcache"]["status"] for answer in answers] == ["reused"] * 3, answers
-    assert [context["id"] for context in engine.contexts()] == [made["id"]]
+    assert [context["name"] for context in engine.contexts()] == [engine.context(made["id"])["name"]]
     assert engine.obcache_status()["counters"]["compressions"] == 1
     assert engine.delete_context(made["id"]) == "deleted"
     engine.shutdown()

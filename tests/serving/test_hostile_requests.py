@@ -1,0 +1,206 @@
+"""What a client may not send, or may send without harm to others. On the real engine."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obcache_sglang.server import Server
+from tests.serving.client import MARKER, compressions, document, flush, generate, marker_id, question, report, tokenizer
+
+L = 300
+OUTSIDE = [1 << 61, (1 << 62) + 7, 49_153, -1, 1 << 40]
+
+
+def refused(server: Server, path: str, body: dict[str, Any], words: str, status: int = 400) -> None:
+    response = server.request("POST", path, json=body)
+    assert response.status_code == status, response.text
+    assert words in response.text
+
+
+@pytest.mark.parametrize("token", OUTSIDE)
+def test_ids_outside_the_vocabulary_are_refused_wherever_they_come(server: Server, model_dir: Path, token: int) -> None:
+    prompt = [*document(model_dir, 40), token, 5]
+    refused(server, "/generate", {"input_ids": prompt}, "outside [0, 49152)")
+    refused(server, "/generate", {"input_ids": [prompt[:20], prompt]}, "outside [0, 49152)")
+    refused(server, "/v1/completions", {"model": "m", "prompt": prompt}, "outside [0, 49152)")
+    refused(server, "/obcache/compress", {"input_ids": prompt}, "outside [0, 49152)")
+    score = {"model": "m", "query": prompt, "items": [[5, 6]], "label_token_ids": [5]}
+    refused(server, "/v1/score", score, "outside [0, 49152)")
+    generate(server, prompt[:20])
+
+
+def test_virtual_ids_of_a_context_cannot_be_sent(server: Server, model_dir: Path) -> None:
+    """Neither computed from its id nor met by chance: no plain prompt stands behind a context."""
+    made = server.post("/obcache/compress", {"input_ids": document(model_dir, L, "atom-identifiers")})
+    for digits in (made["id"][:16], made["id"][16:], server.get(f"/obcache/contexts/{made['id']}")["name"][:16]):
+        base = (1 << 61) + int(digits, 16) % (1 << 62)
+        refused(server, "/generate", {"input_ids": [*range(base, base + made["kept_tokens"]), 5]}, "outside [0, 49152)")
+
+
+@pytest.mark.parametrize("text", [MARKER, f"{MARKER}{MARKER}", ""])
+def test_a_prompt_of_nothing_but_the_marker_is_refused(server: Server, text: str) -> None:
+    for body in ({"text": text}, {"text": text, "sampling_params": {"custom_params": {"obcache": False}}}, {"text": ["a", text]}):
+        assert server.request("POST", "/generate", json=body).status_code == 400
+    assert server.request("POST", "/obcache/compress", json={"text": text}).status_code == 400
+    refused(server, "/generate", {"input_ids": [marker_id(server)]}, "empty")
+    assert server.request("GET", "/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("kernel_size", 999_999_999_999),
+        ("replay_chunk", 1),
+        ("window", 10**30),
+        ("sink_tokens", 10**30),
+        ("max_kept_tokens", 0),
+        ("ttl_seconds", 10**400),
+        ("ttl_seconds", 1e-300),
+        ("compression_ratio", 10**400),
+    ],
+)
+def test_every_number_has_bounds_that_are_told(server: Server, model_dir: Path, field: str, value: object) -> None:
+    more = {"kernel_size": {"method": "snapkv", "pooling": "max"}, "replay_chunk": {"method": "replay"}}.get(field, {})
+    refused(server, "/obcache/compress", {"input_ids": document(model_dir, 64), field: value, **more}, field)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"text": "half a pair \ud800 here"},
+        {"messages": [{"role": "user", "content": "half \udfff"}]},
+        {"input_ids": [10**30]},
+        {"input_ids": [1.5]},
+        {"text": "a", "cache_salt": "\ud800"},
+        {"text": "a", "extra_key": "\ud800"},
+        {"text": "a", "stream": "yes"},
+        {"text": "a", "\ud800": 1},
+    ],
+    ids=lambda body: json.dumps(body)[:40],
+)
+def test_what_cannot_be_encoded_is_refused_by_name(server: Server, body: dict[str, Any]) -> None:
+    response = server.request("POST", "/obcache/compress", data=json.dumps(body))
+    assert response.status_code == 400, response.text
+
+
+def test_a_replay_costs_no_more_than_a_multiple_of_its_context(server: Server, model_dir: Path) -> None:
+    before = server.get("/obcache/status")["counters"]["replayed_tokens"]
+    body = {"input_ids": document(model_dir, 320, "lambda"), "method": "replay", "replay_chunk": 32}
+    assert server.post("/obcache/compress", body)["status"] == "compressed"
+    assert server.get("/obcache/status")["counters"]["replayed_tokens"] - before <= 4 * 320
+
+
+def test_the_marker_as_ordinary_tokens_is_the_marker(server: Server, model_dir: Path) -> None:
+    """Clients that tokenize for themselves send its text as the tokens of its letters."""
+    text = tokenizer(model_dir).decode(document(model_dir, L, "specialnames"))
+    whole = generate(server, f"{text}{MARKER}\n\nIn short,")
+    ids = tokenizer(model_dir)(f"{text}{MARKER}\n\nIn short,")["input_ids"]
+    assert marker_id(server) not in ids
+    by_tokens = generate(server, ids)
+    assert report(by_tokens)["context_id"] == report(whole)["context_id"]
+    assert by_tokens["output_ids"] == whole["output_ids"]
+    joined = tokenizer(model_dir)(f"What is it.{MARKER}?")["input_ids"]
+    if tokenizer(model_dir)(MARKER)["input_ids"] != joined[-8:-1]:
+        refused(server, "/generate", {"input_ids": joined}, "ordinary tokens")
+
+
+def test_who_names_requests_like_others_changes_nothing(server: Server, model_dir: Path) -> None:
+    """At ratio 0 a context answers as the exact cache does, whatever the requests beside its compression are called."""
+    flush(server)
+    prompts = [document(model_dir, L, topic) + question(model_dir, "\n\nIn short,") for topic in ("bltin-null-object", "class")]
+    exact = [generate(server, prompt)["output_ids"] for prompt in prompts]
+    flush(server)
+    wish = {"context_len": L, "compression_ratio": 0.0}
+    generate(server, prompts[1], obcache=wish)
+    names = [f"obcache-job-{number}" for number in range(1, 9)]
+    with ThreadPoolExecutor(10) as pool:
+        hostile = [pool.submit(generate, server, prompts[1], obcache=wish, rid=name) for name in names]
+        victim = pool.submit(generate, server, prompts[0], obcache=wish)
+        assert victim.result()["output_ids"] == exact[0]
+        assert all(each.result()["output_ids"] == exact[1] for each in hostile)
+    assert generate(server, prompts[0], obcache=wish)["output_ids"] == exact[0]
+
+
+def test_a_compression_is_not_ended_by_the_beginning_of_its_name(server: Server, model_dir: Path) -> None:
+    before = compressions(server)
+    body = {"input_ids": document(model_dir, 1500, "class"), "method": "replay", "replay_chunk": 100}
+    with ThreadPoolExecutor(8) as pool:
+        made = pool.submit(server.post, "/obcache/compress", body)
+        for letter in "0123456789abcdefo":
+            pool.submit(generate, server, [5, 6], rid=letter).result()
+            server.request("POST", "/abort_request", json={"rid": letter})
+        assert made.result()["status"] == "compressed"
+    assert compressions(server) == before + 1
+
+
+def test_reports_are_objects_also_in_batches_of_which_a_part_is_marked(server: Server, model_dir: Path) -> None:
+    text = tokenizer(model_dir).decode(document(model_dir, L, "typesmethods"))
+    params = {"temperature": 0, "max_new_tokens": 4}
+    answers = server.post(
+        "/generate", {"text": [f"{text}{MARKER} So", "And so", f"{text}{MARKER} But"], "sampling_params": params}
+    )
+    assert [isinstance(answer["meta_info"].get("obcache"), dict) for answer in answers] == [True, False, True]
+    assert "obcache" not in answers[1]["meta_info"]
+    body = {"model": "m", "prompt": ["And so", f"{text}{MARKER} So"], "max_tokens": 4, "temperature": 0}
+    shown = server.post("/v1/completions", body)["metadata"]["obcache"]
+    assert shown["status"] == "reused" and list(shown["choices"]) == ["1"]
+    assert "obcache" not in (server.post("/v1/completions", {**body, "prompt": ["And", "So"]}).get("metadata") or {})
+
+
+def test_an_echoed_prompt_has_no_marker(server: Server, model_dir: Path) -> None:
+    text = tokenizer(model_dir).decode(document(model_dir, L, "typesmethods"))
+    body = {"model": "m", "prompt": f"{text}{MARKER} So", "echo": True, "max_tokens": 4, "temperature": 0}
+    assert server.post("/v1/completions", body)["choices"][0]["text"].startswith(f"{text} So")
+    streamed = "".join(event["choices"][0]["text"] for event in server.stream("/v1/completions", {**body, "stream": True}))
+    assert streamed.startswith(f"{text} So")
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 1])
+def test_streams_of_no_token_and_of_one_end_with_a_report(server: Server, model_dir: Path, max_new_tokens: int) -> None:
+    prompt = document(model_dir, L, "typesfunctions") + question(model_dir, "\n\nIn short,")
+    params = {"temperature": 0, "max_new_tokens": max_new_tokens, "custom_params": {"obcache": {"context_len": L}}}
+    *_, last = server.stream("/generate", {"input_ids": prompt, "sampling_params": params, "stream": True})
+    assert report(last)["status"] in ("compressed", "reused")
+    assert last["meta_info"]["finish_reason"]["type"] == "length"
+
+
+def test_a_client_that_hangs_up_before_the_first_progress_leaves_no_trace(server: Server, model_dir: Path) -> None:
+    body = {"input_ids": document(model_dir, 1200, "class"), "method": "replay", "replay_chunk": 100, "stream": True}
+    with pytest.raises(Exception, match="timed out"):
+        server.request("POST", "/obcache/compress", json=body, timeout=0.05)
+    generate(server, [5, 6])
+    assert "StopAsyncIteration" not in server.log()
+
+
+@pytest.mark.parametrize(
+    "constraint", [{"json_schema": '{"type": "object", "properties": {"a%d": {"type": "integer"}}}'}, {"regex": "[ab]{%d}"}]
+)
+def test_structured_output_is_answered_from_the_context(server: Server, model_dir: Path, constraint: dict[str, str]) -> None:
+    """A new grammar brings its request into the queue in the middle of a scheduling pass."""
+    context = document(model_dir, L, "typesseq-mutable")
+    before = server.get("/obcache/status")["counters"]
+    for turn in range(3):
+        params = {name: value % (turn + 2) for name, value in constraint.items()}
+        prompt = context + question(model_dir, f"\n\nPoint {turn}: ")
+        answer = generate(server, prompt, obcache={"context_len": L}, sampling_params=params)
+        assert report(answer)["status"] == ("reused" if turn else report(answer)["status"])
+        assert report(answer)["status"] in ("compressed", "reused")
+    assert server.get("/obcache/status")["counters"]["exact"].get("undecided", 0) == before["exact"].get("undecided", 0)
+
+
+def test_a_pause_that_retracts_leaves_contexts_in_use(server: Server, model_dir: Path) -> None:
+    prompt = document(model_dir, L, "typesiter") + question(model_dir, "\n\nIn short,")
+    more = {"obcache": {"context_len": L}, "max_new_tokens": 60, "sampling_params": {"ignore_eos": True}}
+    expected = generate(server, prompt, **more)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(generate, server, prompt, **more)
+        server.request("POST", "/pause_generation", json={"mode": "retract"})
+        server.request("POST", "/continue_generation", json={})
+        answer = running.result()
+    assert report(answer)["status"] == "reused"
+    assert answer["output_ids"] == expected["output_ids"]
