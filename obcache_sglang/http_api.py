@@ -132,7 +132,7 @@ async def _events(first: dict[str, Any], others: AsyncIterator[dict[str, Any]]) 
 async def _json_object(request: Request) -> dict[str, Any]:
     try:
         body = await request.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"The body is not JSON: {error}.") from error
     if not isinstance(body, dict):
         raise RequestError(f"The body is not a JSON object: its keys are {', '.join(service.COMPRESS_KEYS)}.")

@@ -329,7 +329,10 @@ def _render(tokenizer_manager: Any, serving_chat: Any, body: Mapping[str, Any]) 
         parsed = ChatCompletionRequest(**{"model": "default", **chat, "messages": messages})
     except ValidationError as error:
         raise RequestError(f"messages cannot be read as chat messages: {error}") from error
-    request, _ = serving_chat._convert_to_internal_request(parsed)
+    try:
+        request, _ = serving_chat._convert_to_internal_request(parsed)
+    except Exception as error:  # templates run with what the client sent, and raise anything
+        raise RequestError(f"messages cannot be rendered with the chat template: {type(error).__name__}: {error}") from error
     return request
 
 
