@@ -282,7 +282,20 @@ def around_create_generation_req(create: Any, scheduler: Any, recv_req: Any, *ar
 def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     if _manager is None:
         return pick(scheduler, *args, **kwargs)
-    return _manager.schedule(lambda **kw: pick(scheduler, *args, **kw), **kwargs)
+    picked = False
+
+    def pick_once(**kw: Any) -> Any:
+        nonlocal picked
+        picked = True
+        return pick(scheduler, *args, **kw)
+
+    try:
+        return _manager.schedule(pick_once, **kwargs)
+    except Exception:
+        if picked:  # SGLang's own failure, or a batch that would be lost
+            raise
+        logger.exception("obcache: a scheduling pass without decisions")
+        return pick(scheduler, *args, **kwargs)
 
 
 @_contained("a request that came into the queue while a batch was picked")
@@ -326,7 +339,10 @@ def around_flush_cache(flush: Any, scheduler: Any, *args: Any, **kwargs: Any) ->
         logger.exception("obcache: before a flush")
     flushed = bool(flush(scheduler, *args, **kwargs))
     if flushed:
-        _manager.after_flush()
+        try:
+            _manager.after_flush()
+        except Exception:
+            logger.exception("obcache: after a flush")
     return flushed
 
 
