@@ -7,6 +7,7 @@ is served as if this package were not there, but for requests that rely on compr
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -22,6 +23,8 @@ from obcache_sglang.errors import HostError, RequestError, shown
 from obcache_sglang.host import Touch
 from obcache_sglang.marker import Marker
 from obcache_sglang.plan import PARAM, Action, make_plan, parse_wish, split_marker
+
+logger = logging.getLogger(__name__)
 
 _FRONTEND = "obcache_frontend"  # attribute of a TokenizerManager that serves with compression
 _REFUSED_MARKER = "obcache_refused_marker"  # attribute of one that serves without: what it refuses
@@ -228,12 +231,26 @@ def _validate(original: Callable[..., None], tokenizer_manager: Any, obj: Any, i
         _refuse_embeds(obj)
         original(tokenizer_manager, obj, input_ids)
         return
-    prepared = frontend.prepare(obj, input_ids)
+    prepared = _prepared(frontend, obj, input_ids)
     original(tokenizer_manager, obj, prepared.sent_ids)
     if prepared.plan is not None:
         # SGLang may have truncated the prompt within its context.
         prepared.plan["context_len"] = min(prepared.plan["context_len"], len(prepared.sent_ids))
     frontend.hold(prepared)
+
+
+def _prepared(frontend: Frontend, request: Any, token_ids: list[int]) -> _Prepared:
+    """As `Frontend.prepare`, but a defect of ours is no matter of requests that ask for nothing of ours."""
+    try:
+        return frontend.prepare(request, token_ids)
+    except ValueError:  # wrong requests
+        raise
+    except Exception:
+        check_ids(token_ids, frontend.vocab_size)
+        if frontend.settings.mode != "marked" or _own_params(request) not in (None, False) or frontend.marker_id in token_ids:
+            raise
+        logger.exception("obcache: a request without a wish goes on as it came")
+        return _Prepared(token_ids, token_ids, None)
 
 
 def _refuse_without_compression(request: Any, marker: Marker | None) -> None:
