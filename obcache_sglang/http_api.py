@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -28,6 +30,8 @@ from obcache_sglang.host import Touch
 SALT_HEADER = "X-Cache-Salt"
 EXTRA_KEY_HEADER = "X-Extra-Key"
 LORA_HEADER = "X-Lora-Path"
+
+_ID_IN_PATH = re.compile(r"(/obcache/contexts/[0-9a-f]{8})[0-9a-f]{24}")
 
 
 class _Route(APIRoute):
@@ -144,12 +148,22 @@ def _caller(request: Request) -> service.Caller:
     return service.Caller(header(EXTRA_KEY_HEADER) or None, header(SALT_HEADER) or None, header(LORA_HEADER) or None)
 
 
+class _IdsShortened(logging.Filter):
+    """Context ids in the access log: whoever has a whole one can read the document."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(_ID_IN_PATH.sub(r"\1...", arg) if isinstance(arg, str) else arg for arg in record.args)
+        return True
+
+
 def _add_routes(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
     """Before _setup_and_run_http_server: our routes are there before the API key middleware wraps the app."""
     from sglang.srt.entrypoints.http_server import app
 
     if Frontend.of(tokenizer_manager) is not None:
         app.include_router(make_router(tokenizer_manager, has_admin_key=bool(server_args.admin_api_key)))
+        logging.getLogger("uvicorn.access").addFilter(_IdsShortened())
 
 
 TOUCHES = (

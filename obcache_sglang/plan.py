@@ -31,6 +31,8 @@ PARAM = "obcache"
 
 Action = Literal["ask", "compress"]
 
+_CONTEXT_ID = re.compile("[0-9a-f]{32}")
+
 # Reasons to serve exactly that count positions in the prompt, or go on from it: a context cannot be put in front of it.
 _NEEDS_WHOLE_PROMPT = {
     "session": "a session",
@@ -181,6 +183,8 @@ def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, whole_pr
 
 
 def _wrong(key: str, value: object, reason: str) -> RequestError:
+    if key == "context_id" and isinstance(value, str) and _CONTEXT_ID.fullmatch(value):
+        value = value[:8] + "..."  # errors are logged, and a whole id opens its context
     return RequestError(f'custom_params["{PARAM}"]["{shown(key)[1:-1]}"]={shown(value)} {reason}')
 
 
@@ -201,7 +205,7 @@ def _context_len(value: object) -> int | None:
 def _context_id(value: object) -> str | None:
     if value is None:
         return None
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{32}", value):
+    if not isinstance(value, str) or not _CONTEXT_ID.fullmatch(value):
         raise _wrong(
             "context_id", value, "is not the id of a context, 32 hexadecimal digits, as /obcache/compress and answers give it."
         )

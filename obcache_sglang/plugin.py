@@ -79,9 +79,12 @@ def activate(settings: ServerSettings) -> None:
 def with_head_profile(settings: ServerSettings, model: str) -> ServerSettings:
     """The settings with the file of the model's head profile in place of `auto`; measures it if need be.
 
-    Raises HostError where that fails.
+    Raises HostError where that fails, ConfigError for a file that is no head profile.
     """
+    if settings.head_profile is None:
+        return settings
     if settings.head_profile != AUTO:
+        HeadProfile.load(settings.head_profile)
         return settings
     # Imports transformers' models, which a launcher has no other use for.
     from obcache_sglang.calibrate import profile_for

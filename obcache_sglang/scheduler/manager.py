@@ -124,15 +124,15 @@ class CompressionManager:
         known = self.cache.by_capability(plan.context_id or "")
         if known is None or known[0].namespace != namespace:
             raise ContextNotFound(
-                f"context_id={plan.context_id!r} is not known under this cache_salt, extra_key and LoRA adapter: it was forgotten, or "
-                "deleted, or is of another server; send the text again, with the marker at its end, or POST /obcache/compress."
+                "This context_id is not known under this cache_salt, extra_key and LoRA adapter: it was forgotten, or deleted, or is of "
+                "another server; send the text again, with the marker at its end, or POST /obcache/compress."
             )
         context, tail = known
         before = array("q", plan.before)
         if context.tokens[: len(before)] != before:
             raise RequestError(
-                f"The {len(before)} tokens before the marker are not those that the context of context_id={plan.context_id!r} begins "
-                "with: put the marker where the context stood, after the same words, or at the very start."
+                f"The {len(before)} tokens before the marker are not those that the context of this context_id begins with: put the marker "
+                "where the context stood, after the same words, or at the very start."
             )
         prompt = context.tokens + tail + array("q", fields["origin_input_ids"])
         plan = replace(plan, context_len=context.num_tokens, settings=context.settings, judges=context.judges)
@@ -323,7 +323,7 @@ class CompressionManager:
         scheduler = self.scheduler
         self._stop_unattended()
         jobs = [job for job in self._jobs.values() if job.unattended]
-        if not jobs or any(req not in jobs for req in {*self._in_flight(), *self._waiting()}):
+        if not jobs or any(req not in jobs and not req.finished() for req in {*self._in_flight(), *self._waiting()}):
             return
         # As pause_generation does: the forward under way ends, and its result is taken, before anything is given back.
         while scheduler.enable_overlap and scheduler.result_queue:

@@ -122,6 +122,26 @@ assert "given without --obcache" in refused("--obcache-method", "h2o")
 both = refused("--obcache", "--pp-size", "2", "--disable-radix-cache")
 assert "leave out --disable-radix-cache" in both and "use --tp-size" in both
 assert "leave out --tokenizer-worker-num" in refused("--obcache", "--tokenizer-worker-num", "2")
+assert "there is no such file" in refused("--obcache", "--obcache-head-profile", "no_such_profile")
+import json, pathlib, tempfile
+folder = pathlib.Path(tempfile.mkdtemp())
+(folder / "profile.json").write_text('{"format": 1}')
+assert "lacks 'model'" in refused("--obcache", "--obcache-head-profile", str(folder / "profile.json"))
+# Of another model: known once SGLang has read that one's configuration, before anything is started.
+shape = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, **shape}
+(folder / "config.json").write_text(json.dumps(config))
+from sglang.srt.server_args import ServerArgs
+from obcache_sglang import plugin
+from obcache_sglang.config import settings_from_python
+settings_from_python({"head_profile": "smollm2-135m"}).publish()
+try:
+    plugin._check_before_launch(None, ServerArgs(model_path=str(folder)))
+except SystemExit as stop:
+    assert "of another model than the one served" in str(stop), stop
+else:
+    raise AssertionError("a head profile of another model was accepted")
+plugin.deactivate()
 prepare_server_args(["--model-path", "x"])
 """
 

@@ -92,3 +92,7 @@ def test_a_context_belongs_to_its_adapter(lora_server: Server, model_dir: Path) 
             body = {"input_ids": [marker_id(server), *prompt[L:]], "lora_path": other, "sampling_params": params}
             answer = server.request("POST", "/generate", json=body)
             assert answer.status_code == 404 and "LoRA adapter" in answer.text
+    held = server.get("/obcache/contexts")["contexts"]
+    resident = server.get("/obcache/status")["counters"]["contexts"]
+    assert server.post("/unload_lora_adapter", {"lora_name": ADAPTER})["success"]
+    assert server.get("/obcache/status")["counters"]["contexts"] == len(held) < resident
