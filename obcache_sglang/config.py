@@ -100,10 +100,11 @@ class CompressionSettings:
         layers, of which each keeps at least its sinks and window; `profile`: as the server's head profile says, likewise.
     adakv_safeguard: the part of an even share that each head keeps whatever the others score, in [0, 1]; for adakv.
     replay_chunk: context tokens that one replay pass re-reads; method replay only.
-    normalization: `layer` divides each query's obcache scores by the squared norm of what the layer's attention gives there, both
-        behind the output projection (`scoring.ops.relative_error_weights`), so that layers and heads can be compared. A replay's
-        only order a head's tokens then: how many it keeps is decided by errors measured so (`scoring.head_budgets`). For global;
-        attention weights need none.
+    normalization: `layer` divides each query's errors by the squared norm of what the layer's attention gives there, both
+        behind the output projection (`scoring.ops.relative_error_weights`), so that layers and heads can be compared: obcache
+        scores, and the errors that are measured for a replay (`scoring.head_budgets`), which decide how many tokens a head keeps
+        whatever the score; the scores only order a head's tokens then. For global. Attention weights need none themselves, and
+        preset kvzip has neither.
     """
 
     compression_ratio: float = 0.7
@@ -226,15 +227,21 @@ class CompressionSettings:
     @property
     def weighs_queries(self) -> bool:
         """Whether each query's scores are made relative to what its layer gives, so that layers and heads can be compared."""
-        return self.budget == "global" and self.normalization == "layer" and self.score != "attention"
+        return self._compares_errors and self.score != "attention"
 
     @property
     def measures_errors(self) -> bool:
         """Whether a global budget is divided by measured errors, scores only ordering a head's tokens; else by scores alone.
 
-        For replay: errors of the last queries of a context say less of those to come than its scores do, measured.
+        For replay: errors of the last queries of a context say less of those to come than its scores do, measured. Whatever the
+        score, so that two replays that differ in it differ in nothing else; but preset kvzip is KVPress's, which has only scores.
         """
-        return self.method == "replay" and self.weighs_queries
+        return self.method == "replay" and self.preset != "kvzip" and self._compares_errors
+
+    @property
+    def _compares_errors(self) -> bool:
+        """Whether errors of different heads and layers are compared, relative to what their layer gives."""
+        return self.budget == "global" and self.normalization == "layer"
 
     @property
     def shrinks_window(self) -> bool:
@@ -599,8 +606,8 @@ COMPRESSION_OPTIONS = (
         "normalization",
         _one_of(NORMALIZATIONS),
         "budget global: layer divides each query's obcache scores by the squared norm of what the layer's attention gives there, both behind "
-        "the output projection, so that layers and heads can be compared, and divides a replay's budget by errors measured so; none keeps "
-        "the highest raw scores of all. Default: layer.",
+        "the output projection, so that layers and heads can be compared, and divides a replay's budget, whatever its score, by errors "
+        "measured so (preset kvzip: by scores alone); none keeps the highest raw scores of all. Default: layer.",
         metavar="|".join(NORMALIZATIONS),
     ),
     Option(

@@ -267,11 +267,12 @@ class ForwardPlan:
         outputs = output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[scoring]
         lse = None if lse is None else lse[scoring]
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[scoring]
-        query_weights = None
-        if settings.weighs_queries:
-            query_weights = relative_error_weights(outputs, self._head_gains.get(layer.layer_id))
-            if settings.measures_errors:
-                self._sample_queries(rows, queries, query_weights, layer)
+        error_weights = None
+        if settings.weighs_queries or settings.measures_errors:
+            error_weights = relative_error_weights(outputs, self._head_gains.get(layer.layer_id))
+        if settings.measures_errors:
+            assert error_weights is not None
+            self._sample_queries(rows, queries, error_weights, layer)
         visible, scored, start = rows.slots, scores, rows.first_position
         if settings.preset == "kvzip" and job.replay is not None:
             # Its queries see the sinks, the chunk they repeat and each other, and score the chunk.
@@ -290,7 +291,7 @@ class ForwardPlan:
             score=settings.score,
             o=outputs,
             lse=lse,
-            query_weights=query_weights,
+            query_weights=error_weights if settings.weighs_queries else None,
             reduce=settings.reduce,
         )
         if scored is not scores:

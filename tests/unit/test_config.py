@@ -294,3 +294,23 @@ def test_a_budget_that_was_given_holds_for_every_method():
     adakv = settings_from_python({"budget": "adakv", "score": "obcache-k"})
     assert adakv.compression_for({"preset": "kvzip"}).budget == "global"  # kvzip is one thing
     assert settings_from_python(True).compression_for({"method": "tova"}).budget == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("given", "weighs", "measures"),
+    [
+        ({"method": "replay"}, True, True),
+        ({"method": "replay", "score": "attention"}, False, True),
+        ({"preset": "kvzip"}, False, False),
+        ({"preset": "kvzip", "recent_tokens": 8}, False, False),
+        ({"method": "replay", "score": "attention", "normalization": "none"}, False, False),
+        ({"method": "replay", "normalization": "none"}, False, False),
+        ({"method": "replay", "budget": "adakv"}, False, False),
+        ({"method": "snapkv", "budget": "global"}, True, False),
+        ({"method": "snapkv", "score": "attention", "budget": "global"}, False, False),
+    ],
+    ids=str,
+)
+def test_what_is_weighted_and_what_is_measured(given, weighs, measures):
+    settings = CompressionSettings.resolve(given)
+    assert (settings.weighs_queries, settings.measures_errors) == (weighs, measures)

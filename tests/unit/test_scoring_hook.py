@@ -102,3 +102,23 @@ else:
                 assert torch.equal(got, wanted)
         scattered = compress(accumulate_scores_in_slots, wish | {"sink_tokens": 30}, judges)[0]
         assert not torch.equal(scattered.kept.positions, expected.kept.positions)  # the comparison can fail
+
+    def kept_by_head(wish: dict[str, object]) -> list[set[int]]:
+        """Of all heads of all layers, the positions that each keeps."""
+        kept = compress(accumulate_scores_in_slots, wish, 0)[0].kept
+        assert kept is not None
+        return [set(some.tolist()) for some in kept.positions.split(kept.offsets.diff().tolist())]
+
+    @pytest.mark.parametrize("recent_tokens", [0, 8])
+    def test_measured_errors_divide_a_replay_whatever_its_score(recent_tokens: int) -> None:
+        """Attention scores, still KVzip's statistic, order each head's tokens; how many it keeps is measured."""
+        wish = {"method": "replay", "score": "attention", "budget": "global", "recent_tokens": recent_tokens}
+        measured, by_scores = (kept_by_head(wish | {"normalization": each}) for each in ("layer", "none"))
+        assert [len(each) for each in measured] != [len(each) for each in by_scores]
+        assert sum(map(len, measured)) == sum(map(len, by_scores)) == NUM_SLOTS * LAYERS * KV_HEADS
+        assert all(one <= other or other <= one for one, other in zip(measured, by_scores, strict=True))
+
+    @pytest.mark.parametrize("recent_tokens", [0, 8])
+    def test_preset_kvzip_is_divided_by_its_scores_alone(recent_tokens: int) -> None:
+        wish = {"preset": "kvzip", "recent_tokens": recent_tokens}
+        assert kept_by_head(wish) == kept_by_head(wish | {"normalization": "none"})
