@@ -114,16 +114,19 @@ def divide_by_errors(errors: torch.Tensor, numbers: list[int], total: int) -> li
 
     errors: [heads, len(numbers)], with numbers as in `pruning_errors`; a head keeps numbers[0] at least. Between the numbers a
     head's error is taken as the largest convex curve below what was measured, and the steepest pieces of all curves are taken
-    first: of these curves no other division has a smaller sum. NaN counts as no error.
+    first: of these curves no other division has a smaller sum. This is where the errors leave the device: the one wait for it.
 
-    Returns the kept tokens of each head. Raises ValueError where total is less than all heads keep at least, or more than all.
+    Returns the kept tokens of each head. Raises ValueError where total is less than all heads keep at least, or more than all, and
+    where an error is not a finite number: whatever went wrong, no number of kept tokens would make up for it.
     """
     if not len(errors) * numbers[0] <= total <= len(errors) * numbers[-1]:
         raise ValueError(
             f"total={total} is outside {len(errors) * numbers[0]} .. {len(errors) * numbers[-1]}, what heads can keep"
         )
     pieces = []  # (slope, head, tokens)
-    for head, measured in enumerate(errors.double().nan_to_num().tolist()):
+    for head, measured in enumerate(errors.double().tolist()):
+        if not all(map(math.isfinite, measured)):
+            raise ValueError(f"the errors of head {head} of {len(errors)} are not finite numbers")
         curve: list[tuple[int, float]] = []
         for point in zip(numbers, measured, strict=True):
             while len(curve) > 1 and _slope(curve[-2], curve[-1]) >= _slope(curve[-2], point):

@@ -85,10 +85,15 @@ def test_between_two_numbers_a_head_may_keep_any() -> None:
     assert divide_by_errors(errors, [2, 6, 10], 13) == [6, 7]
 
 
-def test_errors_that_cannot_be_compared_still_divide() -> None:
-    errors = torch.tensor([[float("nan")] * 3, [1.0, 0.5, 0.0], [float("inf"), 3.0, 0.0]])
-    assert divide_by_errors(errors, [1, 2, 3], 6) == [1, 2, 3]
-    assert divide_by_errors(errors, [1, 2, 3], 8) == [2, 3, 3]
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_errors_that_are_not_numbers_are_refused(wrong: float, column: int) -> None:
+    """A head whose errors overflowed must not get the fewest tokens, as if it lost nothing."""
+    errors = torch.tensor([[3.0, 2.0, 0.0], [1.0, 0.5, 0.0], [2.0, 1.0, 0.0]])
+    assert divide_by_errors(errors, [1, 2, 3], 6) == [3, 1, 2]
+    errors[1, column] = wrong
+    with pytest.raises(ValueError, match="errors of head 1 of 3 are not finite"):
+        divide_by_errors(errors, [1, 2, 3], 6)
 
 
 @pytest.mark.parametrize("total", [3, 13])

@@ -38,10 +38,12 @@ else:
         def _create_buffers_normal(self) -> None:
             assert create_one_space(self)
 
-    def compress(accumulate: object, wish: dict[str, object], judges: int) -> tuple[CompressionJob, MHATokenToKVPool]:
+    def compress(
+        accumulate: object, wish: dict[str, object], judges: int, *, value: float | None = None
+    ) -> tuple[CompressionJob, MHATokenToKVPool]:
         """A context of CONTEXT tokens whose last chunk, of ROWS tokens or of a replay's pass, is computed in one forward.
 
-        judges: the last tokens of that chunk, which stand behind the context.
+        judges: the last tokens of that chunk, which stand behind the context. value: of one V of the context, in the last layer.
         """
         torch.manual_seed(3)
         settings = CompressionSettings.resolve(wish)
@@ -52,6 +54,8 @@ else:
             buffer.normal_()
         req_to_token = ReqToTokenPool(2, 512, DEVICE, enable_memory_saver=False)
         taken = torch.randperm(399, device=DEVICE) + 1
+        if value is not None:
+            pool.v_buffer[-1][taken[70], 1] = value
         context = SimpleNamespace(
             id="0f" * 16,
             settings=settings,
@@ -77,7 +81,7 @@ else:
             shape = (5 + num_tokens - first, KV_HEADS * GROUP * HEAD_DIM)
             q, output = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE) / 4
             plan.after_attention(q, output, layer, SimpleNamespace(rids=["job"]))
-        assert job.error is None
+        assert (job.error is None) == (value is None)
         return job, pool
 
     @pytest.mark.parametrize(
@@ -122,3 +126,14 @@ else:
     def test_preset_kvzip_is_divided_by_its_scores_alone(recent_tokens: int) -> None:
         wish = {"preset": "kvzip", "recent_tokens": recent_tokens}
         assert kept_by_head(wish) == kept_by_head(wish | {"normalization": "none"})
+
+    @pytest.mark.parametrize("score", ["attention", "obcache-v"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+    def test_a_measured_error_that_is_no_number_fails_the_compression(
+        caplog: pytest.LogCaptureFixture, score: str, value: float
+    ) -> None:
+        """Values that are no numbers, or whose squares overflow: the context is served exactly."""
+        wish = {"method": "replay", "score": score, "budget": "global"}
+        job, _ = compress(accumulate_scores_in_slots, wish, 0, value=value)
+        assert job.error == "error" and job.kept is None
+        assert "errors of head 3 of 4 are not finite" in caplog.text
