@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from obcache_sglang.errors import ConfigError, ObcacheError
 from obcache_sglang.eval.arms import MODES, RATIO_PRESETS, Arm, check_head_profile, parse_arms, parse_ratios
 from obcache_sglang.eval.datasets import load
-from obcache_sglang.eval.provenance import provenance
+from obcache_sglang.eval.provenance import kv_bytes_per_token, provenance
 from obcache_sglang.eval.report import check_requirements, write_report
 from obcache_sglang.eval.run import Runner
 from obcache_sglang.eval.samples import Sample
@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(DEFAULT_ARMS),
         metavar="METHOD/SCORE/BUDGET",
-        help=f"or presets' names (default: {' '.join(DEFAULT_ARMS)}); the exact cache is always asked",
+        help=f"or presets' names, both with +NAME=VALUE for other settings than their own: kvzip+recent_tokens=8 "
+        f"(default: {' '.join(DEFAULT_ARMS)}); the exact cache is always asked",
     )
     parser.add_argument(
         "--ratios",
@@ -148,7 +149,8 @@ def _samples(arguments: argparse.Namespace, tokenizer: Any) -> Iterator[Sample]:
 
 def _write_run(file: Path, model: str, arguments: argparse.Namespace, given: list[str]) -> None:
     """What the report says of the run. One that goes on must be the same run."""
-    run = provenance("obcache_sglang.eval", given, model) | {"seed": arguments.seed, "tokens": arguments.tokens}
+    run: dict[str, Any] = provenance("obcache_sglang.eval", given, model)
+    run |= {"seed": arguments.seed, "tokens": arguments.tokens, "kv_bytes_per_token": kv_bytes_per_token(model)}
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         for name in ("model", "seed", "tokens"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from obcache_sglang.eval.summary import Section, Table
+from obcache_sglang.eval.summary import Grid, Section, Table
 from obcache_sglang.eval.survivors import survivor_section
 
 # Statements of one kind that are shown at once.
@@ -14,18 +14,19 @@ _SHOWN_LINES = 6
 
 
 def page(
+    verdict: str,
     facts: Mapping[str, str],
     sections: Iterable[Section],
     tables: Sequence[Table],
     drawings: Mapping[str, str],
     documents: list[dict[str, Any]],
 ) -> str:
-    """The whole page.
+    """The whole page, which begins with the verdict. sections: none of them empty.
 
     drawings: by metric, SVG that is put in as it is. documents: of `survivors.read_survivors`. All other texts are escaped.
     """
-    parts = [_facts(facts)]
-    parts += [f"<section><h2>{escape(section.title)}</h2>{_statements(section)}</section>" for section in sections]
+    parts = [f"<p class='verdict'>{escape(verdict)}</p>", _facts(facts)]
+    parts += [f"<section><h2>{escape(section.title)}</h2>{_section(section)}</section>" for section in sections]
     for metric, drawing in drawings.items():
         of_metric = [table for table in tables if table.metric == metric]
         overview = next(table for table in of_metric if table.overview)
@@ -36,7 +37,8 @@ def page(
             if not table.overview
         ]
         parts.append("</section>")
-    parts.append(f"<section><h2>Which tokens survived</h2>{survivor_section(documents)}</section>")
+    if documents:
+        parts.append(f"<section><h2>Which tokens survived</h2>{survivor_section(documents)}</section>")
     title = escape(f"Evaluation of {facts['model']}")
     return f"{_HEAD}<title>{title}</title><style>{_STYLE}</style></head><body><main><h1>{title}</h1>{''.join(parts)}</main></body></html>\n"
 
@@ -45,8 +47,11 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd><code>{escape(value)}</code></dd>' for name, value in facts.items())}</dl>"
 
 
-def _statements(section: Section) -> str:
-    return "".join(f"<h3>{escape(title)}</h3>" * bool(title) + _list(lines) for title, lines in section.statements.items())
+def _section(section: Section) -> str:
+    statements = (
+        f"<h3>{escape(title)}</h3>" * bool(title) + _list(lines) for title, lines in section.statements.items() if lines
+    )
+    return "".join(statements) + (_table(section.grid) if section.grid is not None else "")
 
 
 def _list(lines: Sequence[str]) -> str:
@@ -57,7 +62,7 @@ def _list(lines: Sequence[str]) -> str:
     return f"<ul>{''.join(items[:_SHOWN_LINES])}</ul>{more}"
 
 
-def _table(table: Table) -> str:
+def _table(table: Grid) -> str:
     head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in table.header)
     body = []
     for first, *others in table.rows:
@@ -107,6 +112,8 @@ th:first-child { text-align: left; }
 tbody th { font-weight: 400; }
 tbody tr:nth-child(even) { background: var(--band); }
 @media (max-width: 600px) { tbody th { white-space: normal; min-width: 130px; } }
+td { max-width: 360px; white-space: normal; }
+.verdict { font-size: 17px; font-weight: 600; }
 .worse { color: var(--worse); }
 .better { color: var(--better); }
 .controls { display: flex; flex-wrap: wrap; gap: 8px 16px; }

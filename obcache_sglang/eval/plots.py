@@ -11,7 +11,8 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from obcache_sglang.eval.results import METRICS, Estimate, Row
+from obcache_sglang.eval.intervals import Estimate
+from obcache_sglang.eval.results import METRICS, Row
 
 # Readable on white and on black. Scores and budgets not named here share the last of each.
 _COLORS = {"attention": "#8a8a8a", "obcache-v": "#3b8fd9", "obcache-k": "#e0701a", "obcache-kv": "#1aa37a", "": "#b05fc0"}
@@ -38,8 +39,8 @@ def plot(metric: str, rows: Sequence[Row]) -> str:
     """The figure of one metric, as SVG. The same rows give the same text.
 
     rows: of this metric and of one task (or of all tasks together). accuracy is drawn against the ratio, the others against the
-    share of KV pairs kept; of nll the paired difference from exact, since texts differ by more than arms do. Error bars are one
-    standard error. Without an arm to draw, the figure is empty.
+    share of KV pairs kept; of nll the paired difference from exact, since texts differ by more than arms do. Error bars are 95 %
+    intervals. Without an arm to draw, the figure is empty.
     """
     # The salt makes the ids that a drawing refers to its own, so that several can stand in one page.
     with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": metric}]):
@@ -62,7 +63,7 @@ def _draw(metric: str, rows: Sequence[Row]) -> Figure:
     for row in rows:
         if not row.arm.is_exact and _y(row) is not None:
             by_panel.setdefault((row.arm.mode, row.arm.method), []).append(row)
-    exact = next((row.value for row in rows if row.arm.is_exact), None) if metric == "accuracy" else Estimate(0.0, None, 0)
+    exact = next((row.value for row in rows if row.arm.is_exact), None) if metric == "accuracy" else Estimate(0.0, None, None, 0)
 
     columns = min(_COLUMNS, max(1, len(by_panel)))
     lines = max(1, -(-len(by_panel) // columns))
@@ -91,15 +92,17 @@ def _draw_panel(panel: Axes, rows: Iterable[Row]) -> dict[str, Any]:
     """Draws one method in one mode. Returns what a legend shows, by name."""
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        lines.setdefault((row.arm.score, row.arm.budget), []).append(row)
+        # Arms with options of their own are drawn beside the plain ones, by a name of theirs.
+        name = ", ".join(filter(None, (row.arm.budget, row.arm.options)))
+        lines.setdefault((row.arm.score, name), []).append(row)
     legend: dict[str, Any] = {}
     for score, budget in sorted(lines):
-        points = sorted((_x(row), value.mean, value.se or 0.0) for row in lines[score, budget] if (value := _y(row)))
+        points = sorted((_x(row), value.mean, *_reach(value)) for row in lines[score, budget] if (value := _y(row)))
         marker, dashes = _MARKERS.get(budget, _MARKERS[""])
         legend[f"{score}, {budget}"] = panel.errorbar(
-            [x for x, _, _ in points],
-            [mean for _, mean, _ in points],
-            yerr=[error for _, _, error in points],
+            [x for x, *_ in points],
+            [mean for _, mean, *_ in points],
+            yerr=[[below for *_, below, _ in points], [above for *_, above in points]],
             color=_COLORS.get(score, _COLORS[""]),
             marker=marker,
             linestyle=dashes,
@@ -111,9 +114,16 @@ def _draw_panel(panel: Axes, rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def _draw_exact(panel: Axes, exact: Estimate) -> dict[str, Any]:
-    margin = exact.se or 0.0
-    panel.axhspan(exact.mean - margin, exact.mean + margin, color=_INK, alpha=0.12, linewidth=0)
+    below, above = _reach(exact)
+    panel.axhspan(exact.mean - below, exact.mean + above, color=_INK, alpha=0.12, linewidth=0)
     return {"exact": panel.axhline(exact.mean, color=_INK, linewidth=1.0)}
+
+
+def _reach(value: Estimate) -> tuple[float, float]:
+    """How far the interval reaches below and above the mean; 0 where there is none."""
+    if value.low is None or value.high is None:
+        return 0.0, 0.0
+    return max(0.0, value.mean - value.low), max(0.0, value.high - value.mean)
 
 
 def _x(row: Row) -> float:

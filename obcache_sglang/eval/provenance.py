@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 _PACKAGES = ("sglang", "torch", "transformers", "obcache_sglang")
 
@@ -25,3 +26,18 @@ def provenance(module: str, given: Sequence[str], model: str) -> dict[str, str]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}",
         "started": time.strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def kv_bytes_per_token(model: str) -> int | None:
+    """Bytes of K and V of one token in all layers, in the model's own dtype; None where its configuration does not say."""
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError):
+        return None
+    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+    if not layers or not heads:
+        return None
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    dtype = getattr(config, "dtype", None)
+    return 2 * layers * kv_heads * head_dim * dtype.itemsize if isinstance(dtype, torch.dtype) else None

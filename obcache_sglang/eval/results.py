@@ -1,4 +1,4 @@
-"""What the answers of a run say: means, standard errors and paired differences, per arm, metric and task."""
+"""What the answers of a run say: means and paired differences, per arm, metric and task."""
 
 from __future__ import annotations
 
@@ -6,43 +6,54 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from obcache_sglang.errors import ConfigError
-from obcache_sglang.eval.arms import EXACT, Arm
+from obcache_sglang.eval.arms import EXACT, Arm, attention_baseline, effect, other_baselines
+from obcache_sglang.eval.intervals import Estimate, Pair, difference, estimate
 
 ALL_TASKS = "all tasks"
 
+T = TypeVar("T")
+
 
 class Metric(NamedTuple):
-    """How a metric is read: title for people, unit, decimals, whether more is better, and whether exact scores on it too."""
+    """How a metric is read.
+
+    title: for people. higher_is_better: whether more is. compares_with_exact: whether exact scores on it too. bounded: whether it is
+    from 0 to 1.
+    """
 
     title: str
     unit: str
     digits: int
     higher_is_better: bool
     compares_with_exact: bool
+    bounded: bool = False
 
 
 METRICS = {
-    "accuracy": Metric("accuracy", "", 3, higher_is_better=True, compares_with_exact=True),
+    "accuracy": Metric("accuracy", "", 3, higher_is_better=True, compares_with_exact=True, bounded=True),
     "nll": Metric("NLL", "nats per token", 3, higher_is_better=False, compares_with_exact=True),
     # Measured from exact, whose own is 0: any change at all would count as a loss.
     "kl": Metric("KL from exact", "nats per token", 4, higher_is_better=False, compares_with_exact=False),
 }
 
 
-def arm_order(arm: Arm) -> tuple[str, float, str, str, str]:
+def arm_order(arm: Arm) -> tuple[str, float, str, str, str, str]:
     """Sort key of arms: exact first, then by mode and ratio, so that what costs the same stands together."""
-    return "" if arm.is_exact else arm.mode, arm.ratio, arm.method, arm.budget, arm.score
+    return "" if arm.is_exact else arm.mode, arm.ratio, arm.method, arm.budget, arm.score, arm.options
 
 
 def arm_settings(arm: Arm) -> str:
     """An arm but for its ratio, for people: "replay + obcache-v, global, query-agnostic"."""
-    return "exact" if arm.is_exact else f"{arm.method} + {arm.score}, {arm.budget}, query-{arm.mode}"
+    if arm.is_exact:
+        return "exact"
+    options = "".join(f", {option.replace('_', ' ').replace('=', ' ')}" for option in arm.options.split(",") if option)
+    return f"{arm.method} + {arm.score}, {arm.budget}{options}, query-{arm.mode}"
 
 
 def arm_label(arm: Arm) -> str:
@@ -50,14 +61,14 @@ def arm_label(arm: Arm) -> str:
     return arm_settings(arm) if arm.is_exact else f"{arm_settings(arm)}, ratio {arm.ratio:g}"
 
 
-def attention_baseline(arm: Arm) -> Arm | None:
-    """The arm that differs only in its score, which is attention's; None for arms without an OBCache score."""
-    return replace(arm, score="attention") if arm.score.startswith("obcache") else None
-
-
 @dataclass(frozen=True)
 class Answer:
-    """One line of answers.jsonl, without its texts. kept_share: KV pairs kept of the context's, 1 where it was served exactly."""
+    """One line of answers.jsonl.
+
+    kept_tokens: of each KV head of the context's `context_tokens`, on average; all of them where it was served exactly. asked, output,
+    references: texts, of a question that is answered with one. not_comparable: why its task's figures are not those of the published
+    task of this name; "" where they are, or there is none.
+    """
 
     arm: Arm
     task: str
@@ -66,7 +77,12 @@ class Answer:
     metrics: Mapping[str, float]
     status: str
     reason: str | None
-    kept_share: float
+    context_tokens: int
+    kept_tokens: int
+    asked: str = ""
+    output: str = ""
+    references: tuple[str, ...] = ()
+    not_comparable: str = ""
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Answer:
@@ -77,17 +93,31 @@ class Answer:
                 raise ValueError(f"metric {name!r} is unknown; known: {', '.join(METRICS)}")
             if not math.isfinite(value):
                 raise ValueError(f"metric {name} is {value}, not a finite number")
-        exact = record["status"] == "exact"
+        arm, context_tokens = Arm(**record["arm"]), int(record["context_tokens"])
+        if context_tokens < 1:
+            raise ValueError(f"context_tokens is {context_tokens}")
+        if not arm.is_exact:
+            arm.settings  # noqa: B018  (raises what is wrong)
         return cls(
-            arm=Arm(**record["arm"]),
+            arm=arm,
             task=record["task"],
             sample=record["sample"],
             question=record["question"],
             metrics=metrics,
             status=record["status"],
             reason=record["reason"],
-            kept_share=1.0 if exact else record["kept_tokens"] / record["context_tokens"],
+            context_tokens=context_tokens,
+            kept_tokens=int(context_tokens if record["status"] == "exact" else record["kept_tokens"]),
+            asked=record.get("asked", ""),
+            output=record.get("output", ""),
+            references=tuple(record.get("references", ())),
+            not_comparable=record.get("not_comparable", ""),
         )
+
+    @property
+    def kept_share(self) -> float:
+        """KV pairs kept of the context's, 1 where it was served exactly."""
+        return self.kept_tokens / self.context_tokens
 
     @property
     def served_exactly(self) -> bool:
@@ -111,7 +141,7 @@ def read_answers(path: Path) -> tuple[list[Answer], list[str]]:
             continue
         try:
             answer = Answer.from_json(json.loads(line))
-        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             if line is last and _is_cut_off(line):
                 notes.append(f"The last line of {path.name} was cut off and is left out.")
                 continue
@@ -138,42 +168,20 @@ def _is_cut_off(line: bytes) -> bool:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """mean with its standard error over samples (None from fewer than two samples of a task)."""
+class Compared:
+    """An arm beside another one. effect: what the difference can be put down to (`arms.effect`). difference: the arm minus the other."""
 
-    mean: float
-    se: float | None
-    samples: int
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the mean is over two standard errors away from 0."""
-        return self.se is not None and abs(self.mean) > 2 * self.se
-
-
-def estimate(values: Mapping[str, Mapping[int, Sequence[float]]]) -> Estimate | None:
-    """The mean of values[task][sample][question], and its standard error. None without values.
-
-    Questions about one context are not independent, so a sample counts once, with the mean of its questions. Tasks count
-    equally, whatever their number of samples; they were chosen, not drawn, so only the spread inside tasks is an error. All sums
-    are rounded once, so that the order of answers, which differs in a resumed run, changes no digit.
-    """
-    tasks = [[statistics.fmean(questions) for questions in samples.values()] for samples in values.values() if samples]
-    if not tasks:
-        return None
-    variance = None
-    if all(len(samples) > 1 for samples in tasks):
-        variance = math.fsum(statistics.variance(samples) / len(samples) for samples in tasks) / len(tasks) ** 2
-    return Estimate(
-        mean=statistics.fmean(statistics.fmean(samples) for samples in tasks),
-        se=None if variance is None else math.sqrt(variance),
-        samples=sum(map(len, tasks)),
-    )
+    other: Arm
+    effect: str
+    difference: Estimate
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm on one task (or ALL_TASKS), by one metric. Differences are this arm minus the other, on what both have answered."""
+    """One arm on one task (or ALL_TASKS), by one metric. Differences are this arm minus the other, on what both have answered.
+
+    against: the other arms beside exact and attention that it is compared with. not_comparable: of `Answer`, of any of the tasks.
+    """
 
     metric: str
     task: str
@@ -184,6 +192,8 @@ class Row:
     kept_share: float
     against_exact: Estimate | None
     against_attention: Estimate | None
+    against: tuple[Compared, ...] = ()
+    not_comparable: str = ""
 
     def verdict(self, difference: Estimate | None) -> str:
         """ "better" or "worse" for one of this row's differences, "" where it is not resolved or not known."""
@@ -210,16 +220,19 @@ def summarise(answers: Iterable[Answer]) -> list[Row]:
         # With one task, that task is all of them.
         for task in [ALL_TASKS, *tasks] if len(tasks) > 1 else tasks:
             chosen = {arm: {t: cell[t] for t in sorted(cell) if task in (ALL_TASKS, t)} for arm, cell in arms.items()}
-            rows += [_row(metric, task, arm, chosen) for arm in sorted(chosen, key=arm_order) if chosen[arm]]
+            chosen = {arm: cell for arm, cell in chosen.items() if cell}
+            rows += [_row(metric, task, arm, chosen) for arm in sorted(chosen, key=arm_order)]
     return rows
 
 
 def _row(metric: str, task: str, arm: Arm, cells: Mapping[Arm, _Cell]) -> Row:
     cell = cells[arm]
     answers = [answer for questions in cell.values() for answer in questions.values()]
-    value = estimate(_by_sample({t: {key: answer.metrics[metric] for key, answer in cell[t].items()} for t in cell}))
+    bounded = METRICS[metric].bounded
+    value = estimate(_by_sample({t: {key: each.metrics[metric] for key, each in cell[t].items()} for t in cell}), bounded=bounded)
     assert value is not None, "a cell has answers"
     exact = EXACT if not arm.is_exact and METRICS[metric].compares_with_exact else None
+    others = [(other, _difference(metric, cell, other, cells)) for other in other_baselines(arm, cells)]
     return Row(
         metric=metric,
         task=task,
@@ -230,6 +243,8 @@ def _row(metric: str, task: str, arm: Arm, cells: Mapping[Arm, _Cell]) -> Row:
         kept_share=statistics.fmean(answer.kept_share for answer in answers),
         against_exact=_difference(metric, cell, exact, cells),
         against_attention=_difference(metric, cell, attention_baseline(arm), cells),
+        against=tuple(Compared(other, effect(other, arm), each) for other, each in others if each is not None),
+        not_comparable="; ".join(sorted({answer.not_comparable for answer in answers} - {""})),
     )
 
 
@@ -237,18 +252,16 @@ def _difference(metric: str, cell: _Cell, other: Arm | None, cells: Mapping[Arm,
     """The mean over samples of cell minus other's, question by question, where both have answered."""
     if other is None or other not in cells:
         return None
-    differences: dict[str, dict[tuple[int, int], float]] = {}
+    pairs: dict[str, dict[tuple[int, int], Pair]] = {}
     for task, questions in cell.items():
         theirs = cells[other].get(task, {})
-        differences[task] = {
-            key: questions[key].metrics[metric] - theirs[key].metrics[metric] for key in questions if key in theirs
-        }
-    return estimate(_by_sample(differences))
+        pairs[task] = {key: (questions[key].metrics[metric], theirs[key].metrics[metric]) for key in questions if key in theirs}
+    return difference(_by_sample(pairs), bounded=METRICS[metric].bounded)
 
 
-def _by_sample(values: Mapping[str, Mapping[tuple[int, int], float]]) -> dict[str, dict[int, list[float]]]:
+def _by_sample(values: Mapping[str, Mapping[tuple[int, int], T]]) -> dict[str, dict[int, list[T]]]:
     """values[task][sample, question] as [task][sample][question]."""
-    grouped: dict[str, dict[int, list[float]]] = {task: defaultdict(list) for task in values}
+    grouped: dict[str, dict[int, list[T]]] = {task: defaultdict(list) for task in values}
     for task, questions in values.items():
         for (sample, _), value in questions.items():
             grouped[task][sample].append(value)

@@ -115,7 +115,8 @@ class Runner:
             question = sample.questions[i]
             accuracy = METRICS[sample.metric](answer["text"], question.references, sample.options)
             line = _line(sample, arm, i, {"accuracy": accuracy}, answer, len(prompts[i][0]))
-            lines.append(line | {"output": answer["text"], "references": list(question.references)})
+            asked = f"{question.text}{question.answer_prefix}"
+            lines.append(line | {"asked": asked, "output": answer["text"], "references": list(question.references)})
         return lines
 
     def _continuations(self, sample: Sample, prompt: Prompt, arms: Sequence[Arm]) -> list[dict[str, Any]]:

@@ -34,9 +34,7 @@ def read_survivors(path: Path) -> list[dict[str, Any]]:
 
 
 def survivor_section(documents: list[dict[str, Any]]) -> str:
-    """HTML of the view with its data and script. documents: of :func:`read_survivors`."""
-    if not documents:
-        return "<p>This run noted no survivors (<code>--survivors N</code>).</p>"
+    """HTML of the view with its data and script. documents: of :func:`read_survivors`, at least one."""
     # "<" would let a token end the script element.
     data = json.dumps(documents, separators=(",", ":")).replace("<", "\\u003c")
     return f'{_CONTROLS}<script type="application/json" id="survivor-data">{data}</script><script>{_SCRIPT}</script>'

@@ -20,8 +20,9 @@ pytest.importorskip("matplotlib", reason="the report needs the extra `eval`")
 
 from obcache_sglang.errors import ConfigError
 from obcache_sglang.eval.arms import EXACT, Arm
+from obcache_sglang.eval.intervals import Estimate, newcombe, wilson
 from obcache_sglang.eval.report import write_report
-from obcache_sglang.eval.results import ALL_TASKS, Estimate, Row, read_answers, summarise
+from obcache_sglang.eval.results import ALL_TASKS, Row, read_answers, summarise
 
 RUN = {
     "command": "python -m obcache_sglang.eval small --seed 7",
@@ -47,6 +48,7 @@ def answer(
         "sample": sample,
         "question": question,
         "metrics": metrics,
+        "asked": "Which number?",
         "output": "zwölf",
         "references": ["zwölf"],
         "status": "exact" if arm.is_exact else status,
@@ -131,26 +133,27 @@ def rows_of(tmp_path: Path, lines: list[dict[str, Any]]) -> dict[tuple[str, str,
     return {(row.metric, row.task, row.arm): row for row in summarise(answers)}
 
 
-def approx(mean: float, se: float | None, samples: int) -> Estimate:
-    return Estimate(pytest.approx(mean), None if se is None else pytest.approx(se), samples)
+def approx(mean: float, reach: float | None, samples: int) -> Estimate:
+    """A mean with a symmetric interval of that reach."""
+    low, high = (None, None) if reach is None else (pytest.approx(mean - reach), pytest.approx(mean + reach))
+    return Estimate(pytest.approx(mean), low, high, samples)
+
+
+T = {1: 12.706204736, 2: 4.30265273, 3: 3.182446305}
+"""Student's quantiles at 97.5 %, by degrees of freedom."""
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------------
 
 
 def test_questions_of_one_context_are_one_sample(tmp_path: Path) -> None:
-    """Samples 0.5 and 1.0: mean 0.75, standard deviation sqrt(0.125), standard error 0.25. Four answers would give 0.25 too
-    with one right answer fewer, so the third sample has but one question: 0.5, 1, 0 have mean 0.5, deviation 0.5."""
-    two = [
-        answer(EXACT, 0, 0, accuracy=1),
-        answer(EXACT, 0, 1, accuracy=0),
-        answer(EXACT, 1, 0, accuracy=1),
-        answer(EXACT, 1, 1, accuracy=1),
-    ]
-    row = rows_of(tmp_path, two)["accuracy", "needle", EXACT]
-    assert (row.value, row.answers) == (approx(0.75, 0.25, 2), 4)
-    row = rows_of(tmp_path, [*two, answer(EXACT, 2, accuracy=0)])["accuracy", "needle", EXACT]
-    assert (row.value, row.answers) == (approx(0.5, 0.5 / math.sqrt(3), 3), 5)
+    """NLLs 2 and 1, 4 and 5 are samples 1.5 and 4.5: mean 3, standard deviation sqrt(4.5), standard error 1.5, reach t(1) times that.
+    A third sample has but one question, 6: mean 4, deviation sqrt(5.25), error sqrt(1.75)."""
+    two = [answer(EXACT, i, j, nll=value) for i, j, value in ((0, 0, 2), (0, 1, 1), (1, 0, 4), (1, 1, 5))]
+    row = rows_of(tmp_path, two)["nll", "needle", EXACT]
+    assert (row.value, row.answers) == (approx(3, 1.5 * T[1], 2), 4)
+    row = rows_of(tmp_path, [*two, answer(EXACT, 2, nll=6)])["nll", "needle", EXACT]
+    assert (row.value, row.answers) == (approx(4, math.sqrt(1.75) * T[2], 3), 5)
 
 
 def test_differences_are_paired_question_by_question(tmp_path: Path) -> None:
@@ -158,18 +161,27 @@ def test_differences_are_paired_question_by_question(tmp_path: Path) -> None:
 
     attention: 0 and 1 on the first questions of samples 1 and 2: obcache minus attention is 1 and -1: mean 0, variance 2.
     """
-    lines = [
-        answer(EXACT, i, j, accuracy=value) for i, j, value in ((0, 0, 1), (0, 1, 0), (1, 0, 1), (2, 0, 0), (2, 1, 1), (3, 0, 1))
-    ]
-    lines += [answer(OBCACHE, i, j, accuracy=value) for i, j, value in ((0, 0, 0), (1, 0, 1), (2, 0, 0), (2, 1, 0))]
-    lines += [answer(ATTENTION, i, accuracy=value) for i, value in ((1, 0), (2, 1), (4, 1))]
+    lines = [answer(EXACT, i, j, nll=value) for i, j, value in ((0, 0, 1), (0, 1, 0), (1, 0, 1), (2, 0, 0), (2, 1, 1), (3, 0, 1))]
+    lines += [answer(OBCACHE, i, j, nll=value) for i, j, value in ((0, 0, 0), (1, 0, 1), (2, 0, 0), (2, 1, 0))]
+    lines += [answer(ATTENTION, i, nll=value) for i, value in ((1, 0), (2, 1), (4, 1))]
     rows = rows_of(tmp_path, lines)
-    row = rows["accuracy", "needle", OBCACHE]
-    assert row.against_exact == approx(-1 / 2, 0.5 / math.sqrt(3), 3)
-    assert row.against_attention == approx(0, 1, 2)
-    assert rows["accuracy", "needle", ATTENTION].against_exact == approx(0, 1, 2)
-    assert rows["accuracy", "needle", ATTENTION].against_attention is None
-    assert rows["accuracy", "needle", EXACT].against_exact is None
+    row = rows["nll", "needle", OBCACHE]
+    assert row.against_exact == approx(-1 / 2, 0.5 / math.sqrt(3) * T[2], 3)
+    assert row.against_attention == approx(0, T[1], 2)
+    assert rows["nll", "needle", ATTENTION].against_exact == approx(0, T[1], 2)
+    assert rows["nll", "needle", ATTENTION].against_attention is None
+    assert rows["nll", "needle", EXACT].against_exact is None
+
+
+def test_right_or_wrong_pairs_have_newcombes_interval(tmp_path: Path) -> None:
+    """The same pairing, counted: of samples 0 to 7 both arms answered, 5 both right, 2 only exact, 1 neither."""
+    lines = [answer(EXACT, i, accuracy=float(i < 7)) for i in range(9)] + [
+        answer(OBCACHE, i, accuracy=float(i < 5)) for i in range(8)
+    ]
+    row = rows_of(tmp_path, lines)["accuracy", "needle", OBCACHE]
+    low, high = newcombe({(1.0, 1.0): 5, (0.0, 1.0): 2, (0.0, 0.0): 1})
+    assert row.against_exact == Estimate(-0.25, low, high, 8, p=0.5)
+    assert row.value == Estimate(5 / 8, *wilson(5, 8), 8)
 
 
 @pytest.mark.parametrize("change", [{"ratio": 0.6}, {"budget": "adakv"}, {"method": "h2o"}, {"mode": "aware"}])
@@ -180,20 +192,22 @@ def test_the_attention_baseline_differs_in_nothing_else(tmp_path: Path, change: 
 
 
 def test_tasks_count_equally_and_only_their_inner_spread_is_an_error(tmp_path: Path) -> None:
-    """Task a: 0, 1 (mean 0.5, error 0.5); task b: 1, 1, 1, 1 (mean 1, error 0). All: mean 0.75, error 0.5 / 2."""
-    lines = [answer(EXACT, i, task="a", accuracy=i) for i in range(2)] + [
-        answer(EXACT, i, task="b", accuracy=1) for i in range(4)
-    ]
+    """Task a: 0, 1 (mean 0.5, error 0.5); task b: 1, 2, 2, 1 (mean 1.5, error sqrt(1/12)). All: mean 1, squared error
+    (1/4 + 1/12) / 4 = 1/12; degrees of freedom (1/12)**2 / ((1/16)**2 / 1 + (1/48)**2 / 3) = 16/9 / 1.037..."""
+    lines = [answer(EXACT, i, task="a", nll=i) for i in range(2)]
+    lines += [answer(EXACT, i, task="b", nll=1 + (i in (1, 2))) for i in range(4)]
     rows = rows_of(tmp_path, lines)
-    assert rows["accuracy", "a", EXACT].value == approx(0.5, 0.5, 2)
-    assert rows["accuracy", "b", EXACT].value == approx(1, 0, 4)
-    assert rows["accuracy", ALL_TASKS, EXACT].value == approx(0.75, 0.25, 6)
+    assert rows["nll", "a", EXACT].value == approx(0.5, 0.5 * T[1], 2)
+    assert rows["nll", "b", EXACT].value == approx(1.5, math.sqrt(1 / 12) * T[3], 4)
+    both = rows["nll", ALL_TASKS, EXACT].value
+    assert (both.mean, both.samples) == (1, 6)
+    assert both.high is not None and T[2] < (both.high - 1) / math.sqrt(1 / 12) < T[1]  # 1.7 degrees of freedom
 
 
 def test_one_sample_has_no_error_and_resolves_nothing(tmp_path: Path) -> None:
     lines = [answer(EXACT, 0, accuracy=1), answer(OBCACHE, 0, accuracy=0)]
     row = rows_of(tmp_path, lines)["accuracy", "needle", OBCACHE]
-    assert row.against_exact == approx(-1, None, 1)
+    assert row.against_exact == Estimate(-1, None, None, 1, p=1.0)
     assert row.verdict(row.against_exact) == ""
 
 
@@ -202,18 +216,21 @@ def test_one_sample_has_no_error_and_resolves_nothing(tmp_path: Path) -> None:
     [("accuracy", 1, "better"), ("accuracy", -1, "worse"), ("nll", 1, "worse"), ("nll", -1, "better")],
 )
 def test_verdicts_know_which_way_a_metric_points(tmp_path: Path, metric: str, sign: int, verdict: str) -> None:
-    lines = [answer(arm, i, **{metric: 0.5 + sign * 0.2 * (arm == OBCACHE)}) for arm in (EXACT, OBCACHE) for i in range(3)]
+    lines = [
+        answer(arm, i, **{metric: 0.5 + sign * (0.2 + i / 100) * (arm == OBCACHE)}) for arm in (EXACT, OBCACHE) for i in range(4)
+    ]
     row = rows_of(tmp_path, lines)[metric, "needle", OBCACHE]
     assert row.verdict(row.against_exact) == verdict
 
 
-def test_two_standard_errors_are_not_over_two(tmp_path: Path) -> None:
-    """Differences 0, 1, 1: mean 2/3, variance 1/3, error 1/3: exactly two. One more 1 resolves it."""
-    lines = [answer(EXACT, i, accuracy=1) for i in range(4)]
-    lines += [answer(OBCACHE, i, accuracy=value) for i, value in ((0, 1), (1, 0), (2, 0))]
-    row = rows_of(tmp_path, lines)["accuracy", "needle", OBCACHE]
-    assert (row.against_exact, row.verdict(row.against_exact)) == (approx(-2 / 3, 1 / 3, 3), "")
-    row = rows_of(tmp_path, [*lines, answer(OBCACHE, 3, accuracy=0)])["accuracy", "needle", OBCACHE]
+def test_an_interval_that_includes_zero_is_no_verdict(tmp_path: Path) -> None:
+    """Differences 0, 1, 1: mean 2/3, error 1/3: over two standard errors would do, t(2) = 4.3 of them do not. With 0, 1, 1, 1, 1, 1
+    the error is 1/6 and t(5) = 2.57."""
+    lines = [answer(EXACT, i, nll=1) for i in range(6)]
+    lines += [answer(OBCACHE, i, nll=value) for i, value in ((0, 1), (1, 2), (2, 2))]
+    row = rows_of(tmp_path, lines)["nll", "needle", OBCACHE]
+    assert (row.against_exact, row.verdict(row.against_exact)) == (approx(2 / 3, T[2] / 3, 3), "")
+    row = rows_of(tmp_path, [*lines, *(answer(OBCACHE, i, nll=2) for i in (3, 4, 5))])["nll", "needle", OBCACHE]
     assert row.verdict(row.against_exact) == "worse"
 
 
@@ -285,36 +302,144 @@ def test_survivors_that_do_not_fit_are_refused(tmp_path: Path, kept: list[list[i
 # --- what is written ----------------------------------------------------------------------------------------------------
 
 
-def test_the_report_begins_with_where_it_hurts_worst_first(tmp_path: Path) -> None:
+def write_arms(folder: Path, right: dict[Arm, int], number: int = 20) -> list[str]:
+    """A report of arms that answer the first so many of `number` samples right; its Markdown, line by line."""
+    lines = [answer(arm, i, accuracy=float(i < count)) for arm, count in right.items() for i in range(number)]
+    write_report(write_run(folder, lines))
+    return (folder / "table.md").read_text(encoding="utf-8").splitlines()
+
+
+def in_words(ours: int, theirs: int, number: int = 20) -> str:
+    """The interval of two arms of `write_arms`."""
+    low, high = newcombe(
+        {
+            (1.0, 1.0): min(ours, theirs),
+            (0.0, 1.0): max(0, theirs - ours),
+            (1.0, 0.0): max(0, ours - theirs),
+            (0.0, 0.0): number - max(ours, theirs),
+        }
+    )
+    return "(" + " to ".join(f"{'+' if end > 0 else '−'}{abs(end):.3f}" for end in (low, high)) + ")"
+
+
+def test_the_report_begins_with_its_verdict_and_with_where_it_hurts_worst_first(tmp_path: Path) -> None:
     replay = Arm("replay", "obcache-v", "global", 0.7)
     replay_attention = Arm("replay", "attention", "global", 0.7)
-    right = {EXACT: 10, ATTENTION: 6, OBCACHE: 3, replay: 10, replay_attention: 5}
-    lines = [answer(arm, i, accuracy=float(i < count)) for arm, count in right.items() for i in range(10)]
-    write_report(write_run(tmp_path, lines))
-    text = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-    assert text[0] == f"- command: `{RUN['command']}`"
-    assert "sglang 0.5.23" in text[2]
-    assert "two cores" in text[3]
-    # Of ten differences between tova + obcache-v and exact, seven are -1 and three 0: the error is sqrt(0.21 / 9).
+    text = write_arms(tmp_path, {EXACT: 20, ATTENTION: 12, OBCACHE: 7, replay: 20, replay_attention: 10})
+    assert text[0] == (
+        "Verdict: 3 of 4 compressed arms lose accuracy against the exact cache; most of all tova + obcache-v, uniform, query-agnostic, "
+        f"ratio 0.5: −0.650 {in_words(7, 20)}; the most compressed without a loss that was seen is replay + obcache-v, global, "
+        "query-agnostic, ratio 0.7, which keeps 30.0 % of the KV: no pair differs (95 %: under 14.0 points)."
+    )
+    assert text[2] == f"- command: `{RUN['command']}`"
+    assert "sglang 0.5.23" in text[4]
+    assert "two cores" in text[5]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.index("<p class='verdict'>Verdict: 3 of 4") < page.index("<dl>")
     hurts = text.index("## Where compression hurts")
     assert text[hurts + 2 : hurts + 7] == [
-        "accuracy, minus exact:",
+        "accuracy, minus exact (they differ in compression):",
         "",
-        "- tova + obcache-v, uniform, query-agnostic: −0.700 ± 0.153 to 0.300 at ratio 0.5 (n = 10).",
-        "- replay + attention, global, query-agnostic: −0.500 ± 0.167 to 0.500 at ratio 0.7 (n = 10).",
-        "- tova + attention, uniform, query-agnostic: −0.400 ± 0.163 to 0.600 at ratio 0.5 (n = 10).",
+        f"- tova + obcache-v, uniform, query-agnostic: −0.650 {in_words(7, 20)}, to 0.350 at ratio 0.5 (n = 20).",
+        f"- replay + attention, global, query-agnostic: −0.500 {in_words(10, 20)}, to 0.500 at ratio 0.7 (n = 20).",
+        f"- tova + attention, uniform, query-agnostic: −0.400 {in_words(12, 20)}, to 0.600 at ratio 0.5 (n = 20).",
     ]
-    # tova: three of -1: 0.3 is not over twice 0.153. replay: five of 1, error 0.167.
+    # tova: five pairs differ, which the exact test does not take for a difference; Newcombe's interval reaches to about 0.45.
     worse = text.index("## Where an OBCache score is worse than attention")
-    assert text[worse + 2].startswith("- No arm is worse than attention")
-    assert text[worse + 2].endswith("may be there and unseen: accuracy 0.333.")
-    helps = text.index("## Where it helps")
+    assert text[worse + 2].startswith("- No arm is worse than attention with the same method, budget, mode and ratio. ")
+    assert text[worse + 2].endswith(f"unseen: accuracy up to {in_words(7, 12)[2:7]}.")
+    helps, score = text.index("## Where it helps"), "score: attention (largest of all queries) -> obcache-v"
     assert text[helps + 2 : helps + 5] == [
         "accuracy, minus attention:",
         "",
-        "- replay + obcache-v, global, query-agnostic: +0.500 ± 0.167 to 1.000 at ratio 0.7 (n = 10).",
+        f"- replay + obcache-v, global, query-agnostic ({score}): +0.500 {in_words(20, 10)}, to 1.000 at ratio 0.7 (n = 20).",
     ]
-    assert hurts < worse < helps < next(i for i, line in enumerate(text) if line.startswith("|"))
+    assert hurts < worse < helps < text.index("## accuracy: needle")
+
+
+def test_a_difference_of_two_things_is_not_called_the_effect_of_one(tmp_path: Path) -> None:
+    """KVzip, KVzip with the eight recent tokens, and replay + OBCache-V, which differs in its score and more."""
+    kvzip = Arm("kvzip", "attention", "global", 0.7)
+    recent = replace(kvzip, options="recent_tokens=8")
+    ours = Arm("replay", "obcache-v", "global", 0.7)
+    text = "\n".join(write_arms(tmp_path, {EXACT: 20, kvzip: 5, recent: 12, ours: 18}))
+    rows = [
+        line.split(" | ") for line in text.split("## Other pairs of arms")[1].split("##")[0].splitlines() if "ratio 0.7" in line
+    ]
+    effects = {(row[0].removeprefix("| "), row[1]): row[2] for row in rows}
+    assert effects == {
+        ("kvzip + attention, global, recent tokens 8, query-agnostic, ratio 0.7", "kvzip + attention, global, query-agnostic"): (
+            "recent tokens: 0 -> 8"
+        ),
+        ("replay + obcache-v, global, query-agnostic, ratio 0.7", "kvzip + attention, global, query-agnostic"): (
+            "not the effect of one thing; they differ in 4: score: attention (largest of all queries) -> obcache-v; preset: kvzip -> "
+            "default; recent tokens: 0 -> 8; budget divided by measured errors: no -> yes"
+        ),
+    }
+    # Nothing is said of an OBCache score beside attention's: no arm here differs in its score alone.
+    assert "accuracy, minus attention:" not in text and "worse than attention" not in text
+
+
+def test_a_run_of_few_samples_says_so(tmp_path: Path) -> None:
+    text = write_arms(tmp_path, {EXACT: 3, OBCACHE: 3, ATTENTION: 0}, number=3)
+    assert text[0] == "Verdict: too few samples to tell whether compression costs accuracy (n = 3)."
+    report = "\n".join(text)
+    assert "- Whether an arm loses against exact: too few samples to tell." in text
+    assert "no pair differs (too few samples to tell)" in report and "−1.000 (too few samples to tell)" in report
+    assert "unseen" not in report
+
+
+def test_no_heading_stands_without_content(report_dir: Path, tmp_path: Path) -> None:
+    write_arms(tmp_path / "alike", {EXACT: 20, OBCACHE: 20})
+    write_report(write_run(tmp_path / "exact", [answer(EXACT, 0, accuracy=1)]))
+    for folder in (report_dir, tmp_path / "alike", tmp_path / "exact"):
+        lines = [line for line in (folder / "table.md").read_text(encoding="utf-8").splitlines() if line]
+        for line, following in zip(lines, [*lines[1:], "## end"], strict=True):
+            if line.startswith("##") or (line.endswith(":") and not line.startswith("-")):
+                assert not following.startswith("##") and not (following.endswith(":") and line.endswith(":")), (folder, line)
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert not re.search(r"</h2>\s*(<h2>|</?section>)|</h3>\s*(<h[23]>|</?section>)", page)
+    alike = (tmp_path / "alike" / "table.md").read_text(encoding="utf-8")
+    assert (
+        "No arm loses against exact. What may be there and unseen: accuracy no pair differs (95 %: under 14.0 points)." in alike
+    )
+    assert "served exactly:" not in alike
+
+
+def test_memory_saved_is_told(tmp_path: Path) -> None:
+    """1,000 tokens of which 500 are kept, of 2 MiB per token in all."""
+    lines = [answer(arm, i, accuracy=1) for arm in (EXACT, OBCACHE) for i in range(2)]
+    write_report(write_run(tmp_path, lines, run=RUN | {"kv_bytes_per_token": 2 * 2**20}))
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| tova + obcache-v, uniform, query-agnostic | 0.5 | 1,000 | 500 | 50.0 % | 2,000.0 MiB | 1,000.0 MiB |" in text
+
+
+def test_three_answers_are_shown_arm_beside_arm(tmp_path: Path) -> None:
+    """One that exact answers better than the arm, one as well, one worse."""
+    right = {EXACT: [1, 1, 0, 0, 1], OBCACHE: [1, 1, 0, 1, 0]}
+    lines = [
+        answer(arm, i, accuracy=float(value)) | {"output": f"{arm.method} says\n{i}|"}
+        for arm, values in right.items()
+        for i, value in enumerate(values)
+    ]
+    write_report(write_run(tmp_path, lines))
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    rows = text.split("## Three answers, arm beside arm")[1].split("##")[0].strip().splitlines()
+    assert rows[0] == "| question | reference | exact | tova + obcache-v, uniform, query-agnostic, ratio 0.5 |"
+    assert rows[2:] == [
+        "| needle 4.0: Which number? | zwölf | right: 'exact says 4\\|' | wrong: 'tova says 4\\|' **worse** |",
+        "| needle 0.0: Which number? | zwölf | right: 'exact says 0\\|' | right: 'tova says 0\\|' |",
+        "| needle 3.0: Which number? | zwölf | wrong: 'exact says 3\\|' | right: 'tova says 3\\|' **better** |",
+    ]
+
+
+def test_rows_that_are_not_comparable_say_so(tmp_path: Path) -> None:
+    lines = [answer(EXACT, i, task="vt", accuracy=1) | {"not_comparable": "other words"} for i in range(2)]
+    lines += [answer(EXACT, i, task="needle", accuracy=1) for i in range(2)]
+    write_report(write_run(tmp_path, lines))
+    tables = (tmp_path / "table.md").read_text(encoding="utf-8").split("## accuracy: ")[1:]
+    told = {table.split("\n")[0]: "| not comparable: other words |" in table for table in tables}
+    assert told == {ALL_TASKS: True, "needle": False, "vt": True}
 
 
 def test_a_loss_on_one_task_is_found_where_the_others_hide_it(tmp_path: Path) -> None:
@@ -326,7 +451,7 @@ def test_a_loss_on_one_task_is_found_where_the_others_hide_it(tmp_path: Path) ->
             lines.append(answer(OBCACHE, i, task=task, nll=2.0 + (0.2 if task == "d" else noise * (-1) ** (i // 2))))
     write_report(write_run(tmp_path, lines))
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert "query-agnostic: +0.200 ± 0.000 to 2.200 on d alone at ratio 0.5 (n = 10)." in text
+    assert "query-agnostic: +0.200 (+0.200 to +0.200), to 2.200 on d alone at ratio 0.5 (n = 10)." in text
 
 
 def test_answers_served_exactly_are_counted_and_shown(tmp_path: Path) -> None:
@@ -387,7 +512,8 @@ def test_the_same_answers_give_the_same_bytes(report_dir: Path, tmp_path: Path) 
 
 def test_a_run_without_compressed_answers_has_a_report(tmp_path: Path) -> None:
     write_report(write_run(tmp_path, [answer(EXACT, 0, accuracy=1)]))
-    assert "noted no survivors" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "noted no survivors" in page and "Which tokens survived" not in page
 
 
 # --- the page -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from obcache_sglang.errors import ConfigError
-from obcache_sglang.eval.arms import EXACT, Arm, parse_arms, parse_ratios
+from obcache_sglang.eval.arms import EXACT, Arm, attention_baseline, differences, effect, parse_arms, parse_ratios
+from obcache_sglang.eval.provenance import kv_bytes_per_token
 from obcache_sglang.eval.run import Prompts, _answered, divergence
 from obcache_sglang.eval.samples import Question
 
@@ -30,11 +31,76 @@ def test_arms_are_a_product_and_exact_comes_first():
         (["tova/obcache-v"], [0.5], "tova/obcache-v: give METHOD/SCORE/BUDGET"),
         (["tova/best/uniform"], [0.5], "score='best'"),
         (["kvzip"], [1.0], "compression_ratio=1.0"),
+        (["kvzip+recent_tokens=-1"], [0.5], "recent_tokens=-1"),
+        (["kvzip+recent_tokens=many"], [0.5], "recent_tokens='many'"),
+        (["kvzip+recent"], [0.5], "NAME=VALUE of one of window, pooling"),
+        (["kvzip+score=obcache-v"], [0.5], "NAME=VALUE of one of window, pooling"),
+        (["replay/obcache-v/global+window=64"], [0.5], "window=64"),
     ],
 )
 def test_wrong_arms_are_named(texts, ratios, named):
     with pytest.raises(ConfigError, match=named):
         parse_arms(texts, ratios, ["agnostic"])
+
+
+def test_an_arm_can_have_settings_of_its_own():
+    kvzip, recent = parse_arms(["kvzip", "kvzip+recent_tokens=8"], [0.7], ["agnostic"])[1:]
+    assert recent.wish == {"preset": "kvzip", "recent_tokens": 8, "compression_ratio": 0.7}
+    assert (recent.settings.kept_window, kvzip.settings.kept_window) == (8, 0)
+    assert Arm(**recent.to_dict()) == recent != kvzip and "options" not in kvzip.to_dict()
+    (chunked,) = parse_arms(["replay/attention/global+replay_chunk=256+normalization=none"], [0.7], ["agnostic"])[1:]
+    assert chunked.options == "normalization=none,replay_chunk=256"
+    assert chunked.wish_for(9) == {
+        "context_len": 9,
+        "method": "replay",
+        "score": "attention",
+        "budget": "global",
+        "normalization": "none",
+        "replay_chunk": 256,
+        "compression_ratio": 0.7,
+    }
+
+
+MAX, MEASURED = "score: attention (largest of all queries) -> obcache-v", "budget divided by measured errors: no -> yes"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differ"),
+    [
+        ("snapkv/attention/adakv", "snapkv/obcache-k/adakv", ["score: attention -> obcache-k"]),
+        ("replay/attention/global", "replay/obcache-v/global", [MAX]),
+        ("replay/attention/adakv", "replay/obcache-v/adakv", [MAX]),
+        ("kvzip", "kvzip+recent_tokens=8", ["recent tokens: 0 -> 8"]),
+        ("kvzip", "replay/attention/global+recent_tokens=0", ["preset: kvzip -> default", MEASURED]),
+        ("replay/attention/global+normalization=none", "replay/attention/global", [MEASURED]),
+        ("replay/attention/global+normalization=none", "replay/obcache-v/global", [MAX, MEASURED]),
+        (
+            "replay/obcache-v/global+normalization=none",
+            "replay/obcache-v/global",
+            ["scores relative to their layer's output: no -> yes", MEASURED],
+        ),
+        ("snapkv/obcache-k/uniform", "snapkv/obcache-k/adakv", ["budget: uniform -> adakv"]),
+        # tova's even budget is one choice for all heads.
+        ("tova/obcache-v/uniform", "tova/obcache-v/profile", ["heads: shared -> per-head", "budget: uniform -> profile"]),
+        ("replay/obcache-v/global+replay_chunk=256", "replay/obcache-v/global", ["replay chunk: 256 -> 2048"]),
+        ("tova/attention/uniform", "tova/attention/uniform", []),
+    ],
+)
+def test_arms_differ_in_what_they_do(one, other, differ):
+    first, second = (parse_arms([text], [0.7], ["agnostic"])[1] for text in (one, other))
+    assert differences(first, second) == tuple(differ)
+    assert len(differences(second, first)) == len(differ)
+    refused = effect(first, second).startswith("not the effect of one thing; they differ in ")
+    assert refused == (len(differ) > 1)
+    alone = len(differ) == 1 and differ[0].startswith("score: attention")
+    assert (attention_baseline(second) == first) == alone
+
+
+def test_modes_and_ratios_are_differences_and_exact_is_all_of_one():
+    arms = parse_arms(["tova/obcache-v/uniform"], [0.5, 0.7], ["agnostic", "aware"])
+    assert differences(arms[1], arms[2]) == ("compression ratio: 0.5 -> 0.7",)
+    assert differences(arms[1], arms[3]) == ("mode: agnostic -> aware",)
+    assert effect(EXACT, arms[1]) == "compression"
 
 
 def test_ratios_are_numbers_and_names():
@@ -75,3 +141,10 @@ def test_a_line_that_was_cut_off_is_taken_away(tmp_path):
     file.write_bytes((line + line.replace("0.0", "0.5")).encode()[:-40])
     assert _answered(file) == {(EXACT, "t", 0, 1)}
     assert file.read_text(encoding="utf-8") == line
+
+
+def test_bytes_of_a_token_are_those_of_the_pool(model_dir, model_dir_bf16, tmp_path):
+    """SmolLM2-135M: 30 layers, 3 KV heads of 64, K and V, in 4 and 2 bytes."""
+    assert kv_bytes_per_token(str(model_dir)) == 2 * 30 * 3 * 64 * 4
+    assert kv_bytes_per_token(str(model_dir_bf16)) == 2 * 30 * 3 * 64 * 2
+    assert kv_bytes_per_token(str(tmp_path)) is None
