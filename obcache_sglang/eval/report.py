@@ -22,6 +22,7 @@ from obcache_sglang.eval.summary import (
     chance_note,
     exact_notes,
     findings,
+    length_notes,
     memory_section,
     overview_rows,
     pair_section,
@@ -42,8 +43,8 @@ def check_requirements() -> None:
 def write_report(run_dir: Path) -> None:
     """Writes table.md, table.csv, report.html, and a plot METRIC.svg for each metric that was measured, into `run_dir`.
 
-    run_dir: holds run.json, answers.jsonl and, where survivors were noted, survivors.json. The same files give the same report,
-    byte for byte. Raises ConfigError where one is missing or is not what it should be, and where matplotlib is missing.
+    run_dir: holds run.json, answers.jsonl and, where survivors were noted or samples left out, survivors.json and skipped.json. The
+    same files give the same report, byte for byte. Raises ConfigError where one is missing or is not what it should be, and where matplotlib is missing.
     """
     check_requirements()
     from obcache_sglang.eval import plots
@@ -63,7 +64,14 @@ def write_report(run_dir: Path) -> None:
         pair_section(rows),
         memory_section(answers, run.get("kv_bytes_per_token")),
         example_section(answers),
-        Section("Notes", {"": [*EXPLANATIONS, *chance_note(rows), *notes], "served exactly": exact_notes(answers)}),
+        Section(
+            "Notes",
+            {
+                "": [*EXPLANATIONS, *chance_note(rows), *notes],
+                "did not fit the model": length_notes(answers, _skipped(run_dir / "skipped.json")),
+                "served exactly": exact_notes(answers),
+            },
+        ),
     ]
     sections = [section for section in sections if not section.is_empty]
 
@@ -74,6 +82,10 @@ def write_report(run_dir: Path) -> None:
     _write(run_dir / "table.md", _markdown(first, facts, sections, all_tables))
     inline = {metric: plots.inline(svg, f"Plot of {METRICS[metric].title}, arm by arm") for metric, svg in drawings.items()}
     _write(run_dir / "report.html", page(first, facts, sections, all_tables, inline, documents))
+
+
+def _skipped(file: Path) -> dict[str, str]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _write(file: Path, text: str) -> None:

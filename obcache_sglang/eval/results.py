@@ -67,7 +67,7 @@ class Answer:
 
     kept_tokens: of each KV head of the context's `context_tokens`, on average; all of them where it was served exactly. asked, output,
     references: texts, of a question that is answered with one. not_comparable: why its task's figures are not those of the published
-    task of this name; "" where they are, or there is none.
+    task of this name; "" where they are, or there is none. cut: whether its sample's context lost its middle, to fit the model.
     """
 
     arm: Arm
@@ -83,6 +83,7 @@ class Answer:
     output: str = ""
     references: tuple[str, ...] = ()
     not_comparable: str = ""
+    cut: bool = False
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Answer:
@@ -112,6 +113,7 @@ class Answer:
             output=record.get("output", ""),
             references=tuple(record.get("references", ())),
             not_comparable=record.get("not_comparable", ""),
+            cut=bool(record.get("cut")),
         )
 
     @property

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from obcache_sglang.eval.arms import EXACT, Arm
 from obcache_sglang.eval.metrics import METRICS
-from obcache_sglang.eval.samples import Question, Sample
+from obcache_sglang.eval.prompts import Prompt, Prompts, TooLong
+from obcache_sglang.eval.samples import Sample
 from obcache_sglang.server import Client
 
 TOP_LOGPROBS = 256
@@ -26,63 +27,32 @@ TOP_LOGPROBS = 256
 BATCH = 16
 """Questions that are sent together, in one request: the engine decodes them side by side, and groups them alike in each run."""
 
-_SEPARATOR = "<|obcache-eval-context-ends-here|>"
-
 Key = tuple[Arm, str, int, int]
 Ask = tuple[Arm, int]
 """An arm, and the number of a sample's question."""
-Prompt = tuple[list[int], list[int]]
-"""Token ids of a context, and of all behind it."""
-
-
-class Prompts:
-    """Token ids of contexts and questions, as the served model reads them.
-
-    tokenizer: of transformers. With a chat template, context and question stand in the user's turn, and the answer's prefix begins
-    the assistant's; without one, they follow each other.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def split(self, sample: Sample) -> list[Prompt]:
-        """The prompt of each question of a sample."""
-        split = self.continuation if sample.metric == "nll" else self.ask
-        return [split(sample.context, question) for question in sample.questions]
-
-    def ask(self, context: str, question: Question) -> Prompt:
-        """Ids of the context, with what the template puts before it, and of all behind it."""
-        text = f"{context}{_SEPARATOR}{question.text}"
-        if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False, enable_thinking=False
-            )
-            text += question.answer_prefix
-            before, after = text.split(_SEPARATOR)
-            return self._encode(before, special=False), self._encode(after, special=False)
-        return self.continuation(context, question)
-
-    def continuation(self, context: str, question: Question) -> Prompt:
-        """Ids of plain text, and of what follows it."""
-        return self._encode(context, special=True), self._encode(question.text + question.answer_prefix, special=False)
-
-    def _encode(self, text: str, *, special: bool) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=special))
 
 
 class Runner:
-    """Asks `client` what is not answered yet in the answers.jsonl of `run_dir`, and appends it there."""
+    """Asks `client` what is not answered yet in the answers.jsonl of `run_dir`, and appends it there.
+
+    Samples whose prompts do not fit the model are left out, and named in its skipped.json.
+    """
 
     def __init__(self, client: Client, tokenizer: Any, run_dir: Path) -> None:
         self.client = client
         self.prompts = Prompts(tokenizer)
         self.answers_file = run_dir / "answers.jsonl"
         self.survivors_file = run_dir / "survivors.json"
+        self.skipped_file = run_dir / "skipped.json"
+        self.skipped: dict[str, str] = {}
+        # Tokens of a prompt with its answer: the scheduler's bound of prompts, a few tokens below the model's and the pool's.
+        self.limit = int(client.get("/server_info")["max_req_input_len"]) - 1
         # Of the sample that was asked last: its key, the exact cache's answer, and its next-token distributions.
         self._exact: tuple[tuple[str, int], Any, list[Any]] | None = None
 
     def run(self, samples: Sequence[Sample], arms: Sequence[Arm]) -> None:
         done = _answered(self.answers_file)
+        self.skipped_file.unlink(missing_ok=True)
         total = sum(len(sample.questions) for sample in samples) * len(arms)
         with self.answers_file.open("a", encoding="utf-8") as file, tqdm(total=total, unit="answer", smoothing=0.05) as bar:
             for sample in samples:
@@ -90,22 +60,37 @@ class Runner:
                 asked = [(arm, i) for arm in arms for i in range(len(sample.questions))]
                 missing = [(arm, i) for arm, i in asked if (arm, sample.task, sample.index, i) not in done]
                 bar.update(len(asked) - len(missing))
-                prompts = self.prompts.split(sample) if missing else []
+                if not missing:
+                    continue
+                try:
+                    prompts, cut = self.prompts.fitted(sample, self.limit)
+                except TooLong as error:
+                    self._skip(sample, str(error))
+                    bar.update(len(missing))
+                    continue
                 for batch in _batches(missing):
                     for line in self._answers(sample, prompts, batch):
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                        file.write(json.dumps(line | ({"cut": cut} if cut else {}), ensure_ascii=False) + "\n")
                     file.flush()
                     bar.update(len(batch))
+
+    def _skip(self, sample: Sample, reason: str) -> None:
+        self.skipped[f"{sample.task} {sample.index}"] = reason
+        self.skipped_file.write_text(json.dumps(self.skipped, indent=1, ensure_ascii=False), encoding="utf-8")
 
     def _answers(self, sample: Sample, prompts: Sequence[Prompt], batch: Sequence[Ask]) -> list[dict[str, Any]]:
         """prompts: of all questions of the sample."""
         if sample.metric == "nll":
             return self._continuations(sample, prompts[0], [arm for arm, _ in batch if arm.mode == "agnostic"])
+        stop: dict[str, Any] = {}
+        if sample.stop_at_newline:
+            stop = {"min_new_tokens": 1, "stop_token_ids": self.prompts.tokenizer.encode("\n", add_special_tokens=False)[-1:]}
         params = [
             {
                 "max_new_tokens": sample.questions[i].max_new_tokens,
                 "temperature": 0,
                 "custom_params": {"obcache": arm.wish_for(len(prompts[i][0]))},
+                **stop,
             }
             for arm, i in batch
         ]
@@ -153,7 +138,9 @@ class Runner:
         arms = [arm for arm in arms if not arm.is_exact and arm.mode == "agnostic"]
         noted = []
         for sample in samples:
-            context, _ = self.prompts.split(sample)[0]
+            if f"{sample.task} {sample.index}" in self.skipped:
+                continue
+            context, _ = self.prompts.fitted(sample, self.limit)[0][0]
             noted += [self._survivors(sample, context, arm) for arm in tqdm(arms, unit="arm", desc=f"{sample.task} kept")]
         self.survivors_file.write_text(json.dumps([each for each in noted if each], ensure_ascii=False), encoding="utf-8")
 
@@ -227,4 +214,4 @@ def _line(
         "reason": report.get("reason"),
         "context_tokens": report.get("context_tokens") or num_tokens,
         "kept_tokens": report.get("kept_tokens") or num_tokens,
-    }
+    } | ({"not_comparable": sample.not_comparable} if sample.not_comparable else {})

@@ -32,6 +32,9 @@ class Sample:
     context: shared by all questions, with what introduces it.
     metric: a name in `metrics.METRICS`, or "nll": likelihood of the questions' texts, which the runner measures.
     options: all that an answer can be, for metrics that choose (classes, functions of a repository).
+    plain: asked as plain text, without the chat template. cut_middle: a prompt longer than the model may lose the middle of its context.
+    stop_at_newline: an answer, of one token at least, ends at a line break.
+    not_comparable: why its figures are not those of the published task of this name; "" where they are, or there is none.
     """
 
     task: str
@@ -40,3 +43,7 @@ class Sample:
     questions: tuple[Question, ...]
     metric: str
     options: tuple[str, ...] = ()
+    plain: bool = False
+    cut_middle: bool = False
+    stop_at_newline: bool = False
+    not_comparable: str = ""

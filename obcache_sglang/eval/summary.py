@@ -268,6 +268,21 @@ def exact_notes(answers: Iterable[Answer]) -> list[str]:
     return notes
 
 
+def length_notes(answers: Iterable[Answer], skipped: Mapping[str, str]) -> list[str]:
+    """Which samples did not fit the model: those that were cut, by task, and those that were left out. skipped: reasons, by sample."""
+    samples: dict[str, set[int]] = {}
+    cut: dict[str, set[int]] = {}
+    for answer in answers:
+        samples.setdefault(answer.task, set()).add(answer.sample)
+        if answer.cut:
+            cut.setdefault(answer.task, set()).add(answer.sample)
+    notes = [
+        f"{task}: {len(cut[task])} of {len(samples[task])} contexts lost their middle, to fit the model, by LongBench's rule."
+        for task in sorted(cut)
+    ]
+    return notes + [f"{sample} was left out: {reason}." for sample, reason in skipped.items()]
+
+
 def chance_note(rows: Iterable[Row]) -> list[str]:
     """How many differences the findings are drawn from, and what that means; nothing where there are none."""
     judged = sum(each is not None for row in rows for each in (row.against_exact, row.against_attention))

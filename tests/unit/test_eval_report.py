@@ -442,6 +442,17 @@ def test_rows_that_are_not_comparable_say_so(tmp_path: Path) -> None:
     assert told == {ALL_TASKS: True, "needle": False, "vt": True}
 
 
+def test_what_did_not_fit_the_model_is_named(tmp_path: Path) -> None:
+    lines = [answer(EXACT, i, task="longbench/qasper", accuracy=1) | ({"cut": 1} if i < 2 else {}) for i in range(3)]
+    write_run(tmp_path, lines)
+    (tmp_path / "skipped.json").write_text(json.dumps({"facts 3": "a prompt of 9 tokens does not fit"}), encoding="utf-8")
+    write_report(tmp_path)
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "- longbench/qasper: 2 of 3 contexts lost their middle, to fit the model, by LongBench's rule." in text
+    assert "- facts 3 was left out: a prompt of 9 tokens does not fit." in text
+    assert "did not fit the model:" in text
+
+
 def test_a_loss_on_one_task_is_found_where_the_others_hide_it(tmp_path: Path) -> None:
     lines = []
     for i in range(10):

@@ -1,14 +1,16 @@
 """Arms, prompts and divergences of an evaluation; its answers are tested with a real server in tests/serving/test_eval.py."""
 
+import json
 import math
 
 import pytest
 
 from obcache_sglang.errors import ConfigError
 from obcache_sglang.eval.arms import EXACT, Arm, attention_baseline, differences, effect, parse_arms, parse_ratios
+from obcache_sglang.eval.prompts import Prompts, TooLong
 from obcache_sglang.eval.provenance import kv_bytes_per_token
-from obcache_sglang.eval.run import Prompts, _answered, divergence
-from obcache_sglang.eval.samples import Question
+from obcache_sglang.eval.run import Runner, _answered, divergence
+from obcache_sglang.eval.samples import Question, Sample
 
 
 def test_arms_are_a_product_and_exact_comes_first():
@@ -148,3 +150,122 @@ def test_bytes_of_a_token_are_those_of_the_pool(model_dir, model_dir_bf16, tmp_p
     assert kv_bytes_per_token(str(model_dir)) == 2 * 30 * 3 * 64 * 4
     assert kv_bytes_per_token(str(model_dir_bf16)) == 2 * 30 * 3 * 64 * 2
     assert kv_bytes_per_token(str(tmp_path)) is None
+
+
+# --- prompts that are too long ------------------------------------------------------------------------------------------
+
+NUMBERS = " ".join(f"number {i}." for i in range(1000, 1400))
+ASK = Question("\n\nWhich number is the last? Answer:", "", ("1399",), 10)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_context_that_is_too_long_loses_its_middle(tokenizer, plain):
+    """As many tokens of the prompt stay at its beginning as at its end, the question among these; the template is whole."""
+    sample = Sample("longbench/qasper", 0, NUMBERS, (ASK,), "qa_f1", plain=plain, cut_middle=True)
+    prompts = Prompts(tokenizer)
+    ((whole, behind),) = prompts.split(sample)
+    limit = 500
+    assert len(whole) + len(behind) > 2 * limit
+    ((context, rest),), cut = prompts.fitted(sample, limit)
+    assert cut == 1 and rest == behind
+    assert limit - 10 - 4 <= len(context) + len(rest) + ASK.max_new_tokens <= limit
+    text = tokenizer.decode(context)
+    assert "number 1000." in text and text.endswith("number 1399.")
+    assert "number 1200." not in text
+    template = 0 if plain else len(whole) + len(behind) - len(tokenizer.encode(NUMBERS + ASK.text, add_special_tokens=False))
+    half = (limit - 10 - template) // 2
+    begins = next(i for i, (one, other) in enumerate(zip(context, whole, strict=False)) if one != other)
+    before = 0 if plain else len(tokenizer.encode(tokenizer.decode(whole).split("number")[0], add_special_tokens=False))
+    assert abs(begins - before - half) <= 3
+    assert tokenizer.decode(whole).startswith("number 1000") == plain  # without the template
+
+
+def test_a_prompt_that_fits_is_left_alone(tokenizer):
+    sample = Sample("t", 0, NUMBERS, (ASK,), "qa_f1", cut_middle=True)
+    prompts = Prompts(tokenizer)
+    ((context, rest),) = prompts.split(sample)
+    exactly = len(context) + len(rest) + ASK.max_new_tokens
+    assert prompts.fitted(sample, exactly) == ([(context, rest)], 0)
+    assert prompts.fitted(sample, exactly - 1)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("sample", "limit"),
+    [
+        (Sample("needle", 0, NUMBERS, (ASK,), "qa_f1"), 500),
+        (Sample("longbench/qasper", 0, "short", (Question(NUMBERS, "", ("x",), 10),), "qa_f1", cut_middle=True), 500),
+        (Sample("longbench/qasper", 0, NUMBERS, (ASK,), "qa_f1", cut_middle=True), 20),
+    ],
+    ids=["may not be cut", "long question", "no room"],
+)
+def test_what_cannot_be_cut_is_refused(tokenizer, sample, limit):
+    with pytest.raises(TooLong, match=rf"do not fit the model's {limit - 10} tokens"):
+        Prompts(tokenizer).fitted(sample, limit)
+
+
+def test_plain_samples_have_no_chat_template(tokenizer):
+    sample = Sample("longbench/trec", 0, "Examples.\n", (Question("Which? Type:", "", ("x",), 4),), "classification", plain=True)
+    ((context, rest),) = Prompts(tokenizer).split(sample)
+    assert tokenizer.decode(context + rest) == "Examples.\nWhich? Type:"
+
+
+class FakeClient:
+    """A server whose answers are right."""
+
+    def __init__(self):
+        self.asked = []
+
+    def get(self, path):
+        assert path == "/server_info"
+        return {"max_req_input_len": 501}
+
+    def post(self, path, body):
+        self.asked += list(zip(body["input_ids"], body["sampling_params"], strict=True))
+        return [{"text": "1399", "meta_info": {}} for _ in body["input_ids"]]
+
+
+def test_a_sample_that_is_too_long_does_not_end_the_run(tokenizer, tmp_path):
+    samples = [
+        Sample("facts", 0, NUMBERS, (ASK,), "starts_with"),
+        Sample("longbench/qasper", 0, NUMBERS, (ASK, ASK), "qa_f1", cut_middle=True),
+        Sample("facts", 1, "number 1399.", (ASK,), "starts_with", not_comparable="other words"),
+    ]
+    client = FakeClient()
+    runner = Runner(client, tokenizer, tmp_path)
+    runner.run(samples, [EXACT])
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["task"], line["sample"], line.get("cut"), line.get("not_comparable")) for line in lines] == [
+        ("longbench/qasper", 0, 2, None),
+        ("longbench/qasper", 0, 2, None),
+        ("facts", 1, None, "other words"),
+    ]
+    assert lines[0]["asked"] == ASK.text
+    assert all(len(ids) + params["max_new_tokens"] <= 500 for ids, params in client.asked)
+    skipped = json.loads((tmp_path / "skipped.json").read_text(encoding="utf-8"))
+    assert list(skipped) == ["facts 0"] and "do not fit the model's 490 tokens for prompts" in skipped["facts 0"]
+    # A run that goes on skips the same ones again, and asks nothing twice.
+    again = Runner(client, tokenizer, tmp_path)
+    asked = len(client.asked)
+    again.run(samples, [EXACT])
+    assert (len(client.asked), json.loads((tmp_path / "skipped.json").read_text(encoding="utf-8"))) == (asked, skipped)
+    again.note_survivors(samples[:1], [])
+    again.run(samples[1:], [EXACT])
+    assert not (tmp_path / "skipped.json").exists()
+
+
+def test_samsum_ends_at_a_line_break(tokenizer, tmp_path):
+    client = FakeClient()
+    question = Question("Dialogue. Summary:", "", ("x",), 8)
+    for stops in (True, False):
+        sample = Sample(f"stops {stops}", 0, "Examples.", (question,), "qa_f1", plain=True, stop_at_newline=stops)
+        Runner(client, tokenizer, tmp_path).run([sample], [EXACT])
+    (_, stopping), (_, free) = client.asked
+    assert (stopping["min_new_tokens"], stopping["stop_token_ids"]) == (1, tokenizer.encode("\n", add_special_tokens=False))
+    assert not {"min_new_tokens", "stop_token_ids"} & free.keys()
