@@ -1,6 +1,7 @@
-"""The public sets: RULER and LongBench as KVPress's evaluation publishes and scores them, and SCBench.
+"""The public sets: RULER and LongBench, from the copies that KVPress's evaluation publishes, and SCBench.
 
-All are read from the Hugging Face Hub, or from a local copy of its files. Questions about the same context come in one sample.
+All are read from the Hugging Face Hub, or from a local copy of its files. Questions about the same context come in one sample. Where a
+sample's figures are not those that are published under the same name, it says why.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,26 @@ _SUFFIXES = (".parquet", ".jsonl", ".json")
 
 @dataclass(frozen=True)
 class _Ask:
-    """One question of a row, with what decides which sample it belongs to."""
+    """One question of a row, with what decides which sample it belongs to. form: other fields of the sample, by name."""
 
     task: str
     context: str
     question: Question
     metric: str
     options: tuple[str, ...] = ()
+    form: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises ConfigError where it cannot be asked or scored."""
+        if not any(reference.strip() for reference in self.question.references):
+            raise ConfigError("it has no answer to compare with.")
+        for text in (self.context, self.question.text, self.question.answer_prefix, *self.question.references, *self.options):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    f"it has half of a surrogate pair, {text[error.start]!a}, which is no text: mend or delete the row."
+                ) from error
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ def load(name: str, config: str, path: str | Path | None = None) -> Iterator[Sam
     config mixes two tasks on one context "scbench/scbench_repoqa_and_kv/scbench_kv".
 
     Raises ConfigError, when the first sample is asked for or the row is reached: for an unknown name or config, files that are
-    missing or not readable, and rows that lack a column.
+    missing or not readable, and rows that lack a column or an answer or are not text; the file and the row are named.
     """
     if name not in PUBLIC_SETS:
         raise ConfigError(f"data set {name!r} is unknown: choose one of {', '.join(PUBLIC_SETS)}.")
@@ -65,8 +79,7 @@ def load(name: str, config: str, path: str | Path | None = None) -> Iterator[Sam
     if not (config in public.configs if public.configs else config.isdecimal()):
         raise ConfigError(f"{name} has no config {config!r}: choose {', '.join(public.configs) or 'a length, such as 4096'}.")
     rows = _hub_rows(public, config) if path is None else _local_rows(Path(path), config)
-    asks = (ask for row in rows for ask in public.ask(config, _checked(row, public.columns, f"{name}/{config}")))
-    yield from _grouped(name, asks)
+    yield from _grouped(name, (ask for where, row in rows for ask in _asked(public, config, f"{where}, as {name}/{config}", row)))
 
 
 def _grouped(name: str, asks: Iterable[_Ask]) -> Iterator[Sample]:
@@ -79,20 +92,39 @@ def _grouped(name: str, asks: Iterable[_Ask]) -> Iterator[Sample]:
         index = numbers[task] = numbers.get(task, -1) + 1
         # Each question brings its own options, which are the same (classes), or belong together (functions of one repository).
         options = tuple(dict.fromkeys(option for ask in group for option in ask.options))
-        yield Sample(f"{name}/{task}", index, context, tuple(ask.question for ask in group), group[0].metric, options)
+        questions = tuple(ask.question for ask in group)
+        yield Sample(f"{name}/{task}", index, context, questions, group[0].metric, options, **group[0].form)
 
 
-def _checked(row: Row, columns: Iterable[str], what: str) -> Row:
-    missing = [column for column in columns if column not in row]
+def _asked(public: PublicSet, config: str, where: str, row: Any) -> list[_Ask]:
+    """The questions of one row. where: names the row. Raises ConfigError for a row that is not one of this set."""
+    if not isinstance(row, Mapping):
+        raise ConfigError(f"{where}: it is {type(row).__name__}, not an object with columns.")
+    missing = [column for column in public.columns if column not in row]
     if missing:
-        raise ConfigError(f"{what}: a row has no {', '.join(missing)}, only {', '.join(row)}: is it another data set's file?")
-    return row
+        raise ConfigError(
+            f"{where}: it has no {', '.join(missing)}, only {', '.join(map(str, row))}: is it another data set's file?"
+        )
+    try:
+        asks = list(public.ask(config, row))
+        for ask in asks:
+            ask.check()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"{where}: it is not what this data set has: {detail}") from error
+    return asks
 
 
 # --- where rows come from -----------------------------------------------------------------------------------------------
 
 
-def _hub_rows(public: PublicSet, config: str) -> Iterator[Row]:
+_Rows = Iterator[tuple[str, Any]]
+"""Rows, each with the words that name it: its file and number, from 1."""
+
+
+def _hub_rows(public: PublicSet, config: str) -> _Rows:
     import datasets  # type: ignore[import-untyped]
 
     where = {"data_dir": config} if public.folders else {"name": config}
@@ -103,15 +135,20 @@ def _hub_rows(public: PublicSet, config: str) -> Iterator[Row]:
             f"{public.repo} ({config}) could not be read from the Hugging Face Hub: {error}. "
             "Where the Hub cannot be reached, give the path of a local copy."
         ) from error
-    yield from rows
+    for number, row in enumerate(rows, 1):
+        yield f"{public.repo} ({config}), row {number}", row
 
 
-def _local_rows(path: Path, config: str) -> Iterator[Row]:
+def _local_rows(path: Path, config: str) -> _Rows:
     for file in _local_files(path, config):
+        number = 0
         try:
-            yield from _file_rows(file)
+            for number, row in enumerate(_file_rows(file), 1):
+                yield f"{file}, row {number}", row
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{file} cannot be read: {error}") from error
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{file} cannot be read after row {number}: {error}") from error
 
 
 def _local_files(path: Path, config: str) -> list[Path]:
@@ -129,7 +166,7 @@ def _local_files(path: Path, config: str) -> list[Path]:
     )
 
 
-def _file_rows(file: Path) -> Iterator[Row]:
+def _file_rows(file: Path) -> Iterator[Any]:
     if file.suffix == ".parquet":
         from pyarrow import parquet  # type: ignore[import-untyped]
 
@@ -139,54 +176,73 @@ def _file_rows(file: Path) -> Iterator[Row]:
         with file.open(encoding="utf-8") as lines:
             yield from (json.loads(line) for line in lines if line.strip())
     else:
-        yield from json.loads(file.read_text(encoding="utf-8"))
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(rows, list):
+            raise ValueError(f"it holds {type(rows).__name__}, not a list of rows")
+        yield from rows
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """One or several answers as texts."""
-    return tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
+    """One or several answers as texts; none of None."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return tuple(str(each) for each in several if each is not None)
+
+
+def _text(value: Any, column: str) -> str:
+    """Raises ConfigError for what is no text."""
+    if not isinstance(value, str):
+        raise ConfigError(f"its {column} is {type(value).__name__}, not text.")
+    return value
 
 
 # --- RULER and LongBench ------------------------------------------------------------------------------------------------
 
 
-def _kvpress_question(row: Row, answers: str) -> Question:
-    return Question(row["question"], row["answer_prefix"], _texts(row[answers]), int(row["max_new_tokens"]))
-
-
 def _ruler(config: str, row: Row) -> Iterator[_Ask]:
     metric = "string_match_part" if row["task"].startswith("qa") else "string_match_all"
-    yield _Ask(row["task"], row["context"], _kvpress_question(row, "answer"), metric)
+    asked, prefix = (_text(row[column], column) for column in ("question", "answer_prefix"))
+    question = Question(asked, prefix, _texts(row["answer"]), int(row["max_new_tokens"]))
+    form = {"not_comparable": _KVPRESS_RULER}
+    yield _Ask(row["task"], _text(row["context"], "context"), question, metric, form=form)
 
 
-_LONGBENCH_METRICS = {
-    "narrativeqa": "qa_f1",
-    "qasper": "qa_f1",
-    "multifieldqa_en": "qa_f1",
-    "multifieldqa_zh": "qa_f1_zh",
-    "hotpotqa": "qa_f1",
-    "2wikimqa": "qa_f1",
-    "musique": "qa_f1",
-    "dureader": "rouge_l_zh",
-    "gov_report": "rouge_l",
-    "qmsum": "rouge_l",
-    "multi_news": "rouge_l",
-    "vcsum": "rouge_l_zh",
-    "trec": "classification",
-    "triviaqa": "qa_f1_first_line",
-    "samsum": "rouge_l_first_line",
-    "lsht": "classification",
-    "passage_retrieval_en": "retrieval",
-    "passage_count": "count",
-    "passage_retrieval_zh": "retrieval_zh",
-    "lcc": "code_similarity",
-    "repobench-p": "code_similarity",
+_KVPRESS_RULER = "with RULER's own figures, whose contexts have their lengths in the model's tokens; with KVPress's they are"
+
+# The metric, and the limit of an answer in tokens. KVPress's copy has limits 20 tokens longer.
+_LONGBENCH = {
+    "narrativeqa": ("qa_f1", 128),
+    "qasper": ("qa_f1", 128),
+    "multifieldqa_en": ("qa_f1", 64),
+    "multifieldqa_zh": ("qa_f1_zh", 64),
+    "hotpotqa": ("qa_f1", 32),
+    "2wikimqa": ("qa_f1", 32),
+    "musique": ("qa_f1", 32),
+    "dureader": ("rouge_l_zh", 128),
+    "gov_report": ("rouge_l", 512),
+    "qmsum": ("rouge_l", 512),
+    "multi_news": ("rouge_l", 512),
+    "vcsum": ("rouge_l_zh", 512),
+    "trec": ("classification", 64),
+    "triviaqa": ("qa_f1_first_line", 32),
+    "samsum": ("rouge_l_first_line", 128),
+    "lsht": ("classification", 64),
+    "passage_retrieval_en": ("retrieval", 32),
+    "passage_count": ("count", 32),
+    "passage_retrieval_zh": ("retrieval_zh", 32),
+    "lcc": ("code_similarity", 64),
+    "repobench-p": ("code_similarity", 64),
 }
+_LONGBENCH_PLAIN = frozenset({"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"})
+"""Sets that LongBench asks without a chat template: examples and code go on better as plain text."""
 
 
 def _longbench(config: str, row: Row) -> Iterator[_Ask]:
-    options = _texts(row["all_classes"] or ())
-    yield _Ask(config, row["context"], _kvpress_question(row, "answers"), _LONGBENCH_METRICS[config], options)
+    """As published: the whole prompt is the user's turn, or plain text, and loses its middle where it is too long for the model."""
+    metric, limit = _LONGBENCH[config]
+    asked = _text(row["question"], "question") + _text(row["answer_prefix"], "answer_prefix")
+    form = {"plain": config in _LONGBENCH_PLAIN, "cut_middle": True, "stop_at_newline": config == "samsum"}
+    question = Question(asked, "", _texts(row["answers"]), limit)
+    yield _Ask(config, _text(row["context"], "context"), question, metric, _texts(row["all_classes"] or ()), form)
 
 
 # --- SCBench ------------------------------------------------------------------------------------------------------------
@@ -258,9 +314,13 @@ def _scbench(config: str, row: Row) -> Iterator[_Ask]:
             options = references
         elif config == "scbench_mf":
             fields["what"] = _what(turn["input"])
-        yield _Ask(
-            task, context, Question(kind.question.format(**fields), "", references, kind.max_new_tokens), kind.metric, options
-        )
+        form = {}
+        if kind.metric == "function":
+            form["not_comparable"] = "the whole code block counts, not what RepoQA's parsers find in it"
+        elif isinstance(turn["answer"], str) and kind.metric.startswith("string_match"):
+            form["not_comparable"] = "SCBench compares an answer that is one text letter by letter"
+        question = Question(kind.question.format(**fields), "", references, kind.max_new_tokens)
+        yield _Ask(task, context, question, kind.metric, options, form)
 
 
 def _what(request: str) -> str:
@@ -278,7 +338,7 @@ PUBLIC_SETS: dict[str, PublicSet] = {
     "longbench": PublicSet(
         "Xnhyacinth/LongBench",
         True,
-        tuple(_LONGBENCH_METRICS),
+        tuple(_LONGBENCH),
         ("context", "question", "answer_prefix", "answers", "all_classes", "max_new_tokens"),
         _longbench,
     ),

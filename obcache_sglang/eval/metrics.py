@@ -1,11 +1,13 @@
-"""How right an answer is, from 0 to 1: the metrics of RULER, LongBench (as KVPress scores it) and SCBench, and a strict one.
+"""How right an answer is, from 0 to 1: the metrics of RULER, LongBench and SCBench, and a strict one.
 
-Every metric is called with the model's answer, the references and the sample's options. Those of LongBench and SCBench that
+RULER's and LongBench's give what the published ones give (`tests/unit/test_eval_published.py`). A reference that a metric can make
+nothing of, such as one without the number that it looks for, is never matched. Every metric is called with the model's answer, the references and the sample's options. Those of LongBench and SCBench that
 compare longer texts need packages of the extra `eval`; each is imported by the first answer that needs it.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import re
 import string
@@ -35,7 +37,7 @@ def starts_with(prediction: str, references: Sequence[str], options: Sequence[st
 def string_match_all(prediction: str, references: Sequence[str], options: Sequence[str]) -> float:
     """The share of references that the answer contains, in any case (upper or lower)."""
     found = [reference.lower() in prediction.lower() for reference in references]
-    return sum(found) / len(found)
+    return sum(found) / len(found) if found else 0.0
 
 
 def string_match_part(prediction: str, references: Sequence[str], options: Sequence[str]) -> float:
@@ -54,7 +56,7 @@ def _best(score: Callable[[str, str], float], first_line: bool = False) -> Metri
 
     def metric(prediction: str, references: Sequence[str], options: Sequence[str]) -> float:
         if first_line:
-            prediction = prediction.lstrip().split("\n")[0]
+            prediction = prediction.lstrip("\n").split("\n")[0]
         return max((score(prediction, reference) for reference in references), default=0.0)
 
     metric.__doc__ = score.__doc__
@@ -96,8 +98,9 @@ def _chinese_words(text: str) -> list[str]:
 
 def _rouge_l(prediction: str, reference: str) -> float:
     """F1 of ROUGE-L, from package rouge."""
+    scorer = _rouge()  # outside: what it raises where the package is missing is a ValueError too
     try:
-        return float(_rouge().get_scores(prediction, reference)[0]["rouge-l"]["f"])
+        return float(scorer.get_scores(prediction, reference)[0]["rouge-l"]["f"])
     except (ValueError, RecursionError):
         # An empty answer, or one long sentence: rouge refuses both, and LongBench counts what it refuses as wrong.
         return 0.0
@@ -116,11 +119,17 @@ def _rouge() -> Any:
 def classification(prediction: str, references: Sequence[str], options: Sequence[str]) -> float:
     """1 / the number of classes (options) that the answer's first line names, if the right one is among them.
 
-    A class whose name is part of the right one's does not count (LongBench overlooks some of these where they are neighbours).
+    A class whose name is part of the right one's does not count; but as published, the class named after one that does not count is
+    overlooked, and counts.
     """
 
     def score(line: str, reference: str) -> float:
-        named = [option for option in options if option in line and (option == reference or option not in reference)]
+        named = [option for option in options if option in line]
+        index = 0
+        while index < len(named):
+            if named[index] in reference and named[index] != reference:
+                del named[index]  # the next one takes its place, and is passed over
+            index += 1
         return 1 / len(named) if reference in named else 0.0
 
     return _best(score, first_line=True)(prediction, references, options)
@@ -130,18 +139,21 @@ def _share_of_numbers(pattern: str) -> Callable[[str, str], float]:
     """Scores the share of the answer's numbers that are the one that `pattern` finds in the reference."""
 
     def score(prediction: str, reference: str) -> float:
-        right = re.findall(pattern, reference)[0]
+        right = re.search(pattern, reference)
         numbers = re.findall(r"\d+", prediction)
-        return numbers.count(right) / len(numbers) if numbers else 0.0
+        return numbers.count(right.group(1)) / len(numbers) if right and numbers else 0.0
 
     return score
 
 
 def _code_similarity(prediction: str, reference: str) -> float:
-    """Edit similarity of the answer's first line that is neither comment nor fence, to the hundredth."""
+    """Edit similarity of the answer's first line that is neither comment nor fence, to the hundredth.
+
+    Of Python's difflib, which fuzzywuzzy has without Levenshtein, as LongBench requires it.
+    """
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    return round(_package("rapidfuzz.fuzz").ratio(line, reference)) / 100 if line and reference else 0.0
+    return round(100 * difflib.SequenceMatcher(None, line, reference).ratio()) / 100
 
 
 # --- SCBench ------------------------------------------------------------------------------------------------------------
@@ -164,7 +176,14 @@ def first_number(prediction: str, references: Sequence[str], options: Sequence[s
     if found is None:
         return 0.0
     number = float(found.group())
-    return float(any((number if "." in reference else int(number)) == float(reference) for reference in references))
+    return float(any((number if "." in reference else int(number)) == _number(reference) for reference in references))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def choice(prediction: str, references: Sequence[str], options: Sequence[str]) -> float:
@@ -206,7 +225,7 @@ def function(prediction: str, references: Sequence[str], options: Sequence[str])
     def likeness(code: str) -> float:
         return float(bleu.sentence_bleu([code.split()], words, smoothing_function=smoothing)) if words else 0.0
 
-    best = max(dict.fromkeys((*references, *options)), key=likeness)
+    best = max(dict.fromkeys((*references, *options)), key=likeness, default="")
     return float(best in references and likeness(best) >= SIMILAR_FUNCTION)
 
 
@@ -241,7 +260,7 @@ METRICS: dict[str, Metric] = {
     "classification": classification,
     "retrieval": _best(_share_of_numbers(r"Paragraph (\d+)")),
     "retrieval_zh": _best(_share_of_numbers(r"段落(\d+)")),
-    "count": _best(_share_of_numbers(r"\d+")),
+    "count": _best(_share_of_numbers(r"^(\d+)$")),
     "code_similarity": _best(_code_similarity),
     "contains": contains,
     "first_integer": first_integer,

@@ -1,8 +1,8 @@
 """Evaluation tasks that are generated offline, at any length, with the served model's tokenizer.
 
 - needle_prose, needle_noise, needle_code, needle_two_keys: one short fact in a text, strictly scored; a small model answers them.
-- RULER's synthetic tasks (arXiv 2404.06654) with its prompts and parameters: niah_*, vt, cwe, fwe. Different from RULER: the prose
-  (see `prose.py`) and words are others, each sample has its own stretch of prose, and a length is that of the context alone.
+- RULER's synthetic tasks (arXiv 2404.06654) with its prompts and parameters: niah_*, vt, cwe, fwe; as they were published in July 2024,
+  with which the paper and KVPress's copy were made. What differs from RULER is in `_RULER_DIFFERENCES`, and in the report.
 - facts: a document with many facts, and a question about each: the shared context.
 - continuation: prose, and what really follows it.
 
@@ -56,7 +56,8 @@ class Request:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def sample(self, context: str, questions: Iterable[Question], metric: str) -> Sample:
-        return Sample(self.task, self.index, context, tuple(questions), metric)
+        differs = _RULER_DIFFERENCES.get(self.task, ())
+        return Sample(self.task, self.index, context, tuple(questions), metric, not_comparable="; ".join(differs))
 
 
 TaskFn = Callable[[Request], Sample]
@@ -295,14 +296,38 @@ def _niah(
     return request.sample(context, questions, "string_match_all")
 
 
+_LENGTH = "lengths are those of the contexts alone"
+_WORDS, _PROSE = (
+    "its words are others",
+    "its prose is Newton's Opticks instead of Paul Graham's essays, with needles at any depth",
+)
+_RULER_DIFFERENCES = {
+    "niah_single_1": (_WORDS, _LENGTH),
+    "niah_single_2": (_PROSE, _WORDS, _LENGTH),
+    "niah_single_3": (_PROSE, _WORDS, _LENGTH),
+    "niah_multikey_1": (_PROSE, _WORDS, _LENGTH),
+    "niah_multikey_2": (_WORDS, _LENGTH),
+    "niah_multikey_3": (_LENGTH,),
+    "niah_multivalue": (_PROSE, _WORDS, _LENGTH),
+    "niah_multiquery": (_PROSE, _WORDS, _LENGTH),
+    "vt": ("each sample has a worked example of its own", _LENGTH),
+    "cwe": (_WORDS, _LENGTH),
+    "fwe": (_LENGTH,),
+}
+"""Why the figures of these tasks are not RULER's."""
+
+
 # --- RULER's other tasks ------------------------------------------------------------------------------------------------
 
 _VT = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 _VT_QUESTION = "Question: Find all variables that are assigned the value {value} in the text above. "
-_VT_PREFIX = (
-    "Answer: According to the chain(s) of variable assignment in the text above, {number} variables are assigned the value {value}, "
+_VT_PREFIX = (  # RULER's, with its slip
+    "Answer: According to the chain(s) of variable assignment in the text above, {number} variables are assgined the value {value}, "
     "they are: "
 )
+# RULER takes the worked example's prompt apart at its blanks, and loses line breaks and a word.
+_VT_EXAMPLE = " Memorize and track the chain(s) of variable assignment hidden in the following text. "
+_VT_EXAMPLE_QUESTION = " Question: Find all variables that are assigned the value {value} in the text "
 _VT_HOPS = 4
 # RULER puts as many noise lines into the worked example as bring it to 500 tokens: 10 or 15, depending on the tokenizer.
 _VT_EXAMPLE_LINES = 10
@@ -319,15 +344,16 @@ def _variable_tracking(request: Request) -> Sample:
         chain = [f"VAR {names[0]} = {value}"]
         chain += [f"VAR {name} = VAR {before} " for before, name in itertools.pairwise(names)]
         noise = [line + "\n" for line in [*_noise(filler), *[_NOISE] * lines]]
-        return f"{_VT}{' '.join(_insert(noise, chain, depths))}\n"
+        return " ".join(_insert(noise, chain, depths))
 
-    def asked(value: str) -> tuple[str, str]:
-        return _VT_QUESTION.format(value=value), _VT_PREFIX.format(value=value, number=_VT_HOPS + 1)
+    def prefix(value: str) -> str:
+        return _VT_PREFIX.format(value=value, number=_VT_HOPS + 1)
 
-    example = text(example_names, example_value, example_depths, _VT_EXAMPLE_LINES)
-    example += f"{''.join(asked(example_value))}{' '.join(example_names)}\n\n"
-    context = _fitted(request, lambda units, filler: example + text(names, value, depths, units, filler), _VT_HOPS + 2)
-    return request.sample(context, [Question(*asked(value), tuple(names), 30)], "string_match_all")
+    example = _VT_EXAMPLE + text(example_names, example_value, example_depths, _VT_EXAMPLE_LINES)
+    example += f"{_VT_EXAMPLE_QUESTION.format(value=example_value)}{prefix(example_value)} {' '.join(example_names)}\n\n\n\n"
+    context = _fitted(request, lambda units, filler: f"{example}{_VT}{text(names, value, depths, units, filler)}\n", _VT_HOPS + 2)
+    question = Question(_VT_QUESTION.format(value=value), prefix(value), tuple(names), 30)
+    return request.sample(context, [question], "string_match_all")
 
 
 def _variables(rng: random.Random, length: int) -> list[str]:
@@ -366,7 +392,7 @@ def _common_words(request: Request) -> Sample:
 
     example_words = request.rng("example").sample(prose.vocabulary(), num_example)
     example = listing(example_words, example_often, example_seldom, "example order")
-    example += f"{_CWE_QUESTION}{_CWE_PREFIX} {_numbered(example_words[:_CWE_COMMON])}\n"
+    example += f"{_CWE_QUESTION}{_CWE_PREFIX}{_numbered(example_words[:_CWE_COMMON])}\n"  # no blank between them, as published
     context = build(_fit(request, build, _CWE_COMMON + 1))
     question = Question(_CWE_QUESTION, _CWE_PREFIX, tuple(pool[:_CWE_COMMON]), 120)
     return request.sample(context, [question], "string_match_all")

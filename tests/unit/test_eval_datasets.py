@@ -84,6 +84,7 @@ def test_ruler(tmp_path: Path, kind: str) -> None:
             Question(RULER[2]["question"], RULER[2]["answer_prefix"], ("789", "790"), 128),
         ),
         metric="string_match_all",
+        not_comparable="with RULER's own figures, whose contexts have their lengths in the model's tokens; with KVPress's they are",
     )
     assert (second.task, second.index, second.context) == ("ruler/niah_single_1", 1, "Another context\n")
     assert (qa.task, qa.index, qa.metric, len(qa.questions)) == ("ruler/qa_1", 0, "string_match_part", 1)
@@ -98,8 +99,9 @@ def test_longbench(tmp_path: Path) -> None:
     write_lines(tmp_path / "qasper.jsonl", rows)
     first, second = load("longbench", "qasper", tmp_path)
     assert (first.task, first.index, first.metric, first.options) == ("longbench/qasper", 0, "qa_f1", ())
-    assert [question.text for question in first.questions] == ["Question: Who?\n\n", "Question: Where?\n\n"]
-    assert first.questions[0] == Question("Question: Who?\n\n", "Answer:", ("Anna", "she"), 84)
+    # The whole prompt is one text, and answers have LongBench's limit, not the 20 tokens more of KVPress's copy.
+    assert [question.text for question in first.questions] == ["Question: Who?\n\nAnswer:", "Question: Where?\n\nAnswer:"]
+    assert first.questions[0] == Question("Question: Who?\n\nAnswer:", "", ("Anna", "she"), 128)
     assert second.index == 1
 
 
@@ -210,7 +212,11 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         ("longbench", "scbench_kv", "no config 'scbench_kv': choose narrativeqa, qasper"),
         ("scbench", "kv", "no config 'kv': choose scbench_choice_eng"),
         ("ruler", "8192", "has no .parquet, .jsonl, .json file of '8192'"),
-        ("longbench", "qasper", "a row has no answers, all_classes, only context, question"),
+        (
+            "longbench",
+            "qasper",
+            r"qasper.jsonl, row 1, as longbench/qasper: it has no answers, all_classes, only context, question",
+        ),
         ("longbench", "trec", r"trec.jsonl cannot be read"),
         ("longbench", "lcc", r"lcc.parquet cannot be read"),
     ],
@@ -221,6 +227,80 @@ def test_refused(tmp_path: Path, name: str, config: str, message: str) -> None:
     (tmp_path / "lcc.parquet").write_text("not parquet", encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         list(load(name, config, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        ("qasper", {"answers": []}, "it has no answer to compare with"),
+        ("qasper", {"answers": None}, "it has no answer to compare with"),
+        ("qasper", {"answers": [" ", ""]}, "it has no answer to compare with"),
+        ("qasper", {"context": None}, "its context is NoneType, not text"),
+        ("qasper", {"question": ["Who?"]}, "its question is list, not text"),
+        ("qasper", {"context": "half a pair: \ud83d"}, r"half of a surrogate pair, '\\ud83d'"),
+        ("qasper", {"answers": ["\udc00"]}, r"half of a surrogate pair, '\\udc00'"),
+        ("trec", {"all_classes": ["\udc00"]}, r"half of a surrogate pair, '\\udc00'"),
+        ("trec", {"all_classes": 3}, None),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_row_that_cannot_be_asked_is_named(
+    tmp_path: Path, config: str, change: dict[str, Any], message: str | None, suffix: str
+) -> None:
+    rows = [longbench_row("c", "q", ["a"], ["a"]) | other for other in ({}, change)]
+    text = json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / f"{config}.{suffix}").write_text(text, encoding="utf-8")
+    if message is None:  # one class, told without a list
+        assert next(load("longbench", config, tmp_path)).options == ("a", "3")
+        return
+    with pytest.raises(ConfigError, match=rf"{config}\.{suffix}, row 2, as longbench/{config}: .*{message}"):
+        list(load("longbench", config, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('["a", "b"]', r"row 1, as .*it is str, not an object"),
+        ('{"context": "c"}', "cannot be read after row 0: it holds dict, not a list of rows"),
+        ("[1, 2", "cannot be read after row 0"),
+    ],
+)
+def test_a_file_that_holds_no_rows_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "qasper.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"qasper\.json.*{message}"):
+        list(load("longbench", "qasper", tmp_path))
+
+
+def test_a_line_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    lines = [json.dumps(longbench_row("c", "q", ["a"], None)), '{"context": ']
+    (tmp_path / "qasper.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"qasper\.jsonl cannot be read after row 1"):
+        list(load("longbench", "qasper", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "turn", "message"),
+    [
+        ("scbench_kv", {"input": "Key: a"}, "'answer' is missing"),
+        ("scbench_kv", {"input": "Key: a", "answer": []}, "it has no answer"),
+        ("scbench_choice_eng", {"input": "Who?", "answer": "Ben", "options": ["Ben"]}, "it is not what this data set has"),
+        ("scbench_mf", {"input": "Sum?", "answer": 3}, 'has no "The ... is"'),
+    ],
+)
+def test_a_turn_that_cannot_be_asked_is_named(tmp_path: Path, config: str, turn: dict[str, Any], message: str) -> None:
+    write_lines(tmp_path / f"{config}.jsonl", [{"context": "c", "multi_turns": [turn]}])
+    with pytest.raises(ConfigError, match=rf"{config}\.jsonl, row 1, as scbench/{config}: .*{message}"):
+        list(load("scbench", config, tmp_path))
+
+
+def test_what_scbench_scores_otherwise_says_so(tmp_path: Path) -> None:
+    code = {"input": "It does f", "answer": "def f(): pass", "name": "f"}
+    (sample,) = scbench(tmp_path, "scbench_repoqa", {"lang": "python", "repo": "r", "context": "code", "multi_turns": [code]})
+    assert "RepoQA's parsers" in sample.not_comparable
+    for answer, told in (("x", True), (["x"], False)):
+        row = {"id": 0, "context": "c", "multi_turns": [{"input": "q", "answer": answer}]}
+        (sample,) = scbench(tmp_path, "scbench_vt", row)
+        assert ("letter by letter" in sample.not_comparable) == told
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

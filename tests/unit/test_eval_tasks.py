@@ -34,8 +34,8 @@ FINGERPRINTS: dict[str, str] = {
     "niah_multikey_3": "fc9cb39601de",
     "niah_multivalue": "2942061361f9",
     "niah_multiquery": "a5c4a6a9d7cb",
-    "vt": "2145364a2d1d",
-    "cwe": "2fcec4f94851",
+    "vt": "61a39eda14bb",
+    "cwe": "535eb9fee5e0",
     "fwe": "5aff181b3638",
     "facts": "7254a2fd7afc",
     "continuation": "27189bfdef05",
@@ -52,7 +52,9 @@ def length(tokenizer: Any, text: str) -> int:
 
 
 def fingerprint(sample: Sample) -> str:
-    return hashlib.sha256(json.dumps(asdict(sample)).encode()).hexdigest()[:12]
+    """Of what is asked and how it is scored."""
+    asked = {name: asdict(sample)[name] for name in ("task", "index", "context", "questions", "metric", "options")}
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
 
 
 # --- all tasks ----------------------------------------------------------------------------------------------------------
@@ -219,7 +221,8 @@ def test_variable_tracking(tokenizer: Any) -> None:
     (question,) = sample.questions
     value = re.search(r"the value (\d{5}) in", question.text).group(1)  # type: ignore[union-attr]
     example, text = sample.context.split("\n\nMemorize and track")
-    assert "5 variables are assigned the value" in example and "5 variables are assigned the value" in question.answer_prefix
+    # RULER's slip, which its figures were measured with.
+    assert "5 variables are assgined the value" in example and "5 variables are assgined the value" in question.answer_prefix
     chain = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", text)
     assert [name for name, _ in chain] == list(question.references)
     assert [before for _, before in chain] == [value, *question.references[:-1]]
