@@ -1,9 +1,11 @@
 """What scoring costs on a GPU:  python -m launch.bench_kernels
 
 One layer of a context in a paged pool (pages of one token, in random order), bfloat16: the scoring kernel against the roofline of
-`obcache_sglang.gpu.kernel_report` with this GPU's own bandwidth and arithmetic, against the same formulas in plain torch, and as
-a share of the causal attention of the whole context. Medians of `triton.testing.do_bench`, which empties the L2 cache before
-each run.
+`obcache_sglang.gpu.kernel_report` with this GPU's own bandwidth and arithmetic, against one FlashAttention call of the same queries
+over the same K and V, and as a share of the causal FlashAttention of the whole context. FlashAttention is scaled_dot_product_attention
+held to its flash kernel; a score needs as much of q k^T as it does. The same formulas in plain torch stand beside them, as one writes them
+first: K and V repeated for each query head, in float32, all weights in memory. That is a weak baseline, and a large ratio to it says little.
+Medians of `triton.testing.do_bench`, which empties the L2 cache before each run.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from launch.bench_scoring import plain_scores
@@ -37,10 +41,16 @@ def main() -> None:
         sys.exit("launch.bench_kernels needs a GPU; `python -m obcache_sglang.gpu.kernel_report` predicts without one.")
     chip = measured_chip()
     print(f"{chip.name}: {chip.bandwidth / 1e12:.2f} TB/s copied, {chip.flops / 1e12:.0f} TFLOP/s in a bfloat16 matrix product")
-    print("lse us: the log-sum-exp, where the backend gives none. %: of the least time by these two figures.")
+    print(
+        "lse us: the log-sum-exp, where the backend gives none. %: what the least time by these two figures is of the time it took."
+    )
+    print(
+        "flash us: FlashAttention of the same rows. % of attention: score and log-sum-exp, of causal FlashAttention of all rows."
+    )
+    print("plain us: the formulas in plain torch, with K and V repeated for each query head, a weak baseline.")
     print(
         f"{'model':<13}{'tokens':>7}{'rows':>6}  {'score':<11}{'us':>8}{'least us':>9}{'%':>5}{'lse us':>8}{'%':>5}"
-        f"{'plain us':>10}{'plain / ours':>13}{'% of attention':>15}"
+        f"{'flash us':>10}{'ours / flash':>13}{'% of attention':>15}{'plain us':>10}"
     )
     for model in (LLAMA, QWEN):
         for tokens in arguments.tokens:
@@ -80,9 +90,10 @@ def measure(model: Model, tokens: int, rows: int, chip: Chip, milliseconds: int)
     def attention(rows: int) -> torch.Tensor:
         query, key, value = (x.transpose(0, 1)[None] for x in (q[-rows:], k, v))
         # Rows that see all tokens: no mask.
-        return scaled_dot_product_attention(query, key, value, is_causal=rows == tokens, scale=scale, enable_gqa=True)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(query, key, value, is_causal=rows == tokens, scale=scale, enable_gqa=True)
 
-    whole = median_us(lambda: attention(tokens), milliseconds)
+    whole, flash_us = (median_us(partial(attention, number), milliseconds) for number in (tokens, rows))
     window = q[-rows:]
     o = attention(rows)[0].transpose(0, 1).contiguous()
     cache = PagedCache.of_slots(pool[0], pool[1])
@@ -90,7 +101,6 @@ def measure(model: Model, tokens: int, rows: int, chip: Chip, milliseconds: int)
     scores = torch.zeros(model.num_kv_heads, tokens, device="cuda")
     lse = row_lse(window, cache, contexts, scale=scale)
     lse_us = median_us(lambda: row_lse(window, cache, contexts, scale=scale), milliseconds)
-    least = scoring_cost(model, tokens, rows).seconds(chip) / model.num_layers * 1e6
     least_lse = lse_cost(model, tokens, rows).seconds(chip) / model.num_layers * 1e6
     mask = torch.ones(rows, tokens, dtype=torch.bool, device="cuda").tril(tokens - rows)
     lines = []
@@ -104,11 +114,12 @@ def measure(model: Model, tokens: int, rows: int, chip: Chip, milliseconds: int)
             plain_scores(scores, window, k, v, o, mask, score)
 
         us = median_us(ours, milliseconds)
+        least = scoring_cost(model, tokens, rows, score).seconds(chip) / model.num_layers * 1e6
         possible = model.num_q_heads * rows * tokens <= MAX_PLAIN_ELEMENTS
         plain_us = median_us(plain, milliseconds) if possible else float("nan")
         lines.append(
             f"{model.name:<13}{tokens:>7}{rows:>6}  {score:<11}{us:>8.0f}{least:>9.0f}{100 * least / us:>5.0f}{lse_us:>8.0f}"
-            f"{100 * least_lse / lse_us:>5.0f}{plain_us:>10.0f}{plain_us / us:>13.1f}{100 * (us + lse_us) / whole:>15.1f}"
+            f"{100 * least_lse / lse_us:>5.0f}{flash_us:>10.0f}{us / flash_us:>13.2f}{100 * (us + lse_us) / whole:>15.1f}{plain_us:>10.0f}"
         )
     return lines
 

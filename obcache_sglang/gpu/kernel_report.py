@@ -147,15 +147,20 @@ class Cost:
         return max(self.bytes / chip.bandwidth, self.flops / chip.flops)
 
 
-def scoring_cost(model: Model, tokens: int, rows: int) -> Cost:
-    """obcache-k or -kv of a context of so many tokens by so many rows that see all of it, outputs and log-sum-exp being given.
+def scoring_cost(model: Model, tokens: int, rows: int, score: str) -> Cost:
+    """A score of a context of so many tokens by so many rows that see all of it, what the score needs being given.
 
-    Read once: K, V, q, o (bfloat16), log-sum-exp and squared norms of o; written: the scores (both float32). Two products.
+    Counted is what the score's formula needs, each thing once. attention: K, q (bfloat16) and the log-sum-exp (float32) are read,
+    one product, q k^T. obcache-v: V too, for its norms; still one product. obcache-k and obcache-kv: V, o and its squared norms too; two
+    products, q k^T and what brings v and o together. The scores (float32) are written.
     """
+    products = 2 if needs_outputs(score) else 1
     queries, lanes = rows * model.num_q_heads, tokens * model.num_kv_heads
-    cache = 2 * lanes * model.head_dim * _BF16_BYTES
-    outputs = queries * (2 * model.head_dim * _BF16_BYTES + 2 * 4) + lanes * 4
-    return Cost(model.num_layers * (cache + outputs), model.num_layers * 4.0 * queries * tokens * model.head_dim)
+    cache = (1 if score == "attention" else 2) * lanes * model.head_dim * _BF16_BYTES
+    # q and the log-sum-exp, o and its squared norms.
+    given = queries * products * (model.head_dim * _BF16_BYTES + 4)
+    flops = products * 2.0 * queries * tokens * model.head_dim
+    return Cost(model.num_layers * (cache + given + lanes * 4), model.num_layers * flops)
 
 
 def lse_cost(model: Model, tokens: int, rows: int) -> Cost:
@@ -190,25 +195,31 @@ def roofline_table() -> Iterator[str]:
     yield "Least times by peak bandwidth and peak dense bfloat16 FLOP/s, efficiency 1, all layers; predictions, not measurements."
     yield "Each byte comes from memory once: q and o, which every block of positions reads again, are assumed to come from L2."
     yield "window: 64 rows, once. replay: 2048 rows that see the whole context, and as many such chunks as it is long."
+    yield "Counted are the products that a score needs: one for attention and obcache-v, two for obcache-k and obcache-kv (whose rows are equal)."
     yield "lse: more, where the attention backend gives no log-sum-exp. %: of the prefill's least time."
     for chip in (A100, H100):
         yield f"{chip.name}: {chip.bandwidth / 1e12:.2f} TB/s, {chip.flops / 1e12:.0f} TFLOP/s"
     yield (
-        f"{'model':<13}{'tokens':>7} {'rows':>5}{'MiB':>8}{'GFLOP':>9}  {'chip':<16}{'score us':>10}{'lse us':>9}"
+        f"{'model':<13}{'tokens':>7} {'rows':>5}  {'score':<11}{'MiB':>8}{'GFLOP':>9}  {'chip':<16}{'score us':>10}{'lse us':>9}"
         f"{'prefill us':>12}{'score %':>9}{'+ lse %':>9}"
     )
     for model in (LLAMA, QWEN):
         for tokens in (4096, 32768, 131072):
             for rows in (64, 2048):
-                times = tokens // rows if rows == 2048 else 1
-                cost, lse = scoring_cost(model, tokens, rows), lse_cost(model, tokens, rows)
-                for chip in (A100, H100):
-                    score, more, whole = (x.seconds(chip) for x in (cost, lse, prefill_cost(model, tokens)))
-                    yield (
-                        f"{model.name:<13}{tokens:>7} {rows:>5}{cost.bytes / _MIB:>8.0f}{cost.flops / 1e9:>9.0f}  {chip.name:<16}"
-                        f"{score * 1e6:>10.0f}{more * 1e6:>9.0f}{whole * 1e6:>12.0f}"
-                        f"{100 * times * score / whole:>9.2f}{100 * times * (score + more) / whole:>9.2f}"
-                    )
+                yield from _roofline_rows(model, tokens, rows)
+
+
+def _roofline_rows(model: Model, tokens: int, rows: int) -> Iterator[str]:
+    times = tokens // rows if rows == 2048 else 1
+    for score in ("attention", "obcache-v", "obcache-k"):
+        cost, lse = scoring_cost(model, tokens, rows, score), lse_cost(model, tokens, rows)
+        for chip in (A100, H100):
+            once, more, whole = (x.seconds(chip) for x in (cost, lse, prefill_cost(model, tokens)))
+            yield (
+                f"{model.name:<13}{tokens:>7} {rows:>5}  {score:<11}{cost.bytes / _MIB:>8.0f}{cost.flops / 1e9:>9.0f}  {chip.name:<16}"
+                f"{once * 1e6:>10.0f}{more * 1e6:>9.0f}{whole * 1e6:>12.0f}"
+                f"{100 * times * once / whole:>9.2f}{100 * times * (once + more) / whole:>9.2f}"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
