@@ -90,7 +90,12 @@ class Kvpress:
     def ask(self, asks: Sequence[Ask], context: str) -> dict[str, Any]:
         """What `kvpress_runner` answers to all questions of `asks`, which are about `context`."""
         questions = [[ask.question.text, ask.question.answer_prefix] for ask in asks]
-        body = {"context": context, "questions": questions, "max_new_tokens": asks[0].question.max_new_tokens}
+        body = {
+            "context": context,
+            "questions": questions,
+            "max_new_tokens": asks[0].question.max_new_tokens,
+            "ignore_eos": asks[0].ignore_eos,
+        }
         stdin = self._process.stdin
         assert stdin is not None
         print(json.dumps(body), file=stdin, flush=True)
@@ -148,7 +153,7 @@ class KvpressArm:
             ask.document,
             METRICS["starts_with"](text, ask.question.references, ()),
             result["seconds"],
-            len(self.tokenizer.encode(text, add_special_tokens=False)),
+            ask.question.max_new_tokens if ask.ignore_eos else len(self.tokenizer.encode(text, add_special_tokens=False)),
             len(ask.input_ids),
             cached_tokens,
             slots=result["slots"],

@@ -3,7 +3,7 @@
     python kvpress_runner.py MODEL PRESS RATIO
 
 Talks in lines of JSON: first it writes the versions it runs with; then, for each line {"context", "questions": [[text, answer
-prefix], ...], "max_new_tokens"} it reads, one {"answers": [text, ...], "seconds", "slots"}. slots: tokens per KV head that the cache
+prefix], ...], "max_new_tokens", "ignore_eos"} it reads, one {"answers": [text, ...], "seconds", "slots"}. slots: tokens per KV head that the cache
 holds after compression (presses that mask what they evict hold all of them).
 """
 
@@ -21,6 +21,7 @@ def main() -> None:
     os.dup2(2, 1)
     model, press_name, ratio = sys.argv[1:]
     pipeline, press = load(model, press_name, float(ratio))
+    eos = pipeline.model.generation_config.eos_token_id
 
     def write(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers_to, flush=True)
@@ -28,6 +29,8 @@ def main() -> None:
     write({name: version(name) for name in ("kvpress", "transformers", "torch")})
     for line in sys.stdin:
         asked = json.loads(line)
+        # Where the pipeline stops, beside the number of tokens.
+        pipeline.model.generation_config.eos_token_id = [] if asked["ignore_eos"] else eos
         write(answer(pipeline, press, asked["context"], asked["questions"], asked["max_new_tokens"]))
 
 

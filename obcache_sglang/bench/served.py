@@ -6,17 +6,63 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Protocol
 
-from obcache_sglang.bench.rounds import Answer, Cost, Round, summarise
+import torch
+
+from obcache_sglang.bench.rounds import Answer, Cost, Round, stream_times, summarise
 from obcache_sglang.bench.workload import Ask
 from obcache_sglang.errors import ConfigError
-from obcache_sglang.eval.arms import Arm, parse_arms, parse_ratios
+from obcache_sglang.eval.arms import EXACT, Arm, parse_arms, parse_ratios
 from obcache_sglang.eval.metrics import METRICS
 from obcache_sglang.server import Client
 
-STOCK = "stock"
+POLICIES = ("fcfs", "lpm")
+"""SGLang's --schedule-policy: its default, and longest prefix first, which alone has in-batch prefix caching."""
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A server without OBCache.
+
+    policy: one of `POLICIES`. fp8: whether its KV cache is in fp8, with twice the slots: the bytes of a 16-bit cache. (Where the model
+    runs in float32, because a CPU has no 16-bit arithmetic, its cache stands for one of 16 bits.)
+    """
+
+    policy: str
+    fp8: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"stock/{self.policy}{'/fp8' if self.fp8 else ''}"
+
+    def flags(self, pool_slots: int) -> list[str]:
+        """For the server. pool_slots: as the other servers have them."""
+        flags = ["--schedule-policy", self.policy, "--max-total-tokens", str(pool_slots * (2 if self.fp8 else 1))]
+        return [*flags, "--kv-cache-dtype", fp8_dtype()] if self.fp8 else flags
+
+
+def parse_stock(texts: Iterable[str]) -> list[Stock]:
+    """The servers named by POLICY, or POLICY/fp8. Raises ConfigError."""
+    known = {
+        stock.name.removeprefix("stock/"): stock for policy in POLICIES for stock in (Stock(policy), Stock(policy, fp8=True))
+    }
+    for text in texts:
+        if text not in known:
+            raise ConfigError(f"--stock {text}: give {', '.join(known)}.")
+    return [known[text] for text in dict.fromkeys(texts)]
+
+
+def obcache_server(policy: str) -> str:
+    return f"obcache/{policy}"
+
+
+def fp8_dtype() -> str:
+    """The more precise fp8 format that this machine can hold a KV cache in; NVIDIA GPUs before Ada and Hopper have one only."""
+    old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
+    return "fp8_e5m2" if old else "fp8_e4m3"
 
 
 class Contender(Protocol):
@@ -42,17 +88,34 @@ def parse_bench_arms(texts: Iterable[str]) -> list[Arm]:
     return list(dict.fromkeys(arms))
 
 
+def sampling_params(arm: Arm, context_len: int, max_new_tokens: int, *, ignore_eos: bool) -> dict[str, Any]:
+    """Of a question whose first `context_len` tokens are the document, asked of `arm`."""
+    params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": ignore_eos}
+    return params if arm.is_exact else params | {"custom_params": {"obcache": arm.wish_for(context_len)}}
+
+
 class ServedArm:
     """Asks a server in a closed loop: `clients` clients, each with its next question when it has its answer.
 
     arm: `EXACT` for a server without OBCache.
     """
 
-    def __init__(self, client: Client, arm: Arm, clients: int) -> None:
+    def __init__(self, client: Client, name: str, arm: Arm, clients: int, server_name: str) -> None:
         self.client = client
+        self.name = name
         self.arm = arm
         self.clients = clients
-        self.name = STOCK if arm.is_exact else f"{arm.method}/{arm.score}/{arm.budget}@{arm.ratio:g}"
+        self.server_name = server_name
+
+    @classmethod
+    def stock(cls, client: Client, stock: Stock, clients: int) -> ServedArm:
+        return cls(client, stock.name, EXACT, clients, stock.name)
+
+    @classmethod
+    def obcache(cls, client: Client, arm: Arm, policy: str, clients: int) -> ServedArm:
+        """policy: the server's; the name says it where it is not SGLang's default."""
+        name = f"{arm.method}/{arm.score}/{arm.budget}@{arm.ratio:g}"
+        return cls(client, name if policy == POLICIES[0] else f"{name}, {policy}", arm, clients, obcache_server(policy))
 
     def part(self, asks: Sequence[Ask]) -> list[Ask]:
         return list(asks)
@@ -74,22 +137,23 @@ class ServedArm:
         return summarise(self.name, index, answers, seconds, resident=self._resident(asks), replayed_tokens=replayed)
 
     def _body(self, ask: Ask, max_new_tokens: int) -> dict[str, Any]:
-        params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0}
-        if not self.arm.is_exact:
-            params["custom_params"] = {"obcache": self.arm.wish_for(ask.context_len)}
-        return {"input_ids": ask.input_ids, "sampling_params": params}
+        return {
+            "input_ids": ask.input_ids,
+            "sampling_params": sampling_params(self.arm, ask.context_len, max_new_tokens, ignore_eos=ask.ignore_eos),
+        }
 
     def _answer(self, ask: Ask) -> Answer:
         body = self._body(ask, ask.question.max_new_tokens) | {"stream": True}
         start = time.perf_counter()
-        first, last = None, None
+        last, events = None, []
         for last in self.client.stream("/generate", body):
-            first = first or time.perf_counter() - start
+            events.append((time.perf_counter() - start, last["text"], last["meta_info"]["completion_tokens"]))
         seconds = time.perf_counter() - start
         if last is None:
             raise RuntimeError(f"{self.client.url} ended a stream without an answer")
         meta = last["meta_info"]
         report = meta.get("obcache") or {}
+        ttft, itls = stream_times(events)
         return Answer(
             ask.document,
             METRICS["starts_with"](last["text"], ask.question.references, ()),
@@ -97,8 +161,9 @@ class ServedArm:
             meta["completion_tokens"],
             meta["prompt_tokens"],
             meta["cached_tokens"],
-            first,
+            seconds if ttft is None else ttft,
             ask.context_len if report.get("status", "exact") == "exact" else report["kept_tokens"],
+            itls,
         )
 
     def _replayed_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,12 +20,17 @@ _TASK = "facts"
 
 @dataclass(frozen=True)
 class Ask:
-    """One question about one document. input_ids: of the whole prompt, whose first `context_len` are the document."""
+    """One question about one document.
+
+    input_ids: of the whole prompt, whose first `context_len` are the document. ignore_eos: whether its answer has
+    `question.max_new_tokens` tokens, whatever the model says.
+    """
 
     document: int
     question: Question
     context_len: int
     input_ids: list[int]
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,19 @@ class Workload:
 
 
 def make_workload(
-    tokenizer: Any, *, documents: int, tokens: int, questions: int, seed: int, answer_tokens: int | None
+    tokenizer: Any,
+    *,
+    documents: int,
+    tokens: int,
+    questions: int,
+    seed: int,
+    answer_tokens: int | None,
+    ignore_eos: bool = False,
 ) -> Workload:
     """`documents` documents of `tokens` tokens with `questions` questions each (task facts of the evaluation).
 
-    tokenizer: a fast one of transformers. answer_tokens: the most tokens of an answer; None for the task's own number.
+    tokenizer: a fast one of transformers. answer_tokens: the most tokens of an answer; None for the task's own number. ignore_eos:
+    answers have so many.
     The same arguments give the same workload. Raises ConfigError for a length or number that cannot be had.
     """
     for name, value in (("documents", documents), ("tokens", tokens), ("questions", questions), ("answer-tokens", answer_tokens)):
@@ -78,16 +92,25 @@ def make_workload(
             sample = replace(sample, questions=shorter)
         samples.append(sample)
         for question, (context, rest) in zip(sample.questions, prompts.split(sample), strict=True):
-            asks.append(Ask(index, question, len(context), context + rest))
+            asks.append(Ask(index, question, len(context), context + rest, ignore_eos))
     return Workload(tuple(samples), tuple(asks), seed)
 
 
-def pool_size(workload: Workload, share: float) -> int:
-    """KV slots that hold `share` of the documents exactly. Raises ConfigError where they cannot hold one to work on beside another."""
-    slots = int(workload.context_tokens * share)
-    if slots < 2 * workload.longest:
+def pool_size(workload: Workload, share: float, kept: float = 1.0) -> int:
+    """KV slots that hold `share` of the documents exactly.
+
+    kept: the share of a document's slots that it holds compressed, in the arm that keeps least. Raises ConfigError where the slots
+    cannot hold a document to work on beside a compressed one.
+    """
+    slots, least = int(workload.context_tokens * share), least_pool(workload, kept)
+    if slots < least:
         raise ConfigError(
             f"--pool-share {share:g} of {len(workload.samples)} documents is a pool of {slots} KV slots; compressing one needs room for "
-            f"two, {2 * workload.longest}: raise --pool-share or --documents."
+            f"it and for what is kept of one, {least}: raise --pool-share or --documents."
         )
     return slots
+
+
+def least_pool(workload: Workload, kept: float) -> int:
+    """The fewest KV slots in which a document of `workload` can be compressed beside another; kept as in `pool_size`."""
+    return math.ceil((1 + kept) * workload.longest)

@@ -10,7 +10,6 @@ import pytest
 
 from obcache_sglang.bench.__main__ import main
 from obcache_sglang.bench.kvpress import Kvpress, KvpressArm, ensure_environment
-from obcache_sglang.bench.served import STOCK
 from obcache_sglang.bench.workload import make_workload
 from tests.serving.client import tokenizer
 
@@ -22,15 +21,18 @@ def measured(model_dir_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("bench")
     size = ["--documents", str(DOCUMENTS), "--tokens", str(TOKENS), "--questions", str(QUESTIONS), "--pool-share", str(SHARE)]
     more = ["--arms", "tova/obcache-v/uniform@0.85", "replay/obcache-v/global@0.85", "--rounds", "1", "--clients", "1"]
-    assert main([str(model_dir_bf16), "--output", str(folder), *size, *more, "--answer-tokens", "4"]) == 0
+    arms = ["--stock", "fcfs", "lpm/fp8", "--policies", "fcfs", "lpm", "--output-tokens", "4", "--bench-serving", "4"]
+    assert main([str(model_dir_bf16), "--output", str(folder), *size, *more, *arms]) == 0
     assert (folder / "bench.md").read_text().count("\n| ") > 6
     return json.loads((folder / "bench.json").read_text())
 
 
 def test_a_pool_that_holds_half_exactly_holds_all_compressed(measured: dict[str, Any]) -> None:
     (point,) = measured["points"]
-    stock, tova, replay = point["rounds"]
-    assert (stock["arm"], tova["arm"]) == (STOCK, "tova/obcache-v/uniform@0.85")
+    stock, fp8, tova, replay, tova_lpm, replay_lpm = point["rounds"]
+    assert (stock["arm"], fp8["arm"], tova["arm"]) == ("stock/fcfs", "stock/lpm/fp8", "tova/obcache-v/uniform@0.85")
+    assert point["stock"] == ["stock/fcfs", "stock/lpm/fp8"]
+    assert point["best_stock"] in point["stock"]
     exact = stock["slots"]
     assert TOKENS <= exact < TOKENS + 50
     assert point["pool_slots"] == pytest.approx(SHARE * DOCUMENTS * exact, abs=50)
@@ -41,20 +43,49 @@ def test_a_pool_that_holds_half_exactly_holds_all_compressed(measured: dict[str,
     assert 1 <= stock["resident"] <= DOCUMENTS * SHARE
     assert stock["prefilled_tokens"] > 1.4 * tova["prefilled_tokens"]
     assert replay["prefilled_tokens"] > tova["prefilled_tokens"] + DOCUMENTS * TOKENS
-    for each in (stock, tova, replay):
+    # Twice the tokens in the same bytes.
+    assert fp8["resident"] > stock["resident"]
+    assert fp8["prefilled_tokens"] < stock["prefilled_tokens"]
+    # One client leaves no order to choose: the policy changes nothing.
+    for ours, ordered in ((tova, tova_lpm), (replay, replay_lpm)):
+        assert ordered["arm"] == f"{ours['arm']}, lpm"
+        assert (ordered["resident"], ordered["slots"], ordered["prefilled_tokens"]) == (
+            ours["resident"],
+            ours["slots"],
+            ours["prefilled_tokens"],
+        )
+    for each in (stock, fp8, tova, replay, tova_lpm, replay_lpm):
         assert each["questions"] == DOCUMENTS * QUESTIONS
-        assert 0 < each["first_token_median"] <= each["first_token_p99"]
-        assert each["output_tokens_per_second"] <= 4 * each["questions_per_second"] * 1.001
+        latencies = each["latencies"]
+        assert 0 < latencies["median_ttft_ms"] <= latencies["p99_ttft_ms"]
+        assert latencies["median_ttft_ms"] < latencies["median_e2e_latency_ms"]
+        assert 0 < latencies["median_tpot_ms"]
+        assert each["output_tokens_per_second"] == pytest.approx(4 * each["questions_per_second"])
     assert stock["accuracy"] > 0.2
 
 
 def test_what_compression_costs_is_measured(measured: dict[str, Any]) -> None:
     (point,) = measured["points"]
-    tova, replay = point["costs"]
-    for cost in (tova, replay):
+    tova, replay, *under_lpm = point["costs"]
+    for cost in (tova, replay, *under_lpm):
         assert 0 < cost["scoring_seconds"] < cost["seconds"]
         assert cost["read_seconds"] > 0
     assert replay["seconds"] > tova["seconds"]
+
+
+def test_bench_serving_itself_sees_what_the_bench_sees(measured: dict[str, Any]) -> None:
+    runs = {run["arm"]: run["result"] for run in measured["sglang.bench_serving"]}
+    stock, unmarked, marked = (
+        runs[arm] for arm in ("stock/fcfs", "obcache/fcfs, prompts unmarked", "tova/obcache-v/uniform@0.85")
+    )
+    assert len(runs) == 8  # two stock servers; two of ours, unmarked and with each arm
+    for run in runs.values():
+        assert run["completed"] == DOCUMENTS * QUESTIONS
+        assert run["total_output_tokens"] == 4 * DOCUMENTS * QUESTIONS
+    hit_rates = [run["cache_report"]["cache_hit_rate_pct"] for run in (stock, unmarked, marked)]
+    # Nothing is compressed unless a prompt says where its document ends.
+    assert hit_rates[0] == pytest.approx(hit_rates[1], abs=5)
+    assert hit_rates[2] > 40 > hit_rates[1]
 
 
 @pytest.mark.long
