@@ -111,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kvpress-questions", type=int, default=16, metavar="N", help="that KVPress is asked in each round, about (default: 16)"
     )
+    parser.add_argument(
+        "--bench-serving-questions", type=int, metavar="N", help="of those runs, about each document (default: as --questions)"
+    )
     parser.add_argument("--documents", type=int, help="default: the case's")
     parser.add_argument("--tokens", type=int, help="of each document (default: the case's)")
     parser.add_argument("--questions", type=int, help="about each document (default: the case's)")
@@ -157,6 +160,7 @@ class Bench:
         chosen = {name: getattr(arguments, name) for name in ("documents", "tokens", "questions", "pool_share", "clients")}
         self.case = replace(CASES[arguments.case], **{name: value for name, value in chosen.items() if value is not None})
         numbers = {**chosen, "rounds": arguments.rounds, "kvpress_questions": arguments.kvpress_questions}
+        numbers["bench_serving_questions"] = arguments.bench_serving_questions
         numbers |= {"output_tokens": min(arguments.output_tokens or [1]), "bench_serving": min(arguments.bench_serving or [1])}
         for name, value in numbers.items():
             if value is not None and value <= 0:
@@ -249,7 +253,8 @@ class Bench:
         _say(self.skipped[-1])
 
     def _client_runs(self, served: list[ServedArm], output: Path) -> Iterator[ClientRun]:
-        client = SharedPrefixClient(self.arguments.model, self.case, self.arguments.seed, output)
+        case = replace(self.case, questions=self.arguments.bench_serving_questions or self.case.questions)
+        client = SharedPrefixClient(self.arguments.model, case, self.arguments.seed, output)
         for output_tokens in self.arguments.bench_serving:
             asked: set[str] = set()
             for arm in served:

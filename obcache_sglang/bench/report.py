@@ -243,14 +243,15 @@ def _client_tables(runs: Sequence[ClientRun]) -> list[Table]:
     for output_tokens in dict.fromkeys(run.output_tokens for run in runs):
         rows = [["arm", "request_throughput", "x best stock", "output_throughput", "cache_hit_rate_pct", *LATENCY_COLUMNS]]
         best = _best_stock_run(runs, output_tokens)
-        for run in runs:
-            if run.output_tokens == output_tokens:
-                rate = run.result["request_throughput"]
-                ratio = f"{rate / best.result['request_throughput']:.2f}" if best else "-"
-                hit_rate = f"{run.result['cache_report']['cache_hit_rate_pct']:.0f}"
-                latencies = [f"{run.result[name]:,.1f}" for name in LATENCY_COLUMNS]
-                rows.append([run.arm, f"{rate:.3g}", ratio, f"{run.result['output_throughput']:.3g}", hit_rate, *latencies])
-        tables.append((f"{MODULE} --dataset-name generated-shared-prefix, {output_tokens} output tokens, one round", rows))
+        these = [run for run in runs if run.output_tokens == output_tokens]
+        for run in these:
+            rate = run.result["request_throughput"]
+            ratio = f"{rate / best.result['request_throughput']:.2f}" if best else "-"
+            hit_rate = f"{run.result['cache_report']['cache_hit_rate_pct']:.0f}"
+            latencies = [f"{run.result[name]:,.1f}" for name in LATENCY_COLUMNS]
+            rows.append([run.arm, f"{rate:.3g}", ratio, f"{run.result['output_throughput']:.3g}", hit_rate, *latencies])
+        size = f"{these[0].result['completed']} prompts, {output_tokens} output tokens"
+        tables.append((f"{MODULE} --dataset-name generated-shared-prefix, {size}, one round", rows))
     return tables
 
 

@@ -304,7 +304,7 @@ def test_a_report_of_several_workloads_plots_their_cost(tmp_path: Path) -> None:
 
 
 def client_run(arm: str, rate: float, stock: bool = False, output_tokens: int = 256) -> ClientRun:
-    result = {"request_throughput": rate, "output_throughput": 1.0, "cache_report": {"cache_hit_rate_pct": 50.0}}
+    result = {"request_throughput": rate, "output_throughput": 1.0, "completed": 80, "cache_report": {"cache_hit_rate_pct": 50.0}}
     result |= {
         f"{statistic}_{name}_ms": 12.5
         for statistic in ("mean", "median", "p99")
@@ -327,7 +327,7 @@ def test_what_bench_serving_says_is_reported_whatever_it_is(tmp_path: Path) -> N
     ]
     write_report(tmp_path, {}, [point([4.0, 6.0])], client_runs=runs)
     markdown = (tmp_path / "bench.md").read_text()
-    assert "## sglang.bench_serving --dataset-name generated-shared-prefix, 256 output tokens, one round" in markdown
+    assert "## sglang.bench_serving --dataset-name generated-shared-prefix, 80 prompts, 256 output tokens, one round" in markdown
     assert f"| {ARM} | 3 | 1.50 | 1 | 50 | 12.5 |" in markdown
     assert f"| {ARM} | 9 | - |" in markdown
     assert len(json.loads((tmp_path / "bench.json").read_text())["sglang.bench_serving"]) == 5
@@ -430,6 +430,7 @@ def test_old_gpus_have_one_fp8_format(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--documents", "0"], "--documents 0"),
         (["--output-tokens", "8", "0"], "--output-tokens 0"),
         (["--bench-serving", "-1"], "--bench-serving -1"),
+        (["--bench-serving-questions", "0"], "--bench-serving-questions 0"),
         (["--stock", "sjf"], "--stock sjf"),
         (["--rounds", "0"], "--rounds 0"),
         (["--pool-share", "-1"], "--pool-share -1"),
