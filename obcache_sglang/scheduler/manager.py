@@ -262,6 +262,7 @@ class CompressionManager:
             return self._serve_exact(req, "deferred"), None
         if context.job is not None or self._must_wait(context):
             return Verdict.HOLD, None
+        self._discard(context)  # what a job has left that failed to end
         return self._start_job(req, context)
 
     def _may_defer(self, req: ContextReq) -> bool:
@@ -564,43 +565,52 @@ class CompressionManager:
             return  # another one has taken its place
         context.job = None
         self._jobs.pop(context.id, None)
-        if completed and job.replay is not None:
-            self.metrics.replayed(len(job.replay.tokens), time.perf_counter() - job.pass_started_at)
-        if completed and not job.is_final:
-            if not self._is_awaited(job):  # its client left while this pass ran
-                self._discard(context)
+        try:
+            if completed and self._go_on_or_publish(job):
                 return
-            if self.agree(job.error is None):
-                # First in the queue: the next pass finds the context's exact KV still there.
-                self.scheduler.waiting_queue.insert(0, self._queue_job(context, job))
-                return
+        except Exception:
             job.error = job.error or "error"
-        if completed and job.slots is not None:
-            scored = job.error is None and job.kept is not None
-            if not self.agree(scored):
-                job.error = job.error or ("error" if scored else "not_scored")
-        if completed and job.error is None:
-            assert job.kept is not None
-            context.seconds = time.perf_counter() - job.started_at
-            context.scoring_seconds = job.scoring_seconds
-            context.job_cached_tokens = job.context_cached_tokens
-            self.cache.publish(context, job.kept)
-            self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
-            self._set_gauges()
-            logger.info(
-                "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
-                context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
-                context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
-            )  # fmt: skip
-            return
-        self._discard(context)
-        if completed:
+            logger.exception("obcache: the end of the compression of context %s", context.id)
+        if completed and job.error is not None:
             job.skip_radix_cache_insert = job.replay is not None  # what was computed of the context is worth caching exactly
-            assert job.error is not None
             logger.warning("obcache: context %s is served exactly: %s", context.id, job.error)
             for req in self.scheduler.waiting_queue:
                 if isinstance(req, ContextReq) and req.context is context:
                     req.exact_reason = job.error
+        self._discard(context)
+
+    def _go_on_or_publish(self, job: CompressionJob) -> bool:
+        """What follows a prefill of a job that ran to the end; False where nothing does, with the reason in `job.error` if it failed."""
+        context = job.context
+        if job.replay is not None:
+            self.metrics.replayed(len(job.replay.tokens), time.perf_counter() - job.pass_started_at)
+        if not job.is_final:
+            if not self._is_awaited(job):  # its client left while this pass ran
+                return False
+            if self.agree(job.error is None):
+                # First in the queue: the next pass finds the context's exact KV still there.
+                self.scheduler.waiting_queue.insert(0, self._queue_job(context, job))
+                return True
+            job.error = job.error or "error"
+        if job.slots is not None:
+            scored = job.error is None and job.kept is not None
+            if not self.agree(scored):
+                job.error = job.error or ("error" if scored else "not_scored")
+        if job.error is not None:
+            return False
+        assert job.kept is not None
+        context.seconds = time.perf_counter() - job.started_at
+        context.scoring_seconds = job.scoring_seconds
+        context.job_cached_tokens = job.context_cached_tokens
+        self.cache.publish(context, job.kept)
+        self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
+        self._set_gauges()
+        logger.info(
+            "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
+            context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
+            context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
+        )  # fmt: skip
+        return True
 
     def _discard(self, context: Context) -> None:
         if context.state is ContextState.COMPRESSING:
