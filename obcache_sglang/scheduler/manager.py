@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from enum import Enum
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.utils import prepare_abort
@@ -211,12 +212,9 @@ class CompressionManager:
     def _is_admitted_exactly(self, req: Req) -> bool:
         if not isinstance(req, ContextReq):
             return True
-        try:
-            req.decided = self._serve_exact(req, "error") is Verdict.ADMIT
-            return req.decided
-        except Exception:
-            logger.exception("obcache: request %s cannot be served", req.rid)
-            return False
+        verdict = self._serve_exact_contained(req)
+        req.decided = verdict is Verdict.ADMIT
+        return req.decided
 
     def queued(self, req: Req) -> None:
         """SGLang has put a request into the waiting queue: one of ours that comes while a batch is picked is not decided yet."""
@@ -229,7 +227,20 @@ class CompressionManager:
             return self._resolve(req)
         except Exception:  # a defect of ours must not end the scheduler
             logger.exception("obcache: request %s is served exactly", req.rid)
-            return self._serve_exact(req, "error"), None
+            return self._serve_exact_contained(req), None
+
+    def _serve_exact_contained(self, req: ContextReq) -> Verdict:
+        """After a defect; one that cannot be served exactly either is answered with an error, so that its client does not wait for ever."""
+        try:
+            return self._serve_exact(req, "error")
+        except Exception:
+            logger.exception("obcache: request %s ends with an error", req.rid)
+            req.real_ids, req.position_offset, req.finished_reason = None, 0, None
+            req.full_untruncated_fill_ids = array("q")
+            req.set_finish_with_abort(
+                "The request could not be served, with or without compression.", HTTPStatus.INTERNAL_SERVER_ERROR
+            )
+            return Verdict.ADMIT
 
     def _resolve(self, req: ContextReq) -> tuple[Verdict, CompressionJob | None]:
         """Decides at every pass, not once: a context may be evicted, and a retracted request waits again.
