@@ -89,6 +89,8 @@ async def _compress(tokenizer_manager: Any, request: Any, rid: str, http_request
         mine.rid = f"{rid}-{rank}"
         mine.routed_dp_rank = rank if num_ranks > 1 else None
         answer = await anext(tokenizer_manager.generate_request(mine, http_request))
+        if PARAM not in answer["meta_info"]:  # an abort of all requests spares nobody
+            raise RequestError("The compression was aborted before it ended.", 409)
         report = dict(answer["meta_info"][PARAM])
         return {"id": report.pop("context_id"), **report}
 
