@@ -73,6 +73,8 @@ class Frontend:
         request: a GenerateReqInput of one prompt; not changed. token_ids: as tokenized or given by the client; not changed.
         """
         check_ids(token_ids, None)
+        if not isinstance(request.sampling_params, dict | None):
+            raise RequestError("sampling_params of one prompt is not a list: give one object.")
         given_ids, token_ids = token_ids, token_ids if self.marker is None else self.marker.normalized(token_ids)
         sent_ids, marker_position = split_marker(token_ids, self.marker_id)
         wish = parse_wish(_own_params(request))
@@ -165,13 +167,15 @@ def check_unicode(name: str, text: str) -> None:
 
 def _exact_reason(request: Any) -> str | None:
     """Why a request cannot use a compressed context: what it does would read the tokens that are not there."""
+    params = request.sampling_params or {}
     if request.session_params:
         return "session"
     if request.custom_logit_processor:
         return "custom_logit_processor"
-    if request.watermark is not None or request.sampling_params.get("watermark") is not None:
+    if request.watermark is not None or params.get("watermark") is not None:
         return "watermark"
-    if (request.sampling_params.get("beam_width") or 1) > 1:
+    beam_width = params.get("beam_width")
+    if isinstance(beam_width, int | float) and beam_width > 1:  # others are SGLang's to refuse
         return "beam_search"
     if request.positional_embed_overrides is not None:
         return "embedding_overrides"
