@@ -91,15 +91,23 @@ class Server(Client):
 
 
 @contextlib.contextmanager
-def serve(model: Path | str, log_file: Path, flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serve(
+    model: Path | str,
+    log_file: Path,
+    flags: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    *,
+    module: str = "sglang.launch_server",
+) -> Iterator[Server]:
     """A server on a free port, ready for requests; its whole process group is gone afterwards, also when this process is terminated.
 
     model: a directory, or a name on the Hugging Face Hub. flags: for `python -m sglang.launch_server`; those in the environment
-    variable `FLAGS_VARIABLE` come behind. env: on top of this process's environment. Raises RuntimeError with the end of the
-    log when the server exits or does not become healthy in `START_TIMEOUT_SECONDS`.
+    variable `FLAGS_VARIABLE` come behind. env: on top of this process's environment. module: started in the place of
+    `sglang.launch_server`, with its flags. Raises RuntimeError with the end of the log when the server exits or does not become
+    healthy in `START_TIMEOUT_SECONDS`.
     """
     port = _free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *flags]
+    command = [sys.executable, "-m", module, "--model-path", str(model), "--port", str(port), *flags]
     command += shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with _signals_unwind():
