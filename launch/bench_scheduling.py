@@ -26,7 +26,15 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=4000, help="KV slots that each of the contexts holds")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long passes are counted for each number")
     args = parser.parse_args()
-    flags = ("--max-total-tokens", str(8 * args.slots), "--max-running-requests", "2", "--obcache", "--obcache-compression-ratio", "0.0")
+    flags = (
+        "--max-total-tokens",
+        str(8 * args.slots),
+        "--max-running-requests",
+        "2",
+        "--obcache",
+        "--obcache-compression-ratio",
+        "0.0",
+    )
     flags += ("--obcache-max-kept-tokens", str(args.slots), "--sleep-on-idle")
     with tempfile.TemporaryDirectory() as folder, serve(ensure_model("bfloat16"), Path(folder) / "log", flags) as server:
         texts = [(name + topics["class"] + topics["typesseq"] * 9)[: 5 * args.slots] for name in list(topics)[:CONTEXTS]]
@@ -38,7 +46,11 @@ def main() -> None:
 
 def measure(server: Server, texts: list[str], waiting: int, seconds: float) -> float:
     """Seconds of one pass, while so many questions wait behind two requests that run on and on."""
-    endless = {"text": ["Once", "Twice"], "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True}, "rid": ["endless-1", "endless-2"]}
+    endless = {
+        "text": ["Once", "Twice"],
+        "sampling_params": {"max_new_tokens": 4000, "ignore_eos": True},
+        "rid": ["endless-1", "endless-2"],
+    }
     prompts = [f"{texts[number % len(texts)]}<|obcache|> {number}" for number in range(waiting)]
     asked = {"text": prompts, "sampling_params": {"max_new_tokens": 1}, "rid": [f"asked-{number}" for number in range(waiting)]}
     with ThreadPoolExecutor(2) as pool:

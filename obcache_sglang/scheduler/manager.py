@@ -576,25 +576,28 @@ class CompressionManager:
             return  # another one has taken its place
         context.job = None
         self._jobs.pop(context.id, None)
+        done = False
         try:
-            if completed and self._go_on_or_publish(job):
-                return
+            done = completed and self._go_on_or_publish(job)
         except Exception:
             job.error = job.error or "error"
             logger.exception("obcache: the end of the compression of context %s", context.id)
         if completed and job.error is not None:
             job.skip_radix_cache_insert = job.replay is not None  # what was computed of the context is worth caching exactly
-            logger.warning("obcache: context %s is served exactly: %s", context.id, job.error)
             for req in self.scheduler.waiting_queue:
                 if isinstance(req, ContextReq) and req.context is context:
                     req.exact_reason = job.error
-        self._discard(context)
+        if not done:
+            self._discard(context)
+        if completed:
+            self._count(job, published=done and job.is_final)
 
     def _go_on_or_publish(self, job: CompressionJob) -> bool:
-        """What follows a prefill of a job that ran to the end; False where nothing does, with the reason in `job.error` if it failed."""
+        """What follows a prefill of a job that ran to the end; False where nothing does, with the reason in `job.error` if it failed.
+
+        All ranks come to the votes: nothing that could raise on one of them alone stands before.
+        """
         context = job.context
-        if job.replay is not None:
-            self.metrics.replayed(len(job.replay.tokens), time.perf_counter() - job.pass_started_at)
         if not job.is_final:
             if not self._is_awaited(job):  # its client left while this pass ran
                 return False
@@ -610,18 +613,31 @@ class CompressionManager:
         if job.error is not None:
             return False
         assert job.kept is not None
-        context.seconds = time.perf_counter() - job.started_at
-        context.scoring_seconds = job.scoring_seconds
-        context.job_cached_tokens = job.context_cached_tokens
         self.cache.publish(context, job.kept)
-        self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
-        self._set_gauges()
-        logger.info(
-            "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
-            context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
-            context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
-        )  # fmt: skip
         return True
+
+    def _count(self, job: CompressionJob, *, published: bool) -> None:
+        """Metrics and log of a prefill that ran to the end. Whatever fails here on one rank changes no decision."""
+        context = job.context
+        try:
+            if job.replay is not None:
+                self.metrics.replayed(len(job.replay.tokens), time.perf_counter() - job.pass_started_at)
+            if job.error is not None:
+                logger.warning("obcache: context %s is served exactly: %s", context.id, job.error)
+            if not published:
+                return
+            context.seconds = time.perf_counter() - job.started_at
+            context.scoring_seconds = job.scoring_seconds
+            context.job_cached_tokens = job.context_cached_tokens
+            self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
+            self._set_gauges()
+            logger.info(
+                "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
+                context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
+                context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
+            )  # fmt: skip
+        except Exception:
+            logger.exception("obcache: counting context %s", context.id)
 
     def _discard(self, context: Context) -> None:
         if context.state is ContextState.COMPRESSING:
