@@ -162,7 +162,8 @@ def _add_routes(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: 
     from sglang.srt.entrypoints.http_server import app
 
     if Frontend.of(tokenizer_manager) is not None:
-        app.include_router(make_router(tokenizer_manager, has_admin_key=bool(server_args.admin_api_key)))
+        # Not as a router of its own: SGLang's middleware reads who may call a route from the app's own routes.
+        app.router.routes.extend(make_router(tokenizer_manager, has_admin_key=bool(server_args.admin_api_key)).routes)
         logging.getLogger("uvicorn.access").addFilter(_IdsShortened())
 
 

@@ -194,7 +194,7 @@ def test_structured_output_is_answered_from_the_context(server: Server, model_di
 
 
 def test_a_pause_that_retracts_leaves_contexts_in_use(server: Server, model_dir: Path) -> None:
-    prompt = document(model_dir, L, "typesiter") + question(model_dir, "\n\nIn short,")
+    prompt = document(model_dir, L, "typesmodules") + question(model_dir, "\n\nIn short,")
     more = {"obcache": {"context_len": L}, "max_new_tokens": 60, "sampling_params": {"ignore_eos": True}}
     expected = generate(server, prompt, **more)
     with ThreadPoolExecutor(1) as pool:

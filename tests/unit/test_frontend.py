@@ -500,3 +500,42 @@ def test_a_variable_left_in_a_shell_turns_nothing_on_in_a_launcher(monkeypatch):
 def test_request_keys_are_the_documented_ones():
     assert REQUEST_KEYS[:5] == ("context_len", "context_id", "mode", "pin", "ttl_seconds")
     assert "compression_ratio" in REQUEST_KEYS and "budget" in REQUEST_KEYS
+
+
+def test_the_middleware_of_the_host_sees_which_routes_are_for_operators(monkeypatch):
+    from fastapi import FastAPI
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.utils.auth import AuthLevel, _get_auth_level_from_app_and_scope
+
+    from obcache_sglang import http_api
+
+    app = FastAPI()
+    monkeypatch.setattr(http_server, "app", app)
+    monkeypatch.setattr(http_api.Frontend, "of", lambda manager: object())
+    http_api._add_routes(SimpleNamespace(admin_api_key="k"), None)
+
+    def level(method, path):
+        return _get_auth_level_from_app_and_scope(
+            app, {"type": "http", "method": method, "path": path, "root_path": "", "headers": []}
+        )
+
+    operators = [("GET", "/obcache/contexts"), ("GET", "/obcache/contexts/by-name/x"), ("DELETE", "/obcache/contexts/by-name/x")]
+    clients = [
+        ("GET", "/obcache/contexts/x"),
+        ("DELETE", "/obcache/contexts/x"),
+        ("POST", "/obcache/compress"),
+        ("GET", "/obcache/status"),
+    ]
+    assert {level(*each) for each in operators} == {AuthLevel.ADMIN_OPTIONAL}
+    assert {level(*each) for each in clients} == {AuthLevel.NORMAL}
+
+
+def test_context_ids_are_shortened_in_the_access_log():
+    import logging
+
+    from obcache_sglang.http_api import _IdsShortened
+
+    args = ("127.0.0.1:5", "GET", f"/obcache/contexts/{SOME_ID}?positions=true", "1.1", 200)
+    record = logging.LogRecord("uvicorn.access", logging.INFO, "", 0, '%s - "%s %s HTTP/%s" %d', args, None)
+    assert _IdsShortened().filter(record)
+    assert record.getMessage() == '127.0.0.1:5 - "GET /obcache/contexts/01234567...?positions=true HTTP/1.1" 200'
