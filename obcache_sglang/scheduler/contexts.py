@@ -365,8 +365,8 @@ class ContextCache:
         context.tree_lock = self.tree.lock(context.node)
 
     def unlock(self, context: Context) -> None:
-        self.tree.unlock(context.tree_lock)
-        context.tree_lock = None
+        lock, context.tree_lock = context.tree_lock, None  # never twice, also where it raises
+        self.tree.unlock(lock)
 
     @property
     def pinned_slots(self) -> int:
