@@ -26,7 +26,6 @@ FAULTY = (
     "scheduler.hooks.client_view",
     "scheduler.manager.CompressionManager.advance_clock",
     "scheduler.manager.CompressionManager.after_abort",
-    "scheduler.manager.CompressionManager.after_flush",
     "scheduler.manager.CompressionManager.answer",
     "scheduler.manager.CompressionManager.before_flush",
     "scheduler.manager.CompressionManager.before_forward",
@@ -51,6 +50,7 @@ FAULTY = (
     "scheduler.manager.CompressionManager._release_pins_if_starved",
     "scheduler.manager.CompressionManager._resolve",
     "scheduler.manager.CompressionManager._serve_resident",
+    "scheduler.manager.CompressionManager._set_gauges",
     "scheduler.manager.CompressionManager._start_job",
     "scheduler.contexts.ContextCache.delete",
     "scheduler.contexts.ContextCache.drop_node",
@@ -74,7 +74,7 @@ FAULTY = (
 )
 """Functions that can raise, below `obcache_sglang`: of the scheduler process, what its hooks call, and what these call.
 
-Not here: `ForwardPlan.plan_forward`, which contains `_plan` and does no more than ask whether there is anything to plan."""
+Not here: `ForwardPlan.plan_forward`, which contains `_plan` and does no more than ask whether there is anything to plan; and `after_flush`, whose part that can fail is `_set_gauges`."""
 
 
 class Faults:
