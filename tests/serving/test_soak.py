@@ -147,7 +147,9 @@ def run_all_kinds(server: Server, model_dir: Path, num_requests: int) -> None:
         }
 
     all_keys = [(c, which, kind) for c in range(len(contexts)) for which in range(2) for kind in kinds]
-    alone = {key: generate(server, **request(*key))["output_ids"] for key in all_keys}
+    answers = {key: generate(server, **request(*key)) for key in all_keys}
+    assert all(status_of(answer) != "exact" for key, answer in answers.items() if key[2] != "unmarked")
+    alone = {key: answer["output_ids"] for key, answer in answers.items()}
     read_exactly = {key: generate(server, **{**request(*key), "obcache": False})["output_ids"] for key in all_keys}
     asked = [chosen.choice(all_keys) for _ in range(num_requests)]
     fates = chosen.choices(("answered", "aborted", "hung up", "new grammar"), (80, 6, 6, 8), k=num_requests)
