@@ -16,7 +16,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from sglang.srt.utils.auth import AuthLevel, auth_level
@@ -128,8 +128,9 @@ async def _events(first: dict[str, Any], others: AsyncIterator[dict[str, Any]]) 
     try:
         async for answer in others:
             yield f"data: {json.dumps(answer)}\n\n"
-    except (ObcacheError, ValueError) as error:  # too late for a status
-        yield f"data: {json.dumps({'error': {'message': str(error)}})}\n\n"
+    except (ObcacheError, ValueError, HTTPException) as error:  # too late for a status
+        message = error.detail if isinstance(error, HTTPException) else str(error)
+        yield f"data: {json.dumps({'error': {'message': message}})}\n\n"
     yield "data: [DONE]\n\n"
 
 

@@ -468,11 +468,11 @@ class ContextCache:
         context.kept = None
         context.suffixes.clear()
         context.suffixes_complete = True
-        self.unlock(context)
         context.node, context.virtual_ids = None, array("q")
         context.pinned = False
         # Whoever makes it again says anew how long it is to live.
         context.ttl_seconds = context.expires_at = None
+        self.unlock(context)
 
     def _forget_oldest(self) -> bool:
         """Makes room for one more record; False where none can go. What goes is evicted, as far as no request reads it."""
