@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=4000, help="KV slots that each of the contexts holds")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long passes are counted for each number")
     args = parser.parse_args()
-    flags = (
+    flags: tuple[str, ...] = (
         "--max-total-tokens",
         str(8 * args.slots),
         "--max-running-requests",
