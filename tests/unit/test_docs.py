@@ -284,7 +284,7 @@ def test_the_licence_is_apache() -> None:
     assert project["license-files"] == ["LICENSE"]
 
 
-def test_a_wheel_has_the_docs_the_profiles_and_the_licence(tmp_path: Path) -> None:
+def test_a_wheel_has_the_docs_and_installs_into_an_empty_environment(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(ROOT / "obcache_sglang", source / "obcache_sglang", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -309,3 +309,17 @@ def test_a_wheel_has_the_docs_the_profiles_and_the_licence(tmp_path: Path) -> No
         assert f"obcache_sglang/docs/{page.name}" in names
     assert "obcache_sglang/profiles/smollm2-135m.json" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+    # Without SGLang, which takes 11 GB.
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, cwd=tmp_path)
+    program = (
+        "import obcache_sglang; from importlib.metadata import distribution; "
+        "print(obcache_sglang.__version__, *sorted(point.group for point in distribution('obcache-sglang').entry_points))"
+    )
+    said = subprocess.run([python, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    assert said[1:] == ["sglang.srt.platforms", "sglang.srt.plugins"]
+    assert f"obcache_sglang-{said[0]}-" in wheel.name
