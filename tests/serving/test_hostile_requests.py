@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from obcache_sglang.server import Server
-from tests.serving.client import MARKER, compressions, document, flush, generate, marker_id, question, report, tokenizer
+from tests.serving.client import MARKER, document, flush, generate, marker_id, question, report, tokenizer
 
 L = 300
 OUTSIDE = [1 << 61, (1 << 62) + 7, 49_153, -1, 1 << 40]
@@ -127,15 +128,18 @@ def test_who_names_requests_like_others_changes_nothing(server: Server, model_di
 
 
 def test_a_compression_is_not_ended_by_the_beginning_of_its_name(server: Server, model_dir: Path) -> None:
-    before = compressions(server)
-    body = {"input_ids": document(model_dir, 1500, "class"), "method": "replay", "replay_chunk": 100}
-    with ThreadPoolExecutor(8) as pool:
-        made = pool.submit(server.post, "/obcache/compress", body)
-        for letter in "0123456789abcdefo":
-            pool.submit(generate, server, [5, 6], rid=letter).result()
+    """SGLang aborts whatever begins with the id of a request that a client aborts, also what is not the client's."""
+    prompt = document(model_dir, 1500, "class") + question(model_dir, "\n\nIn short,")
+    wish = {"context_len": 1500, "method": "replay", "replay_chunk": 100}
+    endless = {"max_new_tokens": 200, "sampling_params": {"ignore_eos": True}}
+    with ThreadPoolExecutor(2) as pool:
+        victim = pool.submit(generate, server, prompt, obcache=wish, rid="victim")
+        for letter in "oooo":
+            hostile = pool.submit(server.request, "POST", "/generate", json={"input_ids": [5, 6], "rid": letter, **endless})
+            time.sleep(0.7)
             server.request("POST", "/abort_request", json={"rid": letter})
-        assert made.result()["status"] == "compressed"
-    assert compressions(server) == before + 1
+            hostile.result()
+        assert report(victim.result())["status"] == "compressed"
 
 
 def test_reports_are_objects_also_in_batches_of_which_a_part_is_marked(server: Server, model_dir: Path) -> None:
