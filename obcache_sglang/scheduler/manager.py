@@ -168,7 +168,8 @@ class CompressionManager:
             self.scheduler.waiting_queue = [req for req in order if id(req) not in taken] + requeued + self._late
             self._running_batch = None
             self._late = None
-        self._release_pins_if_starved(result)
+        if any(id(req) not in taken for req in admitted):  # what came in during the pass was not asked to run
+            self._release_pins_if_starved(result)
         return result
 
     def _admits_nobody(self) -> bool:
