@@ -299,6 +299,8 @@ def test_truncation_by_sglang_moves_the_boundary(serve_one):
         ({"session_params": {"id": "s"}}, None, "session"),
         ({"custom_logit_processor": "x"}, None, "custom_logit_processor"),
         ({"positional_embed_overrides": object()}, None, "embedding_overrides"),
+        ({"return_routed_experts": True}, None, "routed_experts"),
+        ({"return_indexer_topk": True}, None, "routed_experts"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -62,7 +62,7 @@ def test_a_model_without_a_chat_template(model_dir: Path) -> None:
 @pytest.mark.parametrize("awaited", ["", "a question", "POST /obcache/compress"])
 def test_passes_go_on_only_while_somebody_waits(awaited: str) -> None:
     """A client may leave while a pass runs, when there is no job in the queue that its abort could end."""
-    context = SimpleNamespace(state=ContextState.COMPRESSING)
+    context = SimpleNamespace(state=ContextState.COMPRESSING, id="0f")
     job = CompressionJob.__new__(CompressionJob)
     job.context, job.error, job.pass_started_at, job.unattended = context, None, 0.0, awaited == "POST /obcache/compress"
     job.replay, job.passes = ReplayPass(array("q", [1]), 0, 1), [ReplayPass(array("q", [1]), 1, 2)]
@@ -72,7 +72,12 @@ def test_passes_go_on_only_while_somebody_waits(awaited: str) -> None:
     # A manager without an engine: what `end_job` reads.
     manager = CompressionManager.__new__(CompressionManager)
     waiting = [question] if awaited == "a question" else []
-    manager.scheduler = SimpleNamespace(waiting_queue=waiting, grammar_manager=SimpleNamespace(grammar_queue=[]))
+    manager.scheduler = SimpleNamespace(
+        waiting_queue=waiting,
+        grammar_manager=SimpleNamespace(grammar_queue=[]),
+        flush_wrapper=SimpleNamespace(_pending=None),
+    )
+    manager._jobs, manager._late = {"0f": job}, None
     manager.metrics = SimpleNamespace(replayed=lambda tokens, seconds: None)
     manager.agree = lambda verdict: verdict
     withdrawn: list[object] = []
