@@ -152,6 +152,8 @@ class CompressionManager:
         self._late = []
         order = admitted = self.scheduler.waiting_queue
         try:
+            if admitted:
+                self._make_room(self.tight_slots)
             if not self._admits_nobody():
                 order, admitted = self._decide()
         except Exception:  # a defect of ours must not end the scheduler
@@ -168,6 +170,7 @@ class CompressionManager:
             self.scheduler.waiting_queue = [req for req in order if id(req) not in taken] + requeued + self._late
             self._running_batch = None
             self._late = None
+            self._started_now = []  # they are in the queue now, or under way
         if any(id(req) not in taken for req in admitted):  # what came in during the pass was not asked to run
             self._release_pins_if_starved(result)
         return result
@@ -185,11 +188,9 @@ class CompressionManager:
             self.end_job(dead, completed=False)
         if self._yields_engine():
             self._stop_unattended()
-        self._started_now, self._one_waits = [], False
+        self._one_waits = False
         self._compress_deferred()
         queue = self.scheduler.waiting_queue
-        if queue:
-            self._make_room(self.tight_slots)
         order: list[Req] = []
         admitted: list[Req] = []
         unattended_wait = not self._engine_is_idle() and not self._pool_is_tight()
