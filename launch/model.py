@@ -30,6 +30,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("OBCACHE_SGLANG_CACHE") or REPOSITORY / ".cache" / "obcache_sglang")
 
 
+def served_dtype() -> Dtype:
+    """What to serve the small model in: bfloat16, but float32 on CPUs that have no arithmetic for it (tens of times slower there)."""
+    import torch
+
+    return "bfloat16" if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
 def ensure_model(dtype: Dtype = "bfloat16") -> Path:
     """The directory of the model in ``dtype``, made on the first call (about 100 MB to fetch, half a minute to convert).
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.model import MODEL_NAME, cache_dir, ensure_model
+from launch.model import MODEL_NAME, cache_dir, ensure_model, served_dtype
 from obcache_sglang.eval.prose import opticks
 from obcache_sglang.lang import context
 from obcache_sglang.server import Server, serve
@@ -81,7 +81,7 @@ def main() -> None:
     # End like on Ctrl-C, through the `with` block that stops the server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
-    model_dir = ensure_model("bfloat16")
+    model_dir = ensure_model(served_dtype())
     questions, num_tokens = make_questions(model_dir, arguments.tokens)
     flags = [
         "--obcache",
@@ -178,7 +178,7 @@ def print_tables(
 ) -> None:
     print()
     print(
-        f"{MODEL_NAME}, bfloat16; a document of {num_tokens} tokens; {arguments.method}, {arguments.score}, "
+        f"{MODEL_NAME}, {served_dtype()}; a document of {num_tokens} tokens; {arguments.method}, {arguments.score}, "
         f"{arguments.compression_ratio:.0%} of the KV cache removed"
     )
     print()

@@ -17,12 +17,12 @@ TOKENS, DOCUMENTS, QUESTIONS, SHARE = 320, 8, 3, 0.53
 
 
 @pytest.fixture(scope="module")
-def measured(model_dir_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def measured(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
     size = ["--documents", str(DOCUMENTS), "--tokens", str(TOKENS), "--questions", str(QUESTIONS), "--pool-share", str(SHARE)]
     more = ["--arms", "tova/obcache-v/uniform@0.85", "replay/obcache-v/global@0.85", "--rounds", "1", "--clients", "1"]
     arms = ["--stock", "fcfs", "lpm/fp8", "--policies", "fcfs", "lpm", "--output-tokens", "4", "--bench-serving", "4"]
-    assert main([str(model_dir_bf16), "--output", str(folder), *size, *more, *arms]) == 0
+    assert main([str(model_dir), "--output", str(folder), *size, *more, *arms]) == 0
     assert (folder / "bench.md").read_text().count("\n| ") > 6
     return json.loads((folder / "bench.json").read_text())
 
