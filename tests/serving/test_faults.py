@@ -178,7 +178,13 @@ BESIDE = {
 """What is called only after another defect, and which."""
 
 
-@pytest.mark.parametrize("name", FAULTY)
+USUAL = ("schedule", "_resolve", "create_request", "before_forward", "before_release", "client_view", "reserve", "_plan", "_keep")
+"""Faults of every run, one of each kind of hook; the others take ten minutes more."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name.rpartition(".")[2] in USUAL else pytest.mark.long) for name in FAULTY]
+)
 def test_a_defect_ends_nothing_and_changes_no_answer(restarting: Restarting, name: str) -> None:
     faulty = restarting.get()
     with faulty.faults.of(name, *([BESIDE[name]] if name in BESIDE else ())):
