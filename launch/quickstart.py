@@ -81,9 +81,11 @@ def main() -> None:
     # End like on Ctrl-C, through the `with` block that stops the server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
-    model_dir = ensure_model(served_dtype())
+    dtype = served_dtype()
+    model_dir = ensure_model(dtype)
     questions, num_tokens = make_questions(model_dir, arguments.tokens)
     flags = [
+        f"--dtype={dtype}",  # what SGLang takes by itself is 16-bit
         "--obcache",
         f"--obcache-compression-ratio={arguments.compression_ratio}",
         f"--obcache-method={arguments.method}",
