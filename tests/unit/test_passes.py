@@ -23,6 +23,8 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> CompressionManager:
     manager.cache = Pins([SimpleNamespace(id="pinned", pinned=True)])
     monkeypatch.setattr(CompressionManager, "_decide", lambda self: (self.scheduler.waiting_queue, self.scheduler.waiting_queue))
     monkeypatch.setattr(CompressionManager, "_admits_nobody", lambda self: False)
+    monkeypatch.setattr(CompressionManager, "_make_room", lambda self, num_slots: None)
+    manager.tight_slots = 0
     return manager
 
 
