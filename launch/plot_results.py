@@ -17,20 +17,13 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from obcache_sglang.eval.plots import PLAIN_STYLE
+
 Panel = Callable[[Axes, list[dict[str, str]]], None]
 
 FOLDER = Path(__file__).parent / "results"
 _COLORS = ("#1aa37a", "#3b8fd9", "#b05fc0", "#e0701a", "#8a8a8a")
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-}
+_STYLE = {**PLAIN_STYLE, "legend.fontsize": 8.0}
 
 
 def main() -> None:

@@ -20,16 +20,20 @@ _MARKERS = {"uniform": ("o", ":"), "adakv": ("s", "--"), "global": ("^", "-"), "
 
 # Stand for the page's own text colour and for no background where a plot is part of a page.
 _INK, _PAPER = "#1b1b1c", "#fefefd"
-_STYLE = {
+PLAIN_STYLE = {
     "svg.fonttype": "none",
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+"""What all plots of this project have in common, as matplotlib's parameters."""
+_STYLE = {
+    **PLAIN_STYLE,
     "axes.facecolor": "none",
     "figure.facecolor": _PAPER,
-    "legend.frameon": False,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
 }
 _COLUMNS = 3

@@ -264,8 +264,6 @@ class CompressionManager:
             return self._serve_exact(req, req.exact_reason or "no_context"), None
         if context.state is ContextState.DELETING:
             return self._serve_exact(req, "deleted"), None
-        if context.job is not None and not self._is_alive(context.job):
-            self.end_job(context.job, completed=False)
         if self.cache.is_resident(context):
             return self._serve_resident(req, context), None
         req.use_real_ids()
@@ -290,9 +288,7 @@ class CompressionManager:
 
     def _compress_deferred(self) -> None:
         """Starts the compression of a context whose questions were served exactly, the longest waiting first, one at a time."""
-        if not self._deferred or self._yields_engine():
-            return
-        if self._jobs:
+        if not self._deferred or self._jobs or self._yields_engine():
             return
         if not self._engine_is_idle() and not self._pool_is_tight():
             return
@@ -324,7 +320,7 @@ class CompressionManager:
         return self.scheduler.flush_wrapper._pending is not None
 
     def _stop_unattended(self) -> None:
-        """Takes compressions that no client waits for out of the queue; they are due again when the engine is idle.
+        """Takes compressions that no client waits for out of the queue; they are due again when they are asked about.
 
         One whose prefill is under way ends with that.
         """
