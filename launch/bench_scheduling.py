@@ -36,7 +36,7 @@ def main() -> None:
         "0.0",
     )
     flags += ("--obcache-max-kept-tokens", str(args.slots), "--sleep-on-idle")
-    with tempfile.TemporaryDirectory() as folder, serve(ensure_model("bfloat16"), Path(folder) / "log", flags) as server:
+    with tempfile.TemporaryDirectory() as folder, serve(ensure_model("float32"), Path(folder) / "log", flags) as server:
         texts = [(name + topics["class"] + topics["typesseq"] * 9)[: 5 * args.slots] for name in list(topics)[:CONTEXTS]]
         made = [server.post("/obcache/compress", {"text": text}) for text in texts]
         print(f"{CONTEXTS} contexts of {', '.join(str(each['kept_tokens']) for each in made)} slots")
