@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launch.bench_serving import generate, spread, tokenize
 from launch.model import cache_dir, ensure_model
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 
 BUDGETS = ("uniform", "adakv", "global")
 FEW_TOKENS, MANY_TOKENS = 8, 40

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from launch.model import cache_dir, ensure_model
 from obcache_sglang.bench.kvpress import Kvpress, ensure_environment
 from obcache_sglang.bench.workload import make_workload
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 
 WARM_UP_TOKENS = 300
 

@@ -15,7 +15,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from launch.model import ensure_model
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 
 CONTEXTS = 4
 

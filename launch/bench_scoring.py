@@ -1,6 +1,6 @@
 """What scoring costs on a CPU:  python -m launch.bench_scoring
 
-Our scores (`scoring.ops`) of one layer against the same formulas written out in plain torch, and against one
+Our scores (`compress.scores`) of one layer against the same formulas written out in plain torch, and against one
 scaled_dot_product_attention call with the same queries over the same K and V: time, paired run by run, and peak scratch memory.
 Shapes of SmolLM2-135M (9 query and 3 KV heads of 64), bfloat16.
 """
@@ -18,9 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.bench_serving import spread
+from obcache_sglang.compress.scores import accumulate_scores
 from obcache_sglang.config import SCORES
-from obcache_sglang.cpu.sdpa import causal_attention_with_lse
-from obcache_sglang.scoring.ops import accumulate_scores
+from obcache_sglang.kv.attention_with_lse import causal_attention_with_lse
 
 # Score and reduction over queries.
 STATISTICS = [*((score, "sum") for score in SCORES), ("attention", "max")]

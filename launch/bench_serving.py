@@ -18,7 +18,7 @@ from typing import Any
 
 from launch.model import cache_dir, ensure_model
 from obcache_sglang.eval.prose import opticks
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 
 ARMS = (("snapkv", "obcache-k", "adakv"), ("snapkv", "obcache-k", "profile"), ("replay", "obcache-v", "global"))
 COMMON = ("--chunked-prefill-size", "8192", "--sleep-on-idle")

@@ -23,7 +23,7 @@ from typing import Any
 from launch.model import MODEL_NAME, cache_dir, ensure_model, served_dtype
 from obcache_sglang.eval.prose import opticks
 from obcache_sglang.lang import context
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 
 # Facts are hidden in the document as "{subject} {answer}."; a question asks for the subject, and the model, which is small,
 # is given the beginning of the answer.

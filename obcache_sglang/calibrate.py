@@ -38,12 +38,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from obcache_sglang import __version__
+from obcache_sglang.compress.head_profile import PACKAGED, HeadProfile, ModelIdentity
+from obcache_sglang.compress.ranking import keep_across_heads, rank_positions
+from obcache_sglang.compress.replay import ReplayPrompts
+from obcache_sglang.compress.scores import accumulate_scores
 from obcache_sglang.config import CompressionSettings
 from obcache_sglang.errors import ConfigError, HostError, ObcacheError
-from obcache_sglang.profile import PACKAGED, HeadProfile, ModelIdentity
-from obcache_sglang.scheduler.replay import ReplayPrompts
-from obcache_sglang.scoring.ops import accumulate_scores
-from obcache_sglang.scoring.selection import keep_across_heads, rank_positions
 
 SCORES = ("obcache-v", "attention")
 """The scores that a profile may be measured with; the key terms of the others mislead under replay."""

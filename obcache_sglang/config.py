@@ -101,8 +101,8 @@ class CompressionSettings:
     adakv_safeguard: the part of an even share that each head keeps whatever the others score, in [0, 1]; for adakv.
     replay_chunk: context tokens that one replay pass re-reads; method replay only.
     normalization: `layer` divides each query's errors by the squared norm of what the layer's attention gives there, both
-        behind the output projection (`scoring.ops.relative_error_weights`), so that layers and heads can be compared: obcache
-        scores, and the errors that are measured for a replay (`scoring.head_budgets`), which decide how many tokens a head keeps
+        behind the output projection (`compress.scores.relative_error_weights`), so that layers and heads can be compared: obcache
+        scores, and the errors that are measured for a replay (`compress.measured_errors`), which decide how many tokens a head keeps
         whatever the score; the scores only order a head's tokens then. For global. Attention weights need none themselves, and
         preset kvzip has neither.
     """

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
-from obcache_sglang import plugin, service
+from obcache_sglang import plugin
 from obcache_sglang.config import settings_from_python
+from obcache_sglang.frontend import service
 from obcache_sglang.host import Touch
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ class Engine(SGLangEngine):
     `sampling_params={"custom_params": {"obcache": ...}}`; answers carry `meta_info["obcache"]`.
 
     Raises ConfigError for a wrong setting. The methods below are synchronous, like `generate`: from a running event loop await
-    the functions of `obcache_sglang.service` instead.
+    the functions of `obcache_sglang.frontend.service` instead.
     """
 
     def __init__(self, *, obcache: bool | Mapping[str, Any] = True, **kwargs: Any) -> None:

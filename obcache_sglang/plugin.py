@@ -22,11 +22,11 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from obcache_sglang import __version__
+from obcache_sglang.compress.head_profile import AUTO, HeadProfile
 from obcache_sglang.config import SETTINGS_ENV, ServerSettings, add_cli_flags, settings_from_cli
 from obcache_sglang.errors import ConfigError, HostError
-from obcache_sglang.frontend import GUARD_TOUCHES
+from obcache_sglang.frontend.hooks import GUARD_TOUCHES
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
-from obcache_sglang.profile import AUTO, HeadProfile
 from obcache_sglang.support import check_supported
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ import psutil
 import requests
 
 from launch.model import ensure_model
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 from tests.fuzzing.hostile import MARKER, Attempt, Hostile
 from tests.serving.client import document, tokenizer
 from tests.serving.conftest import COMMON, STRICT

@@ -47,7 +47,7 @@ from obcache_sglang.errors import ConfigError, ObcacheError
 from obcache_sglang.eval.arms import check_head_profile
 from obcache_sglang.eval.provenance import provenance
 from obcache_sglang.eval.report import check_requirements
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 
 DEFAULT_STOCK = ("fcfs", "lpm", "lpm/fp8")
 DEFAULT_ARMS = ("replay/obcache-v/global@0.7,0.85", "tova/obcache-v/uniform@0.85")

@@ -13,7 +13,7 @@ from typing import Any
 from obcache_sglang.bench.cases import Case
 from obcache_sglang.bench.served import ServedArm, sampling_params
 from obcache_sglang.eval.arms import EXACT, Arm
-from obcache_sglang.server import Client
+from obcache_sglang.local_server import Client
 
 MODULE = "sglang.bench_serving"
 

@@ -17,7 +17,7 @@ from obcache_sglang.bench.workload import Ask
 from obcache_sglang.errors import ConfigError
 from obcache_sglang.eval.arms import EXACT, Arm, parse_arms, parse_ratios
 from obcache_sglang.eval.metrics import METRICS
-from obcache_sglang.server import Client
+from obcache_sglang.local_server import Client
 
 POLICIES = ("fcfs", "lpm")
 """SGLang's --schedule-policy: its default, and longest prefix first, which alone has in-batch prefix caching."""

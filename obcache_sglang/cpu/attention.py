@@ -5,7 +5,7 @@ prefix of 4096 costs as much as a prompt of 4160. Here only the new tokens are c
 rows of the pool are gathered with index_select, query heads share their KV head's rows without copies of them, and the
 lengths are read once for a batch, not once for a layer and request.
 
-Behind a compressed context two more things differ. Its heads may keep different numbers of tokens (`obcache_sglang.cells`): each
+Behind a compressed context two more things differ. Its heads may keep different numbers of tokens (`obcache_sglang.kv.cells`): each
 is then attended by itself. And requests that decode behind the same context read it together, once.
 """
 
@@ -22,15 +22,15 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
-from obcache_sglang.cpu.sdpa import attend_as_rows, attention_with_lse, causal_attention_with_lse, merge_attention
+from obcache_sglang.kv.attention_with_lse import attend_as_rows, attention_with_lse, causal_attention_with_lse, merge_attention
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    from obcache_sglang.cells import KeptTokens
-    from obcache_sglang.scheduler.contexts import Context
+    from obcache_sglang.kv.cells import KeptTokens
+    from obcache_sglang.scheduler.context_cache import Context
     from obcache_sglang.scheduler.forward import ForwardPlan
 
 

@@ -27,7 +27,7 @@ from obcache_sglang.eval.report import check_requirements, write_report
 from obcache_sglang.eval.run import Runner
 from obcache_sglang.eval.samples import Sample
 from obcache_sglang.eval.tasks import TASKS, generate
-from obcache_sglang.server import Client, serve
+from obcache_sglang.local_server import Client, serve
 
 DEFAULT_ARMS = ("tova/obcache-v/uniform", "replay/obcache-v/global")
 NEEDLES = ("needle_prose", "needle_noise", "needle_code", "needle_two_keys")

@@ -19,7 +19,7 @@ from obcache_sglang.eval.arms import EXACT, Arm
 from obcache_sglang.eval.metrics import METRICS
 from obcache_sglang.eval.prompts import Prompt, Prompts, TooLong
 from obcache_sglang.eval.samples import Sample
-from obcache_sglang.server import Client
+from obcache_sglang.local_server import Client
 
 TOP_LOGPROBS = 256
 """Next-token probabilities compared for the KL divergence: the others count as one token, which can only make it smaller."""

@@ -11,9 +11,9 @@ import torch
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from torch.nn.functional import pad
 
-from obcache_sglang.cells import KVSpace
 from obcache_sglang.gpu.head_attention import HeadPool, HeadStep
 from obcache_sglang.gpu.head_tables import HeadBatch, sequence_lengths
+from obcache_sglang.kv.cells import KVSpace
 
 
 class FlashInferHeads(HeadPool):

@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from obcache_sglang.cells import KVSpace
 from obcache_sglang.gpu.head_tables import HeadBatch, HeadTables
+from obcache_sglang.kv.cells import KVSpace
 
 
 class HeadPool:

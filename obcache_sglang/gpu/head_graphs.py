@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from obcache_sglang.cells import KeptTokens
-    from obcache_sglang.scheduler.contexts import Context
+    from obcache_sglang.kv.cells import KeptTokens
+    from obcache_sglang.scheduler.context_cache import Context
     from obcache_sglang.scheduler.forward import ForwardPlan
 
 # A graph's index table holds this many times all tokens of the pool: requests that share a context read it several times over.

@@ -1,7 +1,7 @@
 """Index tables for attention kernels in which each KV head of each request is a sequence of its own.
 
 The kernels see K and V as `KVSpace` rows with one head each. The sequence of a (request, KV head) in a layer is: the cells the
-head owns (obcache_sglang.cells), then the ordinary rows of every later token in this layer and lane. Everything is computed on
+head owns (obcache_sglang.kv.cells), then the ordinary rows of every later token in this layer and lane. Everything is computed on
 the device from the batch's tables, in shapes that the host knows: nothing waits, and all of it can be in a CUDA graph.
 """
 
@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch.nn.functional import pad
 
-from obcache_sglang.cells import KVSpace
+from obcache_sglang.kv.cells import KVSpace
 
 if TYPE_CHECKING:
-    from obcache_sglang.scheduler.contexts import Context
+    from obcache_sglang.scheduler.context_cache import Context
 
 # Entries that a program writes at a time, and programs that share a sequence at most; a longer sequence takes them more rounds.
 _BLOCK = 512

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from obcache_sglang.gpu.head_attention import HeadStep
-    from obcache_sglang.scheduler.contexts import Context
+    from obcache_sglang.scheduler.context_cache import Context
     from obcache_sglang.scheduler.forward import ForwardPlan
 
 

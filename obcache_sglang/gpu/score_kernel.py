@@ -1,4 +1,4 @@
-"""Token scores on GPUs: the formulas of :mod:`obcache_sglang.scoring.ops`, on K and V where they lie in a paged pool.
+"""Token scores on GPUs: the formulas of :mod:`obcache_sglang.compress.scores`, on K and V where they lie in a paged pool.
 
 A program owns a block of positions of one KV head of one context. It goes through all queries that share the head, with two
 matrix products per block of them, and holds what the scores need of the others: sums over queries, and the [positions, head_dim]
@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from obcache_sglang.compress.scores import check_query_weights, check_statistic, weighted_lse
 from obcache_sglang.gpu.paged_contexts import PagedCache, PagedContexts, load_tokens, num_tokens
 from obcache_sglang.gpu.score_lse import MAX_REGISTERS, row_lse
-from obcache_sglang.scoring.ops import check_query_weights, check_statistic, weighted_lse
 
 # Multiplied with this, a log-sum-exp becomes one to base 2.
 LSE_BASES = {"2": 1.0, "e": math.log2(math.e)}
@@ -157,7 +157,7 @@ def accumulate_scores_paged(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> None:
-    """`scoring.ops.accumulate_scores` for one context whose K and V lie in a pool.
+    """`compress.scores.accumulate_scores` for one context whose K and V lie in a pool.
 
     k, v: [pool slots, num_kv_heads, head_dim], the pool's; slots: [start + rows] int32 or int64: where the tokens at positions
     ``0 .. start + rows - 1`` lie. The other arguments are those of `accumulate_scores` and `score_tokens_paged`, with the dtypes

@@ -16,12 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from obcache_sglang.cells import KeptTokens, KVSpace
-from obcache_sglang.errors import HostError
-from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, joined
-from obcache_sglang.scoring.head_budgets import SampledQueries, divide_by_errors, kept_numbers, pruning_errors, sampled_rows
-from obcache_sglang.scoring.ops import accumulate_scores_in_slots, relative_error_weights
-from obcache_sglang.scoring.selection import (
+from obcache_sglang.compress.measured_errors import SampledQueries, divide_by_errors, kept_numbers, pruning_errors, sampled_rows
+from obcache_sglang.compress.ranking import (
     comparable,
     effective_window,
     keep_across_heads,
@@ -30,6 +26,10 @@ from obcache_sglang.scoring.selection import (
     rank_positions,
     static_scores,
 )
+from obcache_sglang.compress.scores import accumulate_scores_in_slots, relative_error_weights
+from obcache_sglang.errors import HostError
+from obcache_sglang.kv.cells import KeptTokens, KVSpace
+from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, joined
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from obcache_sglang.profile import HeadProfile
-    from obcache_sglang.scheduler.contexts import Context
+    from obcache_sglang.compress.head_profile import HeadProfile
+    from obcache_sglang.scheduler.context_cache import Context
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +65,9 @@ class ScoringRows:
 class ForwardPlan:
     """What our hooks do in the current forward of this process.
 
-    accumulate: scores the tokens in slots of the pool; as `scoring.ops.accumulate_scores_in_slots`. space: where the heads of
+    accumulate: scores the tokens in slots of the pool; as `compress.scores.accumulate_scores_in_slots`. space: where the heads of
     uneven contexts lie; None where the pool cannot hold such. attends_uneven_heads: whether the attention backends read them.
-    head_gains: of `head_gains.head_gains`, for budget global. head_profile, lanes: for budget profile; which KV heads of a layer
+    head_gains: of `compress.head_gains.head_gains`, for budget global. head_profile, lanes: for budget profile; which KV heads of a layer
     this rank has. serial: of the current forward. mean_over_ranks: averages a tensor over the ranks that share a layer's KV heads;
     None with one rank. agree: whether all of these say True. Both are collectives: called by all ranks, or by none. row_lse: [rows, query heads] float32, the natural log-sum-exps of the attention call that ended last, from
     a backend that gives them.

@@ -18,21 +18,21 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_parallel
 
-from obcache_sglang.cells import create_one_space
+from obcache_sglang.compress.head_gains import head_gains
+from obcache_sglang.compress.head_profile import HeadProfile
+from obcache_sglang.compress.scores import accumulate_scores_in_slots
 from obcache_sglang.config import ServerSettings, server_secret
-from obcache_sglang.control import CONTROL_PREFIX
 from obcache_sglang.cpu.attention import CpuAttentionBackend
 from obcache_sglang.errors import HostError, RequestError
+from obcache_sglang.frontend.control import CONTROL_PREFIX
+from obcache_sglang.frontend.wish import PARAM
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
-from obcache_sglang.metrics import Metrics
-from obcache_sglang.plan import PARAM
-from obcache_sglang.profile import HeadProfile
+from obcache_sglang.kv.cells import create_one_space
 from obcache_sglang.scheduler.forward import ForwardPlan, score_after
-from obcache_sglang.scheduler.head_gains import head_gains
 from obcache_sglang.scheduler.kv_events import VisibleEvents
 from obcache_sglang.scheduler.manager import CompressionManager
+from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.requests import CompressionJob, client_view
-from obcache_sglang.scoring.ops import accumulate_scores_in_slots
 
 if TYPE_CHECKING:
     from obcache_sglang.gpu.head_graphs import HeadGraphs

@@ -22,11 +22,11 @@ from sglang.srt.mem_cache import common
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from obcache_sglang import __version__
+from obcache_sglang.compress.replay import ReplayPass, ReplayPrompts
 from obcache_sglang.config import ServerSettings
 from obcache_sglang.errors import ContextNotFound, RequestError
-from obcache_sglang.metrics import Metrics
-from obcache_sglang.scheduler.contexts import Context, ContextCache, ContextState, Namespace
-from obcache_sglang.scheduler.replay import ReplayPass, ReplayPrompts
+from obcache_sglang.scheduler.context_cache import Context, ContextCache, ContextState, Namespace
+from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.requests import (
     MAX_COMPRESSIONS_PER_REQUEST,
     CompressionJob,

@@ -13,13 +13,13 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from obcache_sglang.cells import KeptTokens
+from obcache_sglang.compress.measured_errors import SampledQueries
+from obcache_sglang.compress.ranking import effective_window
+from obcache_sglang.compress.replay import ReplayPass
 from obcache_sglang.config import EVERY_QUERY, CompressionSettings
-from obcache_sglang.plan import PARAM
-from obcache_sglang.scheduler.contexts import Context, Namespace
-from obcache_sglang.scheduler.replay import ReplayPass
-from obcache_sglang.scoring.head_budgets import SampledQueries
-from obcache_sglang.scoring.selection import effective_window
+from obcache_sglang.frontend.wish import PARAM
+from obcache_sglang.kv.cells import KeptTokens
+from obcache_sglang.scheduler.context_cache import Context, Namespace
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache

@@ -79,7 +79,7 @@ from obcache_sglang import host, plugin
 from obcache_sglang.config import settings_from_python
 plugin.register()
 launcher = [t for t in host.host_table() if t.is_hook and t.process in ("launcher", "tokenizer", "all")]
-from obcache_sglang.frontend import GUARD_TOUCHES
+from obcache_sglang.frontend.hooks import GUARD_TOUCHES
 alone = {t.target for t in (*plugin.CLI_TOUCHES, *GUARD_TOUCHES)}
 assert {t.target for t in launcher if host.hook_in_place(t)} == alone, "without --obcache only flags and refusals are there"
 plugin.activate(settings_from_python(True))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from obcache_sglang.plan import REQUEST_KEYS
+from obcache_sglang.frontend.wish import REQUEST_KEYS
 
 MARKER = "<|obcache|>"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from obcache_sglang.server import Server
+from obcache_sglang.local_server import Server
 
 MARKER = "<|obcache|>"
 QUESTIONS = ("\n\nIn short, this means that", "\n\nThe first rule above says", "\n\nFor example,")

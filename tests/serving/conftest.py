@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 
 # The busy leak check runs every step, so that a slot lost or counted twice at any time ends the server.
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}

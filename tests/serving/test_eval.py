@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from obcache_sglang.eval.__main__ import main
-from obcache_sglang.server import Server
+from obcache_sglang.local_server import Server
 
 TASKS = ["--tasks", "needle_prose", "facts", "continuation", "--tokens", "400", "--samples", "1"]
 ARMS = ["--arms", "snapkv/obcache-k/adakv", "random/attention/uniform", "--ratios", "0", "0.9"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from obcache_sglang.server import Server
+from obcache_sglang.local_server import Server
 from tests.serving.client import QUESTIONS, document, generate, generate_together, question, report
 
 NUM_TOKENS = 24

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import requests
 
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 from tests.serving.client import MARKER, document, flush, generate, question
 from tests.serving.conftest import COMMON, STRICT
 from tests.serving.faulty import FAULTY, Faults

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from obcache_sglang.server import Server
+from obcache_sglang.local_server import Server
 from tests.serving.client import MARKER, document, flush, generate, marker_id, question, report, tokenizer
 
 L = 300

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 from tests.serving.client import compressions, document, flush, generate, question, report
 from tests.serving.conftest import COMMON, STRICT, checked
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from obcache_sglang.server import Server
+from obcache_sglang.local_server import Server
 from tests.serving.client import (
     QUESTIONS,
     compressions,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 from tests.serving.client import document, generate, marker_id, question, report
 from tests.serving.conftest import COMMON, STRICT, checked
 

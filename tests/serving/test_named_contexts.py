@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from obcache_sglang.server import Server
+from obcache_sglang.local_server import Server
 from tests.serving.client import MARKER, ask_by_id, document, flush, generate, marker_id, question, report, tokenizer
 
 L = 301  # 18 pages of 16, and 13 tokens

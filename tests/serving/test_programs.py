@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 from tests.serving.client import compressions, document, generate_together, question, report
 from tests.serving.conftest import COMMON, STRICT
 

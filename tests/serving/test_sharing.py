@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from obcache_sglang.server import Server
+from obcache_sglang.local_server import Server
 from tests.serving.client import (
     MARKER,
     ask_by_id,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 from tests.serving.client import document, flush, generate, question, report
 from tests.serving.conftest import COMMON, STRICT, checked
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from obcache_sglang.server import Server, serve
+from obcache_sglang.local_server import Server, serve
 from tests.serving.client import document, generate, marker_id, question, report
 from tests.serving.conftest import COMMON, STRICT, checked
 

@@ -16,10 +16,10 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
-from obcache_sglang.cells import KeptTokens
 from obcache_sglang.config import CompressionSettings
-from obcache_sglang.scheduler import contexts
-from obcache_sglang.scheduler.contexts import FIRST_VIRTUAL_ID, Context, ContextCache, ContextState, Namespace, context_id
+from obcache_sglang.kv.cells import KeptTokens
+from obcache_sglang.scheduler import context_cache as contexts
+from obcache_sglang.scheduler.context_cache import FIRST_VIRTUAL_ID, Context, ContextCache, ContextState, Namespace, context_id
 from obcache_sglang.scheduler.kv_events import VisibleEvents
 
 POOL = 200

@@ -12,8 +12,8 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
-from obcache_sglang.cells import KeptTokens, KVSpace, create_one_space
 from obcache_sglang.cpu.attention import CpuAttentionBackend
+from obcache_sglang.kv.cells import KeptTokens, KVSpace, create_one_space
 from obcache_sglang.scheduler.forward import ForwardPlan
 
 HEAD_DIM = 32
@@ -236,7 +236,7 @@ class UnevenEngine(Engine):
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         slots = self.take(num_slots)
         cells = self.random(2, num_cells, HEAD_DIM)
-        # The numbering of obcache_sglang.cells, written out; what follows must find the same cells.
+        # The numbering of obcache_sglang.kv.cells, written out; what follows must find the same cells.
         for number, (keys, values) in enumerate(cells.unflatten(1, (-1, num_slots)).transpose(0, 1)):
             layer, lane = divmod(number, self.space.num_kv_heads)
             self.token_to_kv_pool.get_key_buffer(layer)[slots.long(), lane] = keys

@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from launch import make_options, plot_results
-from obcache_sglang import metrics
 from obcache_sglang.config import OPTIONS
+from obcache_sglang.scheduler import metrics
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "obcache_sglang" / "docs"

@@ -15,7 +15,7 @@ from sglang.srt.server_args import ServerArgs, set_global_server_args_for_schedu
 
 from obcache_sglang.config import CompressionSettings
 from obcache_sglang.errors import HostError
-from obcache_sglang.scheduler.contexts import Context, Namespace
+from obcache_sglang.scheduler.context_cache import Context, Namespace
 from obcache_sglang.scheduler.forward import ForwardPlan
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, JobId, Plan
 

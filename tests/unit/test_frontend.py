@@ -7,15 +7,16 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
-from obcache_sglang import lang, service
+from obcache_sglang import lang
 from obcache_sglang.config import SETTINGS_ENV, settings_from_python
 from obcache_sglang.errors import ContextNotFound, HostError, RequestError
-from obcache_sglang.frontend import GUARD_TOUCHES
-from obcache_sglang.marker import register_marker
-from obcache_sglang.metrics import Metrics
-from obcache_sglang.openai_reports import with_report
-from obcache_sglang.plan import REQUEST_KEYS, make_plan, parse_wish, split_marker
+from obcache_sglang.frontend import service
+from obcache_sglang.frontend.hooks import GUARD_TOUCHES
+from obcache_sglang.frontend.marker import register_marker
+from obcache_sglang.frontend.openai_reports import with_report
+from obcache_sglang.frontend.wish import REQUEST_KEYS, make_plan, parse_wish, split_marker
 from obcache_sglang.plugin import CLI_TOUCHES, register
+from obcache_sglang.scheduler.metrics import Metrics
 
 MARKER = "<|obcache|>"
 SOME_ID = "0123456789abcdef" * 2
@@ -233,7 +234,7 @@ def serve_one(monkeypatch, tokenizer):
     """Takes one prompt through validation and creation as TokenizerManager does; returns (request, what was sent)."""
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    from obcache_sglang import frontend
+    from obcache_sglang.frontend import hooks as frontend
 
     monkeypatch.setenv(SETTINGS_ENV, json.dumps({"min_tokens": 4}))
     manager = Manager(tokenizer)
@@ -323,7 +324,7 @@ def test_log_probabilities_inside_the_context_are_refused(serve_one):
 def test_a_manager_without_a_frontend_passes_on_what_does_not_rely_on_one(monkeypatch, model_dir):
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    from obcache_sglang import frontend
+    from obcache_sglang.frontend import hooks as frontend
 
     monkeypatch.delenv(SETTINGS_ENV, raising=False)
     manager = Manager(AutoTokenizer.from_pretrained(model_dir))
@@ -347,7 +348,7 @@ def test_a_manager_without_a_frontend_passes_on_what_does_not_rely_on_one(monkey
 
 
 def test_every_output_carries_the_report_as_one_object(serve_one):
-    from obcache_sglang import frontend
+    from obcache_sglang.frontend import hooks as frontend
 
     request, _ = serve_one(CONTEXT + MARKER + "Nine?")
 
@@ -509,7 +510,7 @@ def test_the_middleware_of_the_host_sees_which_routes_are_for_operators(monkeypa
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils.auth import AuthLevel, _get_auth_level_from_app_and_scope
 
-    from obcache_sglang import http_api
+    from obcache_sglang.frontend import http_api
 
     app = FastAPI()
     monkeypatch.setattr(http_server, "app", app)
@@ -535,7 +536,7 @@ def test_the_middleware_of_the_host_sees_which_routes_are_for_operators(monkeypa
 def test_context_ids_are_shortened_in_the_access_log():
     import logging
 
-    from obcache_sglang.http_api import _IdsShortened
+    from obcache_sglang.frontend.http_api import _IdsShortened
 
     args = ("127.0.0.1:5", "GET", f"/obcache/contexts/{SOME_ID}?positions=true", "1.1", 200)
     record = logging.LogRecord("uvicorn.access", logging.INFO, "", 0, '%s - "%s %s HTTP/%s" %d', args, None)

@@ -46,7 +46,6 @@ else:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
-    from obcache_sglang.cells import KeptTokens, KVSpace, create_one_space
     from obcache_sglang.gpu import flashinfer_heads, head_tables, triton_heads
     from obcache_sglang.gpu.flashinfer_heads import FlashInferHeads
     from obcache_sglang.gpu.head_attention import HeadStep
@@ -54,6 +53,7 @@ else:
     from obcache_sglang.gpu.head_tables import HeadBatch, HeadTables
     from obcache_sglang.gpu.overlay import HeadOverlay
     from obcache_sglang.gpu.triton_heads import MAX_SPLITS, SPLIT_LENGTH, TritonHeads
+    from obcache_sglang.kv.cells import KeptTokens, KVSpace, create_one_space
 
     NUM_LAYERS = 3
     POOL_TOKENS = 2500

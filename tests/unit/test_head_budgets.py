@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from obcache_sglang.scoring import reference
-from obcache_sglang.scoring.head_budgets import SampledQueries, divide_by_errors, kept_numbers, pruning_errors, sampled_rows
+from obcache_sglang.compress import reference
+from obcache_sglang.compress.measured_errors import SampledQueries, divide_by_errors, kept_numbers, pruning_errors, sampled_rows
 
 KV_HEADS, GROUP, HEAD_DIM, CONTEXT, BEHIND = 2, 3, 16, 57, 9
 

@@ -11,7 +11,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from torch import nn
 from torch.nn import functional
 
-from obcache_sglang.scheduler.head_gains import head_gains
+from obcache_sglang.compress.head_gains import head_gains
 
 HEADS, HEAD_DIM, HIDDEN = 6, 16, 40
 

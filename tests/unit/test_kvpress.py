@@ -15,9 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from obcache_sglang.compress.ranking import keep_across_heads, keep_per_head, rank_positions
+from obcache_sglang.compress.scores import accumulate_scores
 from obcache_sglang.config import CompressionSettings
-from obcache_sglang.scoring.ops import accumulate_scores
-from obcache_sglang.scoring.selection import keep_across_heads, keep_per_head, rank_positions
 
 FIXTURE = json.loads((Path(__file__).parent.parent / "fixtures" / "kvpress.json").read_text(encoding="utf-8"))
 CONTEXT_LEN = len(FIXTURE["token_ids"])

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from obcache_sglang.config import settings_from_python
 from obcache_sglang.errors import RequestError
-from obcache_sglang.frontend import Frontend
-from obcache_sglang.marker import Marker
+from obcache_sglang.frontend.hooks import Frontend
+from obcache_sglang.frontend.marker import Marker
 
 TEXT = "<|obcache|>"
 SOME_ID = "0123456789abcdef" * 2

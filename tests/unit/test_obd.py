@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from obcache_sglang.scoring.reference import score_tokens
+from obcache_sglang.compress.reference import score_tokens
 
 HEAD_DIM = 4
 SCALE = HEAD_DIM**-0.5

@@ -16,13 +16,13 @@ from transformers import AttentionInterface, AutoConfig, LlamaConfig, LlamaForCa
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from obcache_sglang import calibrate, plugin
+from obcache_sglang.compress import reference
+from obcache_sglang.compress.head_profile import AUTO, PACKAGED, HeadProfile, ModelIdentity
+from obcache_sglang.compress.ranking import keep_across_heads, rank_positions
+from obcache_sglang.compress.replay import ReplayPrompts
 from obcache_sglang.config import settings_from_python
 from obcache_sglang.errors import ConfigError, HostError
 from obcache_sglang.eval.prose import opticks
-from obcache_sglang.profile import AUTO, PACKAGED, HeadProfile, ModelIdentity
-from obcache_sglang.scheduler.replay import ReplayPrompts
-from obcache_sglang.scoring import reference
-from obcache_sglang.scoring.selection import keep_across_heads, rank_positions
 
 PACKAGED_NAME = "smollm2-135m"
 RATIOS = [0.3, 0.5, 0.9]

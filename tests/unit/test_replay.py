@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from obcache_sglang.scheduler.contexts import ContextState
+from obcache_sglang.compress.replay import ReplayPass, ReplayPrompts
+from obcache_sglang.scheduler.context_cache import ContextState
 from obcache_sglang.scheduler.manager import CompressionManager
-from obcache_sglang.scheduler.replay import ReplayPass, ReplayPrompts
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 
 ASK = "\n\nRepeat the previous context exactly."

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from obcache_sglang.compress import scores as ops
+from obcache_sglang.compress.reference import attention, score_tokens
+from obcache_sglang.compress.scores import accumulate_scores, relative_error_weights
 from obcache_sglang.config import SCORES
-from obcache_sglang.scoring import ops
-from obcache_sglang.scoring.ops import accumulate_scores, relative_error_weights
-from obcache_sglang.scoring.reference import attention, score_tokens
 
 HEAD_DIM = 16
 SCALE = HEAD_DIM**-0.5

@@ -22,13 +22,13 @@ else:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 
-    from obcache_sglang.cells import create_one_space
+    from obcache_sglang.compress.replay import ReplayPass
+    from obcache_sglang.compress.scores import accumulate_scores_in_slots
     from obcache_sglang.config import CompressionSettings
     from obcache_sglang.gpu.score_kernel import accumulate_scores_paged
+    from obcache_sglang.kv.cells import create_one_space
     from obcache_sglang.scheduler.forward import ForwardPlan, ScoringRows
-    from obcache_sglang.scheduler.replay import ReplayPass
     from obcache_sglang.scheduler.requests import CompressionJob
-    from obcache_sglang.scoring.ops import accumulate_scores_in_slots
 
     LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 2, 3, 64
     CONTEXT, PASS, ROWS = 150, 40, 20

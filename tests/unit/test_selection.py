@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from obcache_sglang.scoring.selection import (
+from obcache_sglang.compress.ranking import (
     effective_window,
     keep_across_heads,
     keep_counts,

@@ -13,7 +13,7 @@ import pytest
 # Its server is a shell that waits for a child of its own, as a real one does, and is never healthy.
 _SCRIPT = """
 import pathlib, signal, sys
-from obcache_sglang.server import serve
+from obcache_sglang.local_server import serve
 
 # As at a terminal: under nohup, and in a script's background, signals are ignored, and a child inherits that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -1,6 +1,6 @@
 """The definition of the scores: float64, one query and one formula at a time, no tricks.
 
-Production runs :mod:`obcache_sglang.scoring.ops`; this module is what it is compared with.
+Production runs :mod:`obcache_sglang.compress.scores`; this module is what it is compared with.
 
 The scores come from Optimal Brain Damage (LeCun et al., 1989) applied to the KV cache, as in OBCache
 (arXiv 2510.07651). Removing token j perturbs the output ``o_i = sum_j A_ij v_j`` of query i. With ``z_ij`` the scaled

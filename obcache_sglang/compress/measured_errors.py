@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 
-from obcache_sglang.cpu.sdpa import merge_attention
+from obcache_sglang.kv.attention_with_lse import merge_attention
 
 NUM_QUERIES = 32
 """Queries of a context that errors are measured with, about. Four times as many divide no better (README, Results)."""
@@ -32,7 +32,7 @@ class SampledQueries:
     """Some queries of one layer that stand behind a context, and what they see there. group = num_q_heads / num_kv_heads.
 
     q: [num_kv_heads, group, queries, head_dim] float32, after RoPE and times the scale of the logits.
-    weights: [num_kv_heads, group, queries] float32, what a squared error counts, as of `ops.relative_error_weights`.
+    weights: [num_kv_heads, group, queries] float32, what a squared error counts, as of `scores.relative_error_weights`.
     output, lse: of attention to the tokens behind the context alone: outputs as q, log-sum-exps [num_kv_heads, group, queries].
     """
 

@@ -18,11 +18,11 @@ import numpy as np
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from obcache_sglang.config import ServerSettings
-from obcache_sglang.control import ExpiryTimer
 from obcache_sglang.errors import HostError, RequestError, shown
+from obcache_sglang.frontend.control import ExpiryTimer
+from obcache_sglang.frontend.marker import Marker
+from obcache_sglang.frontend.wish import PARAM, Action, make_plan, parse_wish, split_marker
 from obcache_sglang.host import Touch
-from obcache_sglang.marker import Marker
-from obcache_sglang.plan import PARAM, Action, make_plan, parse_wish, split_marker
 
 logger = logging.getLogger(__name__)
 

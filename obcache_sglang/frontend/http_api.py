@@ -21,10 +21,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from obcache_sglang import service
 from obcache_sglang.config import check_number
 from obcache_sglang.errors import InvalidValue, ObcacheError, RequestError, shown
-from obcache_sglang.frontend import Frontend
+from obcache_sglang.frontend import service
+from obcache_sglang.frontend.hooks import Frontend
 from obcache_sglang.host import Touch
 
 SALT_HEADER = "X-Cache-Salt"

@@ -31,8 +31,8 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-from obcache_sglang.cells import KeptTokens
 from obcache_sglang.config import CompressionSettings
+from obcache_sglang.kv.cells import KeptTokens
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Version of the file format; files of another one are refused."""
 
-PACKAGED = Path(__file__).parent / "profiles"
+PACKAGED = Path(__file__).parent.parent / "profiles"
 """Where the profiles lie that come with the package."""
 
 AUTO = "auto"

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from obcache_sglang import __version__, control
+from obcache_sglang import __version__
 from obcache_sglang.errors import ContextNotFound, ObcacheError, RequestError, shown
-from obcache_sglang.frontend import ACTION, Frontend, check_unicode
+from obcache_sglang.frontend import control
+from obcache_sglang.frontend.hooks import ACTION, Frontend, check_unicode
+from obcache_sglang.frontend.wish import PARAM, REQUEST_KEYS
 from obcache_sglang.host import Touch, TouchState, check_host, installed_sglang
-from obcache_sglang.plan import PARAM, REQUEST_KEYS
 
 DELETE_WAIT_SECONDS = 30.0
 """How long `delete_context` waits for a context's readers unless told otherwise."""

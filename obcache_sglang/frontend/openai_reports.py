@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from obcache_sglang.frontend import Frontend
+from obcache_sglang.frontend.hooks import Frontend
+from obcache_sglang.frontend.wish import PARAM
 from obcache_sglang.host import Touch
-from obcache_sglang.plan import PARAM
 
 _REPORTS = "obcache_reports"  # attribute of a GenerateReqInput whose stream's reports are wanted: {choice index: report}
 

@@ -1,6 +1,6 @@
 """Token scores from the queries of an observation window, in plain torch on any device.
 
-The formulas are those of :mod:`obcache_sglang.scoring.reference` (OBCache, arXiv 2510.07651), rearranged so that a score
+The formulas are those of :mod:`obcache_sglang.compress.reference` (OBCache, arXiv 2510.07651), rearranged so that a score
 costs three passes of matrix products over ``[queries, tokens]`` and no ``[queries, tokens, head_dim]`` tensor. With
 ``a = A_ij`` and ``b = A_ij z_ij``, the summand of query i for token j is
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from obcache_sglang.config import SCORES
-from obcache_sglang.cpu.sdpa import attention_with_lse, causal_attention_with_lse
+from obcache_sglang.kv.attention_with_lse import attention_with_lse, causal_attention_with_lse
 
 # Logit of a token the query cannot see. Finite, so that A z is 0 there (0 * -inf would be NaN), and low enough that
 # its softmax weight is exactly 0 in float32.
