@@ -21,11 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from launch.bench_scoring import plain_scores
-from obcache_sglang.config import SCORES
 from obcache_sglang.gpu.kernel_report import LLAMA, QWEN, Chip, Model, lse_cost, scoring_cost
 from obcache_sglang.gpu.paged_contexts import PagedCache, PagedContexts
 from obcache_sglang.gpu.score_kernel import needs_outputs, score_tokens_paged
 from obcache_sglang.gpu.score_lse import row_lse
+from obcache_sglang.settings import SCORES
 
 # Plain torch keeps several [heads, rows, tokens] float32 tensors.
 MAX_PLAIN_ELEMENTS = 2**29

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.bench_serving import spread
 from obcache_sglang.compress.scores import accumulate_scores
-from obcache_sglang.config import SCORES
 from obcache_sglang.kv.attention_with_lse import causal_attention_with_lse
+from obcache_sglang.settings import SCORES
 
 # Score and reduction over queries.
 STATISTICS = [*((score, "sum") for score in SCORES), ("attention", "max")]

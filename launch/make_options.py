@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from obcache_sglang.config import BOUNDS, COMPRESSION_OPTIONS, SERVER_OPTIONS, Option
+from obcache_sglang.settings import BOUNDS, COMPRESSION_OPTIONS, SERVER_OPTIONS, Option
 
 PAGE = Path(__file__).parent.parent / "obcache_sglang" / "docs" / "options.md"
 

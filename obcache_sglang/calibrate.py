@@ -42,8 +42,8 @@ from obcache_sglang.compress.head_profile import PACKAGED, HeadProfile, ModelIde
 from obcache_sglang.compress.ranking import keep_across_heads, rank_positions
 from obcache_sglang.compress.replay import ReplayPrompts
 from obcache_sglang.compress.scores import accumulate_scores
-from obcache_sglang.config import CompressionSettings
 from obcache_sglang.errors import ConfigError, HostError, ObcacheError
+from obcache_sglang.settings import CompressionSettings
 
 SCORES = ("obcache-v", "attention")
 """The scores that a profile may be measured with; the key terms of the others mislead under replay."""

@@ -13,8 +13,8 @@ import sys
 from importlib.metadata import entry_points, version
 
 from obcache_sglang import __version__
-from obcache_sglang.config import add_cli_flags
 from obcache_sglang.host import TESTED_SGLANG, check_host, installed_sglang
+from obcache_sglang.settings import add_cli_flags
 
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "obcache"
 PLATFORM_GROUP, PLATFORM_NAME = "sglang.srt.platforms", "obcache_cpu"

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
 from obcache_sglang import plugin
-from obcache_sglang.config import settings_from_python
 from obcache_sglang.frontend import service
 from obcache_sglang.host import Touch
+from obcache_sglang.settings import settings_from_python
 
 T = TypeVar("T")
 

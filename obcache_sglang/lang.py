@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from obcache_sglang.config import ServerSettings
+from obcache_sglang.settings import ServerSettings
 
 MARKER = ServerSettings.marker
 """The default marker; a server started with `--obcache-marker` has its own."""

@@ -23,10 +23,10 @@ from typing import Any, Literal
 
 from obcache_sglang import __version__
 from obcache_sglang.compress.head_profile import AUTO, HeadProfile
-from obcache_sglang.config import SETTINGS_ENV, ServerSettings, add_cli_flags, settings_from_cli
 from obcache_sglang.errors import ConfigError, HostError
 from obcache_sglang.frontend.hooks import GUARD_TOUCHES
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
+from obcache_sglang.settings import SETTINGS_ENV, ServerSettings, add_cli_flags, publish, published_settings, settings_from_cli
 from obcache_sglang.support import check_supported
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def register() -> None:
         _apply((*CLI_TOUCHES, *GUARD_TOUCHES))
         return
     try:
-        settings = ServerSettings.from_environment()
+        settings = published_settings()
         if settings is not None:
             apply_hooks("scheduler")
     except Exception as error:
@@ -55,7 +55,7 @@ def activate(settings: ServerSettings) -> None:
 
     Raises HostError if a hook of the launcher is not in place afterwards.
     """
-    settings.publish()
+    publish(settings)
     apply_hooks("launcher")
     compression = settings.compression
     logger.info(
@@ -68,7 +68,7 @@ def activate(settings: ServerSettings) -> None:
         settings.mode,
         settings.min_tokens,
     )
-    if settings.head_profile is None and settings.mode == "marked" and compression.method in ("snapkv", "tova", "h2o"):
+    if settings.head_profile is None and settings.mode == "marked" and compression.own_queries_score:
         logger.warning(
             "obcache: %s judges a context by its last queries, which do not know what will be asked: at high ratios details get lost. "
             "--obcache-head-profile auto, or --obcache-method replay, keeps more of them (README, Limits).",
@@ -146,7 +146,7 @@ def _take_settings(server_args: Any, cls: type, args: argparse.Namespace) -> Non
 
 def _check_before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Before Engine._launch_scheduler_processes: options are resolved and nothing is spawned; refuse what we do not support."""
-    settings = ServerSettings.from_environment()
+    settings = published_settings()
     if settings is None:
         return
     from sglang.srt.arg_groups.model_override_base import model_config_of
@@ -162,7 +162,7 @@ def _check_before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any)
 
 def _check_after_launch(result: tuple[Any, ...], cls: type, *args: Any, **kwargs: Any) -> None:
     """After Engine._launch_subprocesses: every scheduler must have said that it runs with compression."""
-    if ServerSettings.from_environment() is None:
+    if published_settings() is None:
         return
     infos = result[3].scheduler_infos
     silent = [rank for rank, info in enumerate(infos) if not info.get("obcache")]

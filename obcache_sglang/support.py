@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from obcache_sglang.config import ServerSettings
 from obcache_sglang.errors import HostError
 from obcache_sglang.host import TESTED_SGLANG, Touch, installed_sglang
+from obcache_sglang.settings import ServerSettings
 
 TOUCHES = (
     Touch(

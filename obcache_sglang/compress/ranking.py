@@ -1,9 +1,11 @@
 """From token scores to the positions that are kept. Scores and positions are per KV head; KV slots are not known here."""
 
+import pkgutil
+
 import torch
 import torch.nn.functional as F
 
-from obcache_sglang.config import POOLINGS
+from obcache_sglang.settings import METHODS, POOLINGS
 
 
 def effective_window(window: int, num_slots: int, shrink: bool) -> int:
@@ -15,19 +17,28 @@ def effective_window(window: int, num_slots: int, shrink: bool) -> int:
     return min(window, max(1, num_slots // 2)) if shrink else window
 
 
-def static_scores(method: str, num_kv_heads: int, context_len: int, seed: int, device: torch.device | str) -> torch.Tensor:
-    """Scores [num_kv_heads, context_len] float32 of the methods that look at no query.
+def position_scores(method: str, num_kv_heads: int, context_len: int, seed: int, device: torch.device | str) -> torch.Tensor:
+    """Scores [num_kv_heads, context_len] float32 of a method that looks at no query, by the function that its row names.
 
-    "streaming" prefers later tokens (StreamingLLM, arXiv 2309.17453, once sinks are protected). "random" draws uniformly
-    for each head, the same for equal seeds on every device.
+    seed: for methods that draw. Raises ValueError for a method whose queries score.
     """
-    if method == "streaming":
-        # float32 counts exactly up to 2**24 tokens.
-        return torch.arange(context_len, dtype=torch.float32, device=device).repeat(num_kv_heads, 1)
-    if method == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(num_kv_heads, context_len, generator=generator).to(device)
-    raise ValueError(f"method {method!r} needs queries; static scores exist for streaming, random")
+    name = METHODS[method].position_scores
+    if name is None:
+        raise ValueError(f"method {method!r} needs queries")
+    scores: torch.Tensor = pkgutil.resolve_name(name)(num_kv_heads, context_len, seed, device)
+    return scores
+
+
+def latest_first(num_kv_heads: int, context_len: int, seed: int, device: torch.device | str) -> torch.Tensor:
+    """Prefers later tokens: StreamingLLM (arXiv 2309.17453), once sinks are protected. Shape as `position_scores`."""
+    # float32 counts exactly up to 2**24 tokens.
+    return torch.arange(context_len, dtype=torch.float32, device=device).repeat(num_kv_heads, 1)
+
+
+def random_scores(num_kv_heads: int, context_len: int, seed: int, device: torch.device | str) -> torch.Tensor:
+    """Drawn uniformly for each head, the same for equal seeds on every device. Shape as `position_scores`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num_kv_heads, context_len, generator=generator).to(device)
 
 
 def rank_positions(

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from obcache_sglang.config import SCORES
 from obcache_sglang.kv.attention_with_lse import attention_with_lse, causal_attention_with_lse
+from obcache_sglang.settings import SCORES
 
 # Logit of a token the query cannot see. Finite, so that A z is 0 there (0 * -inf would be NaN), and low enough that
 # its softmax weight is exactly 0 in float32.

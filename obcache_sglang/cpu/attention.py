@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+    from obcache_sglang.kv.batch import BatchContexts
     from obcache_sglang.kv.cells import KeptTokens
-    from obcache_sglang.scheduler.context_cache import Context
-    from obcache_sglang.scheduler.forward import ForwardPlan
+    from obcache_sglang.kv.context import Context
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         super().__init__(model_runner)
         self._sequences: list[_Sequence | None] = []
         self._readers: list[_Readers] = []
-        self.plan: ForwardPlan | None = None
+        self.plan: BatchContexts | None = None
         self._dtype = model_runner.dtype
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:

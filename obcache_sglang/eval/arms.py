@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from obcache_sglang.config import BUDGETS, COMPRESSION_OPTIONS, METHODS, OPTIONS, PRESETS, SCORES, CompressionSettings
 from obcache_sglang.errors import ConfigError, InvalidValue
+from obcache_sglang.settings import BUDGETS, COMPRESSION_OPTIONS, METHODS, OPTIONS, PRESETS, SCORES, CompressionSettings
 
 RATIO_PRESETS = {"kvpress": (0.25, 0.5, 0.75, 0.875), "paper": (0.6, 0.7, 0.8, 0.9)}
 """Compression ratios that others report: KVPress's leaderboard, and the OBCache paper (arXiv 2510.07651)."""

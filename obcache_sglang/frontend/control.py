@@ -7,16 +7,13 @@ its internal state, which is no answer to us (no `ok`).
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from typing import Any
 
 from sglang.srt.managers.io_struct import GetInternalStateReq
 
 from obcache_sglang.host import Touch
-
-CONTROL_PREFIX = "obcache:"
-"""Start of the `rid` of a GetInternalStateReq that carries an operation of ours, as JSON."""
+from obcache_sglang.messages import control_rid
 
 _SHORTEST_WAIT_SECONDS = 0.2
 
@@ -26,12 +23,11 @@ _background: set[asyncio.Task[Any]] = set()
 async def call(tokenizer_manager: Any, operation: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     """Sends one operation to every data-parallel rank; (rank, answer) in order of rank.
 
-    operation: {"op": ...}, JSON-safe, as `CompressionManager.answer` takes it.
+    operation: as in `messages.control_rid`.
     Answers hold `ok`, and where that is false `status_code` and `error`.
     """
     tokenizer_manager.auto_create_handle_loop()
-    # One clock for all ranks, which have to agree on what has expired.
-    request = GetInternalStateReq(rid=CONTROL_PREFIX + json.dumps(operation | {"now": time.time()}))
+    request = GetInternalStateReq(rid=control_rid(operation))
     # Shielded: SGLang pairs answers with questions by order alone, so a client that hangs up must not leave one unread.
     pending = asyncio.ensure_future(tokenizer_manager.get_internal_state_communicator(request))
     outputs = await asyncio.shield(pending)

@@ -11,18 +11,19 @@ import logging
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from obcache_sglang.config import ServerSettings
 from obcache_sglang.errors import HostError, RequestError, shown
 from obcache_sglang.frontend.control import ExpiryTimer
 from obcache_sglang.frontend.marker import Marker
-from obcache_sglang.frontend.wish import PARAM, Action, make_plan, parse_wish, split_marker
+from obcache_sglang.frontend.wish import make_plan, parse_wish, split_marker
 from obcache_sglang.host import Touch
+from obcache_sglang.messages import KEY, Action, Plan
+from obcache_sglang.settings import ServerSettings, published_settings
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class _Prepared:
 
     given_ids: Sequence[int]
     sent_ids: Sequence[int]
-    plan: dict[str, Any] | None
+    plan: Plan | None
 
 
 class Frontend:
@@ -86,7 +87,7 @@ class Frontend:
         elif wish.context_id is not None:
             if marker_position is None and self.marker is not None:
                 raise RequestError(
-                    f'custom_params["{PARAM}"]["context_id"] stands for a document: put the marker where that would stand, before the '
+                    f'custom_params["{KEY}"]["context_id"] stands for a document: put the marker where that would stand, before the '
                     f"question (as a token: {self.marker_id}), so that the question cannot be answered without it."
                 )
             cut = marker_position or 0
@@ -106,7 +107,7 @@ class Frontend:
             before=before,
         )
         if plan is not None:
-            _check_logprobs(request, plan, asked=wish.asked or marker_position is not None)
+            plan = _with_logprobs(request, plan, asked=wish.asked or marker_position is not None)
         return _Prepared(given_ids, sent_ids, plan)
 
     @property
@@ -146,7 +147,7 @@ def _own_params(request: Any) -> Any:
     """custom_params["obcache"] of a request, None where it has none."""
     params = request.sampling_params
     custom_params = params.get("custom_params") if isinstance(params, dict) else None
-    return custom_params.get(PARAM) if isinstance(custom_params, dict) else None
+    return custom_params.get(KEY) if isinstance(custom_params, dict) else None
 
 
 def _check_texts(request: Any) -> None:
@@ -186,17 +187,19 @@ def _exact_reason(request: Any) -> str | None:
     return None
 
 
-def _check_logprobs(request: Any, plan: dict[str, Any], *, asked: bool) -> None:
-    """Raises RequestError for input log-probabilities within a context that the client asked for; one that did not is served exactly."""
+def _with_logprobs(request: Any, plan: Plan, *, asked: bool) -> Plan:
+    """The plan of a request that may want input log-probabilities within its context: one that did not ask for a context is served exactly.
+
+    Raises RequestError for one that did.
+    """
     start = request.logprob_start_len
-    if plan["exact"] is not None or not request.return_logprob or not 0 <= start < plan["context_len"]:
-        return
+    if plan.exact is not None or not request.return_logprob or not 0 <= start < plan.context_len:
+        return plan
     if not asked:
-        plan["exact"] = "input_logprobs"
-        return
+        return replace(plan, exact="input_logprobs")
     raise RequestError(
-        f"logprob_start_len={start} lies inside the context of {plan['context_len']} tokens, whose log-probabilities are not "
-        f'available: give {plan["context_len"]} or more, or -1 for none, or turn compression off (custom_params={{"{PARAM}": false}}).'
+        f"logprob_start_len={start} lies inside the context of {plan.context_len} tokens, whose log-probabilities are not "
+        f'available: give {plan.context_len} or more, or -1 for none, or turn compression off (custom_params={{"{KEY}": false}}).'
     )
 
 
@@ -205,7 +208,7 @@ def _check_logprobs(request: Any, plan: dict[str, Any], *, asked: bool) -> None:
 
 def _attach(result: None, tokenizer_manager: Any) -> None:
     """After TokenizerManager.init_tokenizer_and_processor: the marker becomes a token, and the manager gets its Frontend."""
-    settings = ServerSettings.from_environment()
+    settings = published_settings()
     tokenizer = tokenizer_manager.tokenizer
     if settings is None:
         marker = None if tokenizer is None else Marker.unregistered(tokenizer, ServerSettings.marker)
@@ -239,7 +242,7 @@ def _validate(original: Callable[..., None], tokenizer_manager: Any, obj: Any, i
     original(tokenizer_manager, obj, prepared.sent_ids)
     if prepared.plan is not None:
         # SGLang may have truncated the prompt within its context.
-        prepared.plan["context_len"] = min(prepared.plan["context_len"], len(prepared.sent_ids))
+        prepared.plan = replace(prepared.plan, context_len=min(prepared.plan.context_len, len(prepared.sent_ids)))
     frontend.hold(prepared)
 
 
@@ -270,7 +273,7 @@ def _refuse_without_compression(request: Any, marker: Marker | None) -> None:
             asks = False
     if asks:
         raise RequestError(
-            f'This server was started without --obcache: the marker {ServerSettings.marker} and custom_params["{PARAM}"] have no effect '
+            f'This server was started without --obcache: the marker {ServerSettings.marker} and custom_params["{KEY}"] have no effect '
             "here. Start it with --obcache, or leave them out."
         )
 
@@ -294,10 +297,10 @@ def _create(
         assert frontend.marker_id not in tokenized.input_ids, "a context marker would reach the model"
     params = tokenized.sampling_params
     if prepared.plan is not None:
-        params.custom_params = {**(params.custom_params or {}), PARAM: prepared.plan}
+        params.custom_params = {**(params.custom_params or {}), KEY: prepared.plan.to_dict()}
         setattr(obj, _PLAN, prepared.plan)
-    elif params.custom_params and PARAM in params.custom_params:
-        params.custom_params = {key: value for key, value in params.custom_params.items() if key != PARAM} or None
+    elif params.custom_params and KEY in params.custom_params:
+        params.custom_params = {key: value for key, value in params.custom_params.items() if key != KEY} or None
     return tokenized
 
 
@@ -310,18 +313,18 @@ def _report(original: Callable[..., Any], tokenizer_manager: Any, obj: Any, *arg
     return _with_report(stream, tokenizer_manager, tokenizer_manager.rid_to_state[obj.rid], plan)
 
 
-async def _with_report(stream: Any, tokenizer_manager: Any, state: Any, plan: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+async def _with_report(stream: Any, tokenizer_manager: Any, state: Any, plan: Plan) -> AsyncIterator[dict[str, Any]]:
     # SGLang collects a request's extra information in lists, one entry per token or one per request, and repeats
     # them in some chunks of a stream only.
     async with aclosing(stream):
         async for output in stream:
-            reports = state.customized_info_accumulated.get(PARAM)
+            reports = state.customized_info_accumulated.get(KEY)
             if reports:
-                output["meta_info"][PARAM] = reports[-1]
-            if plan["ttl_seconds"] is not None and output["meta_info"]["finish_reason"] is not None:
+                output["meta_info"][KEY] = reports[-1]
+            if plan.ttl_seconds is not None and output["meta_info"]["finish_reason"] is not None:
                 frontend = Frontend.of(tokenizer_manager)
                 assert frontend is not None
-                frontend.expiry.wake_after(tokenizer_manager, plan["ttl_seconds"] + _EXPIRY_MARGIN_SECONDS)
+                frontend.expiry.wake_after(tokenizer_manager, plan.ttl_seconds + _EXPIRY_MARGIN_SECONDS)
             yield output
 
 
@@ -332,10 +335,10 @@ def _no_empty_report(
 
     SGLang fills up what the requests of a batch do not have with empty lists.
     """
-    if not state.customized_info_accumulated.get(PARAM, True):
-        del state.customized_info_accumulated[PARAM]
-        state.customized_info_reported_keys.discard(PARAM)
-        meta_info.pop(PARAM, None)
+    if not state.customized_info_accumulated.get(KEY, True):
+        del state.customized_info_accumulated[KEY]
+        state.customized_info_reported_keys.discard(KEY)
+        meta_info.pop(KEY, None)
 
 
 def _refuse_embeds(request: Any) -> None:

@@ -21,11 +21,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from obcache_sglang.config import check_number
 from obcache_sglang.errors import InvalidValue, ObcacheError, RequestError, shown
 from obcache_sglang.frontend import service
 from obcache_sglang.frontend.hooks import Frontend
 from obcache_sglang.host import Touch
+from obcache_sglang.settings import check_number
 
 SALT_HEADER = "X-Cache-Salt"
 EXTRA_KEY_HEADER = "X-Extra-Key"

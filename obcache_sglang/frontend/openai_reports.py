@@ -13,8 +13,8 @@ from contextlib import aclosing
 from typing import Any
 
 from obcache_sglang.frontend.hooks import Frontend
-from obcache_sglang.frontend.wish import PARAM
 from obcache_sglang.host import Touch
+from obcache_sglang.messages import KEY
 
 _REPORTS = "obcache_reports"  # attribute of a GenerateReqInput whose stream's reports are wanted: {choice index: report}
 
@@ -25,10 +25,10 @@ _FINISHED = '"finish_reason":"'
 
 def _add_to_response(response: Any, serving: Any, request: Any, ret: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
     """After _build_completion_response and _build_chat_response. ret: what the engine answered, one per choice."""
-    reports = {str(index): report for index, answer in enumerate(ret) if (report := answer["meta_info"].get(PARAM))}
+    reports = {str(index): report for index, answer in enumerate(ret) if (report := answer["meta_info"].get(KEY))}
     if reports and hasattr(response, "metadata"):
         report = next(iter(reports.values()))
-        response.metadata = {**(response.metadata or {}), PARAM: report if len(ret) == 1 else report | {"choices": reports}}
+        response.metadata = {**(response.metadata or {}), KEY: report if len(ret) == 1 else report | {"choices": reports}}
 
 
 def _without_marker(echoed: str | list[str], serving: Any, *args: Any, **kwargs: Any) -> str | list[str]:
@@ -65,7 +65,7 @@ def with_report(chunk: str, reports: dict[int, dict[str, Any]]) -> str:
     report = reports.get(choices[0]["index"]) if choices else None
     if report is None:
         return chunk
-    event["metadata"] = {**(event.get("metadata") or {}), PARAM: report}
+    event["metadata"] = {**(event.get("metadata") or {}), KEY: report}
     return f"{_DATA}{json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
@@ -79,7 +79,7 @@ def _collect(original: Callable[..., Any], tokenizer_manager: Any, obj: Any, *ar
 async def _collecting(stream: Any, reports: dict[int, dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
     async with aclosing(stream):
         async for output in stream:
-            report = output["meta_info"].get(PARAM)
+            report = output["meta_info"].get(KEY)
             if report is not None:
                 reports[output.get("index", 0)] = report
             yield output

@@ -21,8 +21,9 @@ from obcache_sglang import __version__
 from obcache_sglang.errors import ContextNotFound, ObcacheError, RequestError, shown
 from obcache_sglang.frontend import control
 from obcache_sglang.frontend.hooks import ACTION, Frontend, check_unicode
-from obcache_sglang.frontend.wish import PARAM, REQUEST_KEYS
+from obcache_sglang.frontend.wish import REQUEST_KEYS
 from obcache_sglang.host import Touch, TouchState, check_host, installed_sglang
+from obcache_sglang.messages import KEY
 
 DELETE_WAIT_SECONDS = 30.0
 """How long `delete_context` waits for a context's readers unless told otherwise."""
@@ -90,9 +91,9 @@ async def _compress(tokenizer_manager: Any, request: Any, rid: str, http_request
         mine.rid = f"{rid}-{rank}"
         mine.routed_dp_rank = rank if num_ranks > 1 else None
         answer = await anext(tokenizer_manager.generate_request(mine, http_request))
-        if PARAM not in answer["meta_info"]:  # an abort of all requests spares nobody
+        if KEY not in answer["meta_info"]:  # an abort of all requests spares nobody
             raise RequestError("The compression was aborted before it ended.", 409)
-        report = dict(answer["meta_info"][PARAM])
+        report = dict(answer["meta_info"][KEY])
         return {"id": report.pop("context_id"), **report}
 
     reports = await asyncio.gather(*(on_rank(rank) for rank in range(num_ranks)))
@@ -313,7 +314,7 @@ def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: M
         if value is not None:
             setattr(request, name, value)
     options = {key: body[key] for key in _OPTION_KEYS if key in body}
-    request.sampling_params = {"max_new_tokens": 0, "temperature": 0.0, "custom_params": {PARAM: options}}
+    request.sampling_params = {"max_new_tokens": 0, "temperature": 0.0, "custom_params": {KEY: options}}
     setattr(request, ACTION, "compress")
     return request
 

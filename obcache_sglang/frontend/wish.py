@@ -1,35 +1,19 @@
 """From what a request says about its context to the plan the scheduler follows. No SGLang in here.
 
 A client sets `custom_params["obcache"]` to false, true or an object (`REQUEST_KEYS`), puts the marker in its text, or both;
-`make_plan` checks all of it and replaces it by a plan, a JSON-safe dict:
-
-    context_len   int         the client's boundary, in tokens of the marker-free prompt; 0: find a resident context by id
-                              (`context_id`) or by the tokens the prompt starts with
-    settings      dict        `CompressionSettings.to_dict()`
-    action        str         "ask": a request; "compress": made by `POST /obcache/compress`, prompt = the context
-    pin           bool        hold the context's slots
-    ttl_seconds   float|None  forget the context after this long
-    context_id    str|None    the prompt is only the question, the context stands in front of it
-    before        list        tokens that the context must begin with: those before the marker of a prompt with a `context_id`
-    exact         str|None    why the request is served exactly, where that is known already
-    now           float       seconds since the epoch: one clock for all ranks, which have to agree on what has expired
+`make_plan` checks all of it and makes a `messages.Plan`.
 """
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from obcache_sglang.config import COMPRESSION_OPTIONS, OPTIONS, ServerSettings, check_number, check_whole_number
 from obcache_sglang.errors import InvalidValue, RequestError, shown
-
-PARAM = "obcache"
-"""The key under `custom_params` that is ours."""
-
-Action = Literal["ask", "compress"]
+from obcache_sglang.messages import KEY, Action, Plan
+from obcache_sglang.settings import COMPRESSION_OPTIONS, OPTIONS, ServerSettings, check_number, check_whole_number
 
 _CONTEXT_ID = re.compile("[0-9a-f]{32}")
 
@@ -69,7 +53,7 @@ def parse_wish(value: object) -> Wish:
         return Wish(asked=value, refused=not value)
     if not isinstance(value, Mapping):
         raise RequestError(
-            f'custom_params["{PARAM}"]={shown(value)} is not allowed: give true, false or an object with any of {", ".join(REQUEST_KEYS)}.'
+            f'custom_params["{KEY}"]={shown(value)} is not allowed: give true, false or an object with any of {", ".join(REQUEST_KEYS)}.'
         )
     overrides: dict[str, Any] = {}
     for key, given in value.items():
@@ -111,8 +95,8 @@ def make_plan(
     action: Action = "ask",
     exact: str | None = None,
     before: Sequence[int] = (),
-) -> dict[str, Any] | None:
-    """The plan of a request (see the module), or None for a request that compression leaves alone.
+) -> Plan | None:
+    """The plan of a request, or None for a request that compression leaves alone.
 
     num_tokens: length of the marker-free prompt. marker_position: tokens before the marker, None without one. With a context id both
     are of what follows the marker, and `before` holds what stands in front of it.
@@ -135,7 +119,7 @@ def make_plan(
     elif marker_position == 0:
         raise RequestError(
             "The prompt begins with the context marker: there is no context before it. A question about a context that stands elsewhere "
-            f'names it in custom_params["{PARAM}"]["context_id"]; if yours did, something between you and this server drops custom_params.'
+            f'names it in custom_params["{KEY}"]["context_id"]; if yours did, something between you and this server drops custom_params.'
         )
     bounded = marker_position is not None or wish.context_len is not None or wish.context_id is not None
     whole_prompt = mode == "prompt" and action == "ask" and not bounded
@@ -148,18 +132,17 @@ def make_plan(
         settings = server.compression_for(wish.overrides)
     except InvalidValue as error:
         raise _wrong(error.name, error.value, error.reason) from error
-    return {
-        "context_len": context_len,
-        "settings": settings.to_dict(),
-        "action": action,
-        "pin": wish.pin,
-        "ttl_seconds": wish.ttl_seconds,
-        "context_id": wish.context_id,
-        "before": list(before),
-        "judged_by_rest": whole_prompt,
-        "exact": exact,
-        "now": time.time(),
-    }
+    return Plan(
+        context_len=context_len,
+        settings=settings,
+        action=action,
+        pin=wish.pin,
+        ttl_seconds=wish.ttl_seconds,
+        context_id=wish.context_id,
+        before=tuple(before),
+        judged_by_rest=whole_prompt,
+        exact=exact,
+    )
 
 
 def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, whole_prompt: bool, action: Action) -> int | None:
@@ -185,7 +168,7 @@ def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, whole_pr
 def _wrong(key: str, value: object, reason: str) -> RequestError:
     if key == "context_id" and isinstance(value, str) and _CONTEXT_ID.fullmatch(value):
         value = value[:8] + "..."  # errors are logged, and a whole id opens its context
-    return RequestError(f'custom_params["{PARAM}"]["{shown(key)[1:-1]}"]={shown(value)} {reason}')
+    return RequestError(f'custom_params["{KEY}"]["{shown(key)[1:-1]}"]={shown(value)} {reason}')
 
 
 def _checked(key: str, value: object) -> Any:

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from obcache_sglang.scheduler.forward import ForwardPlan
+    from obcache_sglang.kv.batch import BatchContexts
 
 logger = logging.getLogger(__name__)
 
 _LN2 = math.log(2)
 
 
-def leave_lse(backend: Any, plan: ForwardPlan) -> Callable[..., torch.Tensor]:
+def leave_lse(backend: Any, plan: BatchContexts) -> Callable[..., torch.Tensor]:
     """The backend's `forward`. In forwards that score a context it leaves the log-sum-exps in `plan.row_lse`, if it has them.
 
     Where getting them fails, the call is made again as SGLang makes it, and they are not asked for any more.
@@ -39,7 +39,7 @@ def leave_lse(backend: Any, plan: ForwardPlan) -> Callable[..., torch.Tensor]:
         q: torch.Tensor, k: Any, v: Any, layer: RadixAttention, forward_batch: ForwardBatch, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         nonlocal with_lse
-        if with_lse is not None and plan.scores(forward_batch):
+        if with_lse is not None and plan.is_scored(forward_batch):
             try:
                 output, plan.row_lse = with_lse(q, k, v, layer, forward_batch, *args, **kwargs)
                 return output

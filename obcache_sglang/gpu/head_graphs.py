@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from obcache_sglang.kv.batch import BatchContexts
     from obcache_sglang.kv.cells import KeptTokens
-    from obcache_sglang.scheduler.context_cache import Context
-    from obcache_sglang.scheduler.forward import ForwardPlan
+    from obcache_sglang.kv.context import Context
 
 # A graph's index table holds this many times all tokens of the pool: requests that share a context read it several times over.
 # Larger batches run eagerly. At 8 bytes per token and KV head, 1 to 3 % of what the pool itself takes.
@@ -105,7 +105,7 @@ class HeadGraphBackend(AttentionBackend):
 class HeadGraphs:
     """Decode graphs for batches with uneven contexts, beside those that SGLang captured."""
 
-    def __init__(self, plan: ForwardPlan, heads: TritonHeads, model_runner: Any) -> None:
+    def __init__(self, plan: BatchContexts, heads: TritonHeads, model_runner: Any) -> None:
         """Captures them: seconds, and as much memory as SGLang's own. Raises what the capture raises."""
         self.plan = plan
         self.beside = model_runner.decode_cuda_graph_runner

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from obcache_sglang.kv.cells import KVSpace
 
 if TYPE_CHECKING:
-    from obcache_sglang.scheduler.context_cache import Context
+    from obcache_sglang.kv.context import Context
 
 # Entries that a program writes at a time, and programs that share a sequence at most; a longer sequence takes them more rounds.
 _BLOCK = 512

@@ -20,9 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from obcache_sglang.config import SCORES
 from obcache_sglang.gpu.score_kernel import _score_tokens, needs_outputs, score_config
 from obcache_sglang.gpu.score_lse import SPLIT_TOKENS, _split_lse, lse_config
+from obcache_sglang.settings import SCORES
 
 _BF16_BYTES = 2
 _MIB = 2**20

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from obcache_sglang.gpu.head_attention import HeadStep
-    from obcache_sglang.scheduler.context_cache import Context
-    from obcache_sglang.scheduler.forward import ForwardPlan
+    from obcache_sglang.kv.batch import BatchContexts
+    from obcache_sglang.kv.context import Context
 
 
 class HeadOverlay:
     """For one model. heads: attention over heads of different length in its pool, whose `KVSpace` is plan.space."""
 
-    def __init__(self, plan: ForwardPlan, heads: TritonHeads | FlashInferHeads) -> None:
+    def __init__(self, plan: BatchContexts, heads: TritonHeads | FlashInferHeads) -> None:
         self.plan = plan
         self.heads = heads
         self._step_of: tuple[int, int] | None = None

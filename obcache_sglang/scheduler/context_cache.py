@@ -17,13 +17,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import time
 from array import array
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
@@ -31,16 +28,12 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-from obcache_sglang.config import CompressionSettings
 from obcache_sglang.kv.cells import KeptTokens
+from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context, ContextState, Namespace
+from obcache_sglang.settings import CompressionSettings
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-
-    from obcache_sglang.scheduler.requests import CompressionJob
-
-FIRST_VIRTUAL_ID = 1 << 61
-"""Virtual ids are drawn from [2**61, 2**62 + 2**61): far above any vocabulary, and room for a long run below 2**63."""
 
 MAX_TRACKED_SUFFIXES = 4096
 """Prefixes cached behind one context that are remembered, so that deleting it can free them at once."""
@@ -50,99 +43,6 @@ MAX_TAILS = 256
 
 PINNED_SHARE = 0.5
 """Of the contexts that are remembered at once, so many may be pinned: compression goes on with the others."""
-
-
-class ContextState(Enum):
-    ABSENT = "absent"
-    """Known (its tokens can be compressed again), but holding no slots."""
-    COMPRESSING = "compressing"
-    RESIDENT = "resident"
-    DELETING = "deleting"
-    """Deleted by a client; its slots go when its readers have ended."""
-
-
-@dataclass(frozen=True)
-class Namespace:
-    """Who may share a context: requests that agree in all of these. lora_id is already part of extra_key (as in SGLang)."""
-
-    extra_key: str | None
-    cache_salt: str | None
-    lora_id: str | None
-
-    @classmethod
-    def of(cls, *, extra_key: str | None, cache_salt: str | None, lora_id: str | None) -> Namespace:
-        """From what a request says: as SGLang's Req joins the LoRA adapter to the extra key."""
-        return cls((extra_key or "") + lora_id if lora_id else extra_key, cache_salt or None, lora_id)
-
-
-@dataclass(eq=False)
-class Context:
-    """One compressed context.
-
-    id: 32 hexadecimal digits, see `context_id`. tokens: its L real token ids, whole pages. judges: the tokens behind it
-    that score it as its own last ones do, and are no part of it. num_slots: M. virtual_ids: [M], empty until slots are reserved.
-    kept: which tokens this rank's heads keep, and where; None unless resident. seconds: wall time of its compression; scoring_seconds:
-    the part spent on scoring, selecting and copying, as the host saw it; job_cached_tokens: its tokens found in the exact cache.
-    node: its node in the radix tree, None where it has none. tree_lock: held while it is compressed or pinned. ttl_seconds, expires_at
-    (seconds since the epoch): None for as long as the tree holds it. tails: by context id, the tokens between the last whole page and
-    the end that a client gave it. suffixes: what requests left in the tree behind it, as token ids; suffixes_complete: whether that
-    is all of it.
-    """
-
-    id: str
-    namespace: Namespace
-    settings: CompressionSettings
-    tokens: array[int]
-    num_slots: int
-    virtual_ids: array[int] = field(default_factory=lambda: array("q"))
-    judges: array[int] = field(default_factory=lambda: array("q"))
-    state: ContextState = ContextState.ABSENT
-    job: CompressionJob | None = None
-    node: int | None = None
-    tree_lock: Any = None
-    pinned: bool = False
-    ttl_seconds: float | None = None
-    expires_at: float | None = None
-    kept: KeptTokens | None = None
-    created_at: float = field(default_factory=time.time)
-    seconds: float | None = None
-    scoring_seconds: float | None = None
-    job_cached_tokens: int = 0
-    reuses: int = 0
-    tails: OrderedDict[str, array[int]] = field(default_factory=OrderedDict)
-    suffixes: dict[bytes, None] = field(default_factory=dict)
-    suffixes_complete: bool = True
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def position_offset(self) -> int:
-        """What must be added to the engine's positions behind the context: L - M."""
-        return len(self.tokens) - self.num_slots
-
-    @property
-    def is_uneven(self) -> bool:
-        """Whether its heads may keep different numbers of tokens, so that only attention that knows of it can read them."""
-        return self.settings.budget != "uniform" and self.num_slots < len(self.tokens)
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-safe facts for the control endpoints."""
-        return {
-            "name": self.id,
-            "state": self.state.value,
-            "context_tokens": self.num_tokens,
-            "kept_tokens": self.num_slots,
-            "slots": self.num_slots if self.state in (ContextState.RESIDENT, ContextState.DELETING) else 0,
-            "settings": self.settings.to_dict(),
-            "pinned": self.pinned,
-            "ttl_seconds": self.ttl_seconds,
-            "reuses": self.reuses,
-            "seconds": self.seconds,
-            "scoring_seconds": self.scoring_seconds,
-            "age_seconds": time.time() - self.created_at,
-        }
 
 
 def context_id(
@@ -449,7 +349,7 @@ class ContextCache:
         for context in self:
             context.tree_lock = None
             context.pinned = False
-            if context.job is None:
+            if not context.is_queued:
                 self._mark_absent(context)
         self._deleting.clear()
 
@@ -478,7 +378,7 @@ class ContextCache:
         """Makes room for one more record; False where none can go. What goes is evicted, as far as no request reads it."""
         if len(self._contexts) < self.max_contexts:
             return True
-        idle = (each for each in self._contexts.values() if each.job is None and not each.pinned)
+        idle = (each for each in self._contexts.values() if not each.is_queued and not each.pinned)
         oldest = next(idle, None)
         if oldest is None:
             return False

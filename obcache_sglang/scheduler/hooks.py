@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -21,18 +20,17 @@ from sglang.srt.runtime_context import get_parallel
 from obcache_sglang.compress.head_gains import head_gains
 from obcache_sglang.compress.head_profile import HeadProfile
 from obcache_sglang.compress.scores import accumulate_scores_in_slots
-from obcache_sglang.config import ServerSettings, server_secret
 from obcache_sglang.cpu.attention import CpuAttentionBackend
 from obcache_sglang.errors import HostError, RequestError
-from obcache_sglang.frontend.control import CONTROL_PREFIX
-from obcache_sglang.frontend.wish import PARAM
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
 from obcache_sglang.kv.cells import create_one_space
+from obcache_sglang.messages import KEY, control_call
 from obcache_sglang.scheduler.forward import ForwardPlan, score_after
 from obcache_sglang.scheduler.kv_events import VisibleEvents
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.requests import CompressionJob, client_view
+from obcache_sglang.settings import published_settings, server_secret
 
 if TYPE_CHECKING:
     from obcache_sglang.gpu.head_graphs import HeadGraphs
@@ -69,7 +67,7 @@ def _contained(what: str) -> Callable[[Hook], Hook]:
 def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Makes this process's manager. Raises HostError where the pool or the tree cannot hold compressed contexts."""
     global _manager
-    settings = ServerSettings.from_environment()
+    settings = published_settings()
     assert settings is not None, "scheduler hooks are registered only with settings"
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     if type(pool) is not MHATokenToKVPool or type(scheduler.tree_cache) is not UnifiedRadixCache:
@@ -84,12 +82,12 @@ def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any
             f"--obcache-budget={settings.compression.budget} cannot be served here: {refusal}; set --obcache-budget uniform."
         )
     if settings.head_profile is not None:
-        _plan.head_profile = HeadProfile.load(settings.head_profile)
-        _plan.head_profile.check_model(scheduler.model_config.hf_config)
+        _plan.compressor.head_profile = HeadProfile.load(settings.head_profile)
+        _plan.compressor.head_profile.check_model(scheduler.model_config.hf_config)
         num_heads = scheduler.model_config.get_total_num_kv_heads()
         # As SGLang divides them; where there are fewer heads than ranks, several ranks have the same one.
         first = get_parallel().attn_tp_rank * num_heads // get_parallel().attn_tp_size
-        _plan.lanes = (first, first + pool.head_num)
+        _plan.compressor.lanes = (first, first + pool.head_num)
     cpu_group, group_size = scheduler.attn_tp_cpu_group, scheduler.attn_tp_group.world_size
 
     def agree(verdict: bool) -> bool:
@@ -176,7 +174,7 @@ def _head_overlay(plan: ForwardPlan, model_runner: Any) -> HeadOverlay | None:
     from obcache_sglang.gpu.overlay import HeadOverlay
     from obcache_sglang.gpu.triton_heads import TritonHeads
 
-    settings = ServerSettings.from_environment()
+    settings = published_settings()
     table, space = model_runner.req_to_token_pool.req_to_token, plan.space
     num_heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
     if settings is not None and settings.head_attention == "flashinfer":
@@ -188,7 +186,7 @@ def _head_overlay(plan: ForwardPlan, model_runner: Any) -> HeadOverlay | None:
 def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs: Any) -> None:
     """Captures decode graphs for heads of different length where they are wanted and SGLang captured its own."""
     global _graphs
-    settings = ServerSettings.from_environment()
+    settings = published_settings()
     if settings is None or _plan is None or _overlay is None or model_runner.is_draft_worker:
         return
     if model_runner.decode_cuda_graph_runner is None and settings.decode_graphs != "on":
@@ -221,7 +219,7 @@ def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs
 
 def around_can_run_graph(can_run_graph: Any, runner: Any, forward_batch: Any) -> bool:
     """SGLang's graphs were captured without scoring, and with one length for all heads."""
-    if _plan is None or not (_plan.scores(forward_batch) or _plan.uneven_contexts(forward_batch)):
+    if _plan is None or not (_plan.is_scored(forward_batch) or _plan.uneven_contexts(forward_batch)):
         return bool(can_run_graph(runner, forward_batch))
     if _graphs is None or runner is not _graphs.beside or not can_run_graph(runner, forward_batch):
         return False
@@ -261,7 +259,7 @@ def around_create_generation_req(create: Any, scheduler: Any, recv_req: Any, *ar
     One that names its context by id gets the document or an error: its prompt is the question alone.
     """
     params = recv_req.sampling_params.custom_params
-    plan = params.get(PARAM) if isinstance(params, dict) else None
+    plan = params.get(KEY) if isinstance(params, dict) else None
     if _manager is None or not isinstance(plan, dict):
         return create(scheduler, recv_req, *args, **kwargs)
     try:
@@ -354,16 +352,15 @@ def after_unload_lora_adapter(result: Any, scheduler: Any, recv_req: Any) -> Any
 
 
 def around_get_internal_state(get_internal_state: Any, scheduler: Any, recv_req: Any) -> Any:
-    rid = recv_req.rid
-    if _manager is None or not isinstance(rid, str) or not rid.startswith(CONTROL_PREFIX):
-        return get_internal_state(scheduler, recv_req)
     try:
-        call = json.loads(rid[len(CONTROL_PREFIX) :])
+        call = control_call(recv_req.rid)
+        if _manager is None or call is None:
+            return get_internal_state(scheduler, recv_req)
         answer = _manager.answer(call)
         if call["op"] == "status":
             answer["hooks"] = hooks_in_place()
     except Exception as error:
-        logger.exception("obcache: control call %s", rid)
+        logger.exception("obcache: control call %s", recv_req.rid)
         answer = {"ok": False, "status_code": 500, "error": f"{type(error).__name__}: {error}"}
     answer["dp_rank"] = get_parallel().dp_rank or 0
     return GetInternalStateReqOutput(internal_state=answer)
@@ -386,7 +383,7 @@ def around_get_output_streamer_class(get_class: Any, scheduler: Any) -> type:
                 super().stream_output(shown, *args, **kwargs)
 
         def is_request_level_customized_info_key(self, key: str) -> bool:
-            return key == PARAM or super().is_request_level_customized_info_key(key)
+            return key == KEY or super().is_request_level_customized_info_key(key)
 
     return ObcacheOutputStreamer
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
-from obcache_sglang.scheduler.context_cache import FIRST_VIRTUAL_ID
+from obcache_sglang.kv.context import FIRST_VIRTUAL_ID
 
 
 class VisibleEvents:

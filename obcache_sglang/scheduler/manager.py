@@ -23,16 +23,17 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from obcache_sglang import __version__
 from obcache_sglang.compress.replay import ReplayPass, ReplayPrompts
-from obcache_sglang.config import ServerSettings
 from obcache_sglang.errors import ContextNotFound, RequestError
-from obcache_sglang.scheduler.context_cache import Context, ContextCache, ContextState, Namespace
+from obcache_sglang.kv.context import Context, ContextState, Namespace
+from obcache_sglang.messages import Plan
+from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.requests import (
     MAX_COMPRESSIONS_PER_REQUEST,
     CompressionJob,
     ContextReq,
-    Plan,
 )
+from obcache_sglang.settings import ServerSettings
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -268,10 +269,10 @@ class CompressionManager:
             return self._serve_resident(req, context), None
         req.use_real_ids()
         if self._may_defer(req):
-            if context.job is None:
+            if not context.is_queued:
                 self._defer(context, req)
             return self._serve_exact(req, "deferred"), None
-        if context.job is not None or self._must_wait(context):
+        if context.is_queued or self._must_wait(context):
             return Verdict.HOLD, None
         self._discard(context)  # what a job has left that failed to end
         return self._start_job(req, context)
@@ -506,7 +507,8 @@ class CompressionManager:
     ) -> CompressionJob:
         self._num_jobs += 1
         rid = hashlib.blake2b(str(self._num_jobs).encode(), digest_size=16, key=self._secret, person=b"job").hexdigest()
-        self._jobs[context.id] = context.job = job = CompressionJob(context, like, rid=rid, passes=passes)
+        self._jobs[context.id] = job = CompressionJob(context, like, rid=rid, passes=passes)
+        context.is_queued = True
         job.time_stats.set_wait_queue_entry_time()
         return job
 
@@ -529,7 +531,7 @@ class CompressionManager:
         for req in batch.reqs:
             if not isinstance(req, CompressionJob) or not req.is_final or req.extend_end != len(req.origin_input_ids):
                 continue
-            if req.context.job is not req:
+            if self._jobs.get(req.context.id) is not req:
                 req.error = "replaced"  # a second node of the same context would free the first one's slots
                 continue
             slots = None
@@ -555,7 +557,7 @@ class CompressionManager:
             if req.finished():
                 self.end_job(req, completed=checkpoint and not isinstance(req.finished_reason, FINISH_ABORT))
             else:
-                if req.context.job is req:
+                if self._jobs.get(req.context.id) is req:
                     self._discard(req.context)
                 req.reset()
         elif isinstance(req, ContextReq):
@@ -570,10 +572,10 @@ class CompressionManager:
         completed: its prefill ran to the end (else it was aborted: its questions may compress again).
         """
         context = job.context
-        if context.job is not job:
+        if self._jobs.get(context.id) is not job:
             return  # another one has taken its place
-        context.job = None
-        self._jobs.pop(context.id, None)
+        del self._jobs[context.id]
+        context.is_queued = False
         done = False
         try:
             done = completed and self._go_on_or_publish(job)
@@ -605,13 +607,13 @@ class CompressionManager:
                 return True
             job.error = job.error or "error"
         if job.slots is not None:
-            scored = job.error is None and job.kept is not None
+            scored = job.error is None and job.compression.kept is not None
             if not self.agree(scored):
                 job.error = job.error or ("error" if scored else "not_scored")
         if job.error is not None:
             return False
-        assert job.kept is not None
-        self.cache.publish(context, job.kept)
+        assert job.compression.kept is not None
+        self.cache.publish(context, job.compression.kept)
         return True
 
     def _count(self, job: CompressionJob, *, published: bool) -> None:
@@ -699,7 +701,7 @@ class CompressionManager:
     def forget_adapter(self, lora_id: str) -> None:
         """A LoRA adapter was unloaded: its contexts are deleted, since another one may be loaded under the same name."""
         for context in [each for each in self.cache if each.namespace.lora_id == lora_id]:
-            if context.job is None and context.state is not ContextState.DELETING:
+            if not context.is_queued and context.state is not ContextState.DELETING:
                 self.cache.delete(context)
         self.sweep()
 
@@ -745,7 +747,7 @@ class CompressionManager:
                 return {"ok": True, "next": min(due) if due else None}
             case "progress":
                 asked = [req for req in self._waiting() if isinstance(req, ContextReq) and req.rid.startswith(call["rid"])]
-                jobs = [req.context.job for req in asked if req.context is not None and req.context.job is not None]
+                jobs = [self._jobs[req.context.id] for req in asked if req.context is not None and req.context.id in self._jobs]
                 done, total = jobs[0].progress if jobs else (0, 0)
                 return {"ok": True, "tokens": done, "of": total}
             case "gone":
@@ -772,7 +774,7 @@ class CompressionManager:
                 packed = None if named.kept is None else named.kept.packed_layer(int(call["layer"]), self.num_kv_heads)
                 return {"ok": True, "positions": packed}
             case "delete":
-                if named.job is not None:
+                if named.is_queued:
                     return {"ok": False, "status_code": 409, "error": "the context is being compressed; delete it afterwards"}
                 if named.state is not ContextState.DELETING:
                     self.cache.delete(named)
@@ -789,7 +791,7 @@ class CompressionManager:
         return context if context is not None and self._is_visible(context, call) and self._is_held(context) else None
 
     def _is_held(self, context: Context) -> bool:
-        return self.cache.is_resident(context) or context.job is not None or context.state is not ContextState.ABSENT
+        return self.cache.is_resident(context) or context.is_queued or context.state is not ContextState.ABSENT
 
     @staticmethod
     def _is_visible(context: Context, call: dict[str, Any]) -> bool:

@@ -6,54 +6,24 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from obcache_sglang.compress.measured_errors import SampledQueries
+from obcache_sglang.compress.compression import Compression
 from obcache_sglang.compress.ranking import effective_window
 from obcache_sglang.compress.replay import ReplayPass
-from obcache_sglang.config import EVERY_QUERY, CompressionSettings
-from obcache_sglang.frontend.wish import PARAM
-from obcache_sglang.kv.cells import KeptTokens
-from obcache_sglang.scheduler.context_cache import Context, Namespace
+from obcache_sglang.kv.context import Context, Namespace
+from obcache_sglang.messages import KEY, Plan
+from obcache_sglang.settings import EVERY_QUERY
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 
 MAX_COMPRESSIONS_PER_REQUEST = 2
 """Compressions one request may start: beyond it, a pool that evicts a context before its first reader would loop."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the tokenizer process decided about one request (custom_params["obcache"]).
-
-    context_len: tokens of the prompt that are context, as the client bounded it; 0 with `context_id`, or for "find one".
-    action: "ask", or "compress": nothing is generated, only the context is made. exact: why it must be served exactly.
-    context_id: stands for the context, whose tokens the prompt does not hold; before: tokens that stand in front of it in the prompt
-    all the same (a chat template's), with which it must begin. judged_by_rest: whether the prompt's tokens behind the context score
-    it too (mode prompt). judges: those of a context that was named by its id.
-    """
-
-    context_len: int
-    settings: CompressionSettings
-    action: str = "ask"
-    pin: bool = False
-    ttl_seconds: float | None = None
-    context_id: str | None = None
-    before: Sequence[int] = ()
-    exact: str | None = None
-    judged_by_rest: bool = False
-    judges: array[int] = field(default_factory=lambda: array("q"))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Plan:
-        fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        return cls(**{**fields, "settings": CompressionSettings.from_dict(values["settings"])})
 
 
 class ContextReq(Req):
@@ -149,7 +119,7 @@ class ContextReq(Req):
         context = self.context
         settings = self.plan.settings if context is None else context.settings
         self.customized_info = {
-            PARAM: [
+            KEY: [
                 {
                     "status": status,
                     "reason": reason,
@@ -188,13 +158,6 @@ class JobId(str):
         return prefix == str(self)
 
 
-def joined(scores: torch.Tensor, earlier: torch.Tensor | None, reduce: str) -> torch.Tensor:
-    """A layer's scores from two sets of queries. reduce: sum | max, as in `accumulate_scores`."""
-    if earlier is None:
-        return scores
-    return torch.maximum(scores, earlier) if reduce == "max" else scores + earlier
-
-
 class CompressionJob(Req):
     """The internal prefill of one context, `[0, L)`, and of its judges behind it, whose attention calls score, select and copy.
 
@@ -204,13 +167,10 @@ class CompressionJob(Req):
     Method replay takes several such prefills in turn: the context alone, which is cached exactly, and each pass behind it. The
     last one selects and copies.
 
-    unattended: no request waits for it. replay: the pass behind the context, None for the context alone; passes: those still
-    to come. earlier: the scores of the passes before, by layer id; scores: of this prefill, for its chunks to come. earlier_samples,
-    samples: likewise the queries that errors are measured with. ranked: of layers scored to the end whose budget waits for the
-    other layers', in their order, errors: what was measured there; chosen: of layers whose tokens are chosen and copied,
-    (positions, offsets) as in KeptTokens. counts: what each head keeps, with budget profile. kept: all of it, once
-    the last layer is done. first_cached_tokens: of the first of several prefills, None in that one. earlier_tokens: that the
-    prefills before it read. pass_started_at: when this one was queued.
+    compression: what the forward does for it; carried on from pass to pass. unattended: no request waits for it. replay: the pass
+    after the context, None for the context alone; passes: those still to come. error: why nothing will be published. slots: [M]
+    int64, the context's, once they are reserved. first_cached_tokens: of the first of several prefills, None in that one.
+    earlier_tokens: that the prefills before it read. pass_started_at: when this one was queued.
     """
 
     scoring_seconds: float
@@ -228,18 +188,16 @@ class CompressionJob(Req):
         sampling_params.normalize(None)
         self.replay: ReplayPass | None = None
         self.passes = list(passes)
+        self.compression = Compression(context)
         self.unattended = False
-        self.earlier: dict[int, torch.Tensor] = {}
-        self.earlier_samples: dict[int, list[SampledQueries]] = {}
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_cached_tokens: int | None = None
         self.earlier_tokens = 0
         if isinstance(like, CompressionJob):
             self.replay, *self.passes = like.passes
-            reduce = context.settings.reduce
-            self.earlier = {layer: joined(scores, like.earlier.get(layer), reduce) for layer, scores in like.scores.items()}
-            self.earlier_samples = {layer: like.all_samples(layer) for layer in like.scores}
+            self.compression = like.compression
+            self.compression.next_pass(self.replay)
             self.unattended = like.unattended
             self.started_at, self.earlier_seconds = like.started_at, like.scoring_seconds
             self.first_cached_tokens = like.context_cached_tokens
@@ -270,19 +228,9 @@ class CompressionJob(Req):
         self.error: str | None = None
         self.slots: torch.Tensor | None = None
         self.pass_started_at = time.perf_counter()
-        self.scores: dict[int, torch.Tensor] = {}
-        self.samples: dict[int, list[SampledQueries]] = {}
-        self.errors: list[torch.Tensor] = []
-        self.ranked: list[torch.Tensor] = []
-        self.chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.counts: list[int] | None = None
-        self.kept: KeptTokens | None = None
+        self.compression.restart_pass()
         self.scoring_seconds = self.earlier_seconds
         self.window = effective_window(settings.window, self.context.num_slots, settings.shrinks_window)
-
-    def all_samples(self, layer_id: int) -> list[SampledQueries]:
-        """The queries of a layer that errors are measured with, those of the passes before first."""
-        return [*self.earlier_samples.get(layer_id, ()), *self.samples.get(layer_id, ())]
 
     @property
     def context_cached_tokens(self) -> int:
@@ -303,16 +251,11 @@ class CompressionJob(Req):
         return not self.passes
 
     @property
-    def scores_context(self) -> bool:
-        """Whether its queries score."""
-        return self.context.settings.own_queries_score or self.replay is not None
-
-    @property
     def first_scoring_position(self) -> int:
         """Queries from here on must be computed, not found in the cache: they score."""
         num_tokens = self.context.num_tokens
         settings = self.context.settings
-        if settings.method == "replay":
+        if settings.is_replay:
             return num_tokens
         if not settings.needs_queries:
             return num_tokens - 1

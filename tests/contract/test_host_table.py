@@ -76,7 +76,7 @@ assert hook_in_place(rows[0])
 _LAUNCHER = """
 import sys
 from obcache_sglang import host, plugin
-from obcache_sglang.config import settings_from_python
+from obcache_sglang.settings import publish, settings_from_python
 plugin.register()
 launcher = [t for t in host.host_table() if t.is_hook and t.process in ("launcher", "tokenizer", "all")]
 from obcache_sglang.frontend.hooks import GUARD_TOUCHES
@@ -92,7 +92,7 @@ assert all(len(HookRegistry._hooks[t.target]) == 1 for t in launcher), "a second
 
 _MISSING = """
 from obcache_sglang import host, plugin
-from obcache_sglang.config import settings_from_python
+from obcache_sglang.settings import publish, settings_from_python
 from obcache_sglang.errors import HostError
 import sglang.srt.managers.tokenizer_manager as module
 del module.TokenizerManager._wait_one_response
@@ -133,8 +133,8 @@ config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_s
 (folder / "config.json").write_text(json.dumps(config))
 from sglang.srt.server_args import ServerArgs
 from obcache_sglang import plugin
-from obcache_sglang.config import settings_from_python
-settings_from_python({"head_profile": "smollm2-135m"}).publish()
+from obcache_sglang.settings import publish, settings_from_python
+publish(settings_from_python({"head_profile": "smollm2-135m"}))
 try:
     plugin._check_before_launch(None, ServerArgs(model_path=str(folder)))
 except SystemExit as stop:

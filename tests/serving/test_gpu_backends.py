@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from obcache_sglang.config import CompressionSettings
 from obcache_sglang.local_server import Server, serve
+from obcache_sglang.settings import CompressionSettings
 from tests.serving.client import QUESTIONS, generate, generate_together, question, report
 from tests.serving.conftest import STRICT, checked
 from tests.serving.test_exactness import NUM_TOKENS, Positions, attending_to, model, read

@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from obcache_sglang.compress.measured_errors import divide_by_errors, kept_numbers, sampled_rows
 from obcache_sglang.compress.reference import attention, pruning_errors, score_tokens
-from obcache_sglang.config import CompressionSettings
 from obcache_sglang.local_server import Server
+from obcache_sglang.settings import CompressionSettings
 from tests.serving.client import ask_by_id, generate, report
 from tests.unit.test_kvpress import (
     CONTEXT_LEN,

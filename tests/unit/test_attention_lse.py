@@ -68,7 +68,7 @@ class Plan:
         self.row_lse: torch.Tensor | None = None
         self._scores = scores
 
-    def scores(self, forward_batch: object) -> bool:
+    def is_scored(self, forward_batch: object) -> bool:
         return self._scores
 
 

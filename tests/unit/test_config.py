@@ -5,17 +5,19 @@ import json
 
 import pytest
 
-from obcache_sglang import config
-from obcache_sglang.config import (
+from obcache_sglang import settings as config
+from obcache_sglang.errors import ConfigError, InvalidValue
+from obcache_sglang.settings import (
     EVERY_QUERY,
     SETTINGS_ENV,
     CompressionSettings,
     ServerSettings,
     add_cli_flags,
+    publish,
+    published_settings,
     settings_from_cli,
     settings_from_python,
 )
-from obcache_sglang.errors import ConfigError, InvalidValue
 
 
 def parse(*argv: str) -> ServerSettings | None:
@@ -67,7 +69,7 @@ def test_method_and_preset_decide_what_is_not_given(given, window, pooling, kern
         ({"budget": "pyramid"}, "choose uniform, adakv, global or profile"),
         ({"budget": "adakv", "heads": "shared"}, "set budget=uniform"),
         ({"adakv_safeguard": 1.5}, "1.5 is outside [0, 1]"),
-        ({"method": "replay", "window": 64}, "no effect with method replay"),
+        ({"method": "replay", "window": 64}, "cannot be used with method=replay"),
         ({"preset": "kvzip", "score": "obcache-v"}, "score=attention"),
         ({"preset": "kvzip", "method": "snapkv"}, "method=replay"),
         ({"normalization": "head"}, "choose layer or none"),
@@ -219,16 +221,16 @@ def test_engine_settings_are_checked_like_flags():
 
 def test_settings_travel_through_the_environment(monkeypatch):
     monkeypatch.delenv(SETTINGS_ENV, raising=False)
-    assert ServerSettings.from_environment() is None
+    assert published_settings() is None
     settings = settings_from_python({"method": "tova", "mode": "prompt", "max_pinned_slots": 100, "marker": "¶"})
     monkeypatch.setenv(SETTINGS_ENV, "")  # so that the variable set below is taken back
-    settings.publish()
-    received = ServerSettings.from_environment()
+    publish(settings)
+    received = published_settings()
     assert received == settings
     assert received.given == {"method": "tova"}
     monkeypatch.setenv(SETTINGS_ENV, '{"method": 3}')
     with pytest.raises(ConfigError, match="It is set by --obcache"):
-        ServerSettings.from_environment()
+        published_settings()
 
 
 def test_a_request_that_names_another_method_gets_that_methods_window():

@@ -16,11 +16,12 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
-from obcache_sglang.config import CompressionSettings
 from obcache_sglang.kv.cells import KeptTokens
+from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context, ContextState, Namespace
 from obcache_sglang.scheduler import context_cache as contexts
-from obcache_sglang.scheduler.context_cache import FIRST_VIRTUAL_ID, Context, ContextCache, ContextState, Namespace, context_id
+from obcache_sglang.scheduler.context_cache import ContextCache, context_id
 from obcache_sglang.scheduler.kv_events import VisibleEvents
+from obcache_sglang.settings import CompressionSettings
 
 POOL = 200
 HERE = Namespace(None, None, None)
@@ -330,7 +331,7 @@ def test_who_pins_most_makes_way_for_who_pins_less(cache: ContextCache) -> None:
 
 def test_no_record_can_be_had_where_all_are_pinned_or_being_made(cache: ContextCache) -> None:
     for start in (0, 100, 200):
-        cache.obtain(HERE, HALF, tokens(start)).job = object()
+        cache.obtain(HERE, HALF, tokens(start)).is_queued = True
     assert cache.obtain(HERE, HALF, tokens(300)) is None
     assert cache.obtain(HERE, HALF, tokens(100)) is not None
 

@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from launch import make_options, plot_results
-from obcache_sglang.config import OPTIONS
 from obcache_sglang.scheduler import metrics
+from obcache_sglang.settings import OPTIONS
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "obcache_sglang" / "docs"

@@ -13,11 +13,12 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
-from obcache_sglang.config import CompressionSettings
 from obcache_sglang.errors import HostError
-from obcache_sglang.scheduler.context_cache import Context, Namespace
+from obcache_sglang.kv.context import Context, Namespace
+from obcache_sglang.messages import Plan
 from obcache_sglang.scheduler.forward import ForwardPlan
-from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, JobId, Plan
+from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, JobId
+from obcache_sglang.settings import CompressionSettings
 
 HALF = CompressionSettings.resolve({"compression_ratio": 0.5, "budget": "uniform"})
 

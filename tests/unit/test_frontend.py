@@ -8,7 +8,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from obcache_sglang import lang
-from obcache_sglang.config import SETTINGS_ENV, settings_from_python
 from obcache_sglang.errors import ContextNotFound, HostError, RequestError
 from obcache_sglang.frontend import service
 from obcache_sglang.frontend.hooks import GUARD_TOUCHES
@@ -17,6 +16,7 @@ from obcache_sglang.frontend.openai_reports import with_report
 from obcache_sglang.frontend.wish import REQUEST_KEYS, make_plan, parse_wish, split_marker
 from obcache_sglang.plugin import CLI_TOUCHES, register
 from obcache_sglang.scheduler.metrics import Metrics
+from obcache_sglang.settings import SETTINGS_ENV, settings_from_python
 
 MARKER = "<|obcache|>"
 SOME_ID = "0123456789abcdef" * 2
@@ -24,7 +24,8 @@ SERVER = settings_from_python({"min_tokens": 4, "compression_ratio": 0.5})
 
 
 def plan_of(value=None, *, num_tokens=100, marker_position=None, server=SERVER, **more):
-    return make_plan(parse_wish(value), num_tokens=num_tokens, marker_position=marker_position, server=server, **more)
+    plan = make_plan(parse_wish(value), num_tokens=num_tokens, marker_position=marker_position, server=server, **more)
+    return None if plan is None else plan.to_dict()
 
 
 @pytest.fixture(scope="module")

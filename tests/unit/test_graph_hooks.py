@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from obcache_sglang.config import SETTINGS_ENV, settings_from_python
 from obcache_sglang.gpu import head_graphs
 from obcache_sglang.gpu.triton_heads import TritonHeads
 from obcache_sglang.scheduler import hooks
+from obcache_sglang.settings import SETTINGS_ENV, publish, settings_from_python
 
 BATCH = object()
 
@@ -35,7 +35,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets what this process has: a batch that is scored or has uneven contexts, and graphs or none."""
 
     def serve(*, scored: bool = False, uneven: bool = False, graphs: bool = False, prepared: bool | Exception = True) -> Any:
-        plan = SimpleNamespace(scores=lambda batch: scored, uneven_contexts=lambda batch: [(0, object())] if uneven else [])
+        plan = SimpleNamespace(is_scored=lambda batch: scored, uneven_contexts=lambda batch: [(0, object())] if uneven else [])
         ours = Graphs(plan, prepared) if graphs else None
         monkeypatch.setattr(hooks, "_plan", plan)
         monkeypatch.setattr(hooks, "_graphs", ours)
@@ -121,7 +121,7 @@ def test_graphs_are_captured_where_they_are_wanted_and_their_lack_is_announced(
     settings = settings_from_python(given)
     assert settings is not None
     monkeypatch.setenv(SETTINGS_ENV, "")  # to be taken back
-    settings.publish()
+    publish(settings)
     runner = SimpleNamespace(is_draft_worker=False, decode_cuda_graph_runner=object() if sglang_captured else None)
     hooks.after_init_cuda_graphs(None, runner)
     assert made == ([(hooks._plan, heads, runner)] if captured else [])

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from obcache_sglang.compress.ranking import keep_across_heads, keep_per_head, rank_positions
 from obcache_sglang.compress.scores import accumulate_scores
-from obcache_sglang.config import CompressionSettings
+from obcache_sglang.settings import CompressionSettings
 
 FIXTURE = json.loads((Path(__file__).parent.parent / "fixtures" / "kvpress.json").read_text(encoding="utf-8"))
 CONTEXT_LEN = len(FIXTURE["token_ids"])

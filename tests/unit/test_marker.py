@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from obcache_sglang.config import settings_from_python
 from obcache_sglang.errors import RequestError
 from obcache_sglang.frontend.hooks import Frontend
 from obcache_sglang.frontend.marker import Marker
+from obcache_sglang.settings import settings_from_python
 
 TEXT = "<|obcache|>"
 SOME_ID = "0123456789abcdef" * 2
@@ -86,10 +86,10 @@ def prepare(frontend: Frontend, prompt: str | list[int], context_id: str | None 
 @pytest.mark.parametrize("asked", QUESTIONS)
 def test_a_question_by_id_reads_as_the_rest_of_the_text_does_by_marker(frontend: Frontend, asked: str) -> None:
     by_marker = prepare(frontend, DOCUMENT + TEXT + asked)
-    boundary = by_marker.plan["context_len"]
+    boundary = by_marker.plan.context_len
     by_id = prepare(frontend, TEXT + asked, SOME_ID)
     assert list(by_id.sent_ids) == list(by_marker.sent_ids[boundary:])
-    assert by_id.plan["before"] == []
+    assert list(by_id.plan.before) == []
     assert frontend.marker_id not in by_id.sent_ids
 
 
@@ -99,8 +99,8 @@ def test_what_stands_before_the_marker_goes_along_to_be_compared_with_the_contex
     for words in ("System: be brief.\n", "[System] ", "System: be brief. User: "):
         by_marker = prepare(frontend, words + DOCUMENT + TEXT + " And then?")
         by_id = prepare(frontend, words + TEXT + " And then?", SOME_ID)
-        before = by_id.plan["before"]
-        assert list(by_id.sent_ids) == list(by_marker.sent_ids[by_marker.plan["context_len"] :])
+        before = list(by_id.plan.before)
+        assert list(by_id.sent_ids) == list(by_marker.sent_ids[by_marker.plan.context_len :])
         begins.append(bool(before) and list(by_marker.sent_ids[: len(before)]) == before)
     assert any(begins)  # where a tokenizer joins the words with the document, the request is refused
 
@@ -128,7 +128,7 @@ def test_the_marker_as_ordinary_tokens_is_found_or_refused(frontend: Frontend) -
             assert "ordinary tokens" in str(error)
             continue
         assert plan is not None, (left, right)
-        assert plan["context_len"] == len(ids)
+        assert plan.context_len == len(ids)
 
 
 def test_prose_about_the_marker_is_no_marker(frontend: Frontend) -> None:

@@ -20,9 +20,9 @@ from obcache_sglang.compress import reference
 from obcache_sglang.compress.head_profile import AUTO, PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.compress.ranking import keep_across_heads, rank_positions
 from obcache_sglang.compress.replay import ReplayPrompts
-from obcache_sglang.config import settings_from_python
 from obcache_sglang.errors import ConfigError, HostError
 from obcache_sglang.eval.prose import opticks
+from obcache_sglang.settings import settings_from_python
 
 PACKAGED_NAME = "smollm2-135m"
 RATIOS = [0.3, 0.5, 0.9]

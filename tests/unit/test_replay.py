@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from obcache_sglang.compress.replay import ReplayPass, ReplayPrompts
-from obcache_sglang.scheduler.context_cache import ContextState
+from obcache_sglang.kv.context import ContextState
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 
@@ -66,7 +66,7 @@ def test_passes_go_on_only_while_somebody_waits(awaited: str) -> None:
     job = CompressionJob.__new__(CompressionJob)
     job.context, job.error, job.pass_started_at, job.unattended = context, None, 0.0, awaited == "POST /obcache/compress"
     job.replay, job.passes = ReplayPass(array("q", [1]), 0, 1), [ReplayPass(array("q", [1]), 1, 2)]
-    context.job = job
+    context.is_queued = True
     question = ContextReq.__new__(ContextReq)
     question.context = context
     # A manager without an engine: what `end_job` reads.

@@ -29,11 +29,11 @@ else:
 
     from obcache_sglang.compress.reference import attention, pair_scores
     from obcache_sglang.compress.scores import accumulate_scores
-    from obcache_sglang.config import SCORES
     from obcache_sglang.gpu import score_kernel, score_lse
     from obcache_sglang.gpu.paged_contexts import PagedCache, PagedContexts
     from obcache_sglang.gpu.score_kernel import accumulate_scores_paged, needs_outputs, score_tokens_paged
     from obcache_sglang.gpu.score_lse import SPLIT_TOKENS, row_lse
+    from obcache_sglang.settings import SCORES
 
     NUM_KV_HEADS = 2
     NAN = float("nan")

@@ -8,7 +8,7 @@ import torch
 from obcache_sglang.compress import scores as ops
 from obcache_sglang.compress.reference import attention, score_tokens
 from obcache_sglang.compress.scores import accumulate_scores, relative_error_weights
-from obcache_sglang.config import SCORES
+from obcache_sglang.settings import SCORES
 
 HEAD_DIM = 16
 SCALE = HEAD_DIM**-0.5

@@ -6,6 +6,7 @@ Without a GPU the kernel runs in Triton's interpreter, in a process of its own: 
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -22,17 +23,31 @@ else:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 
+    from obcache_sglang.compress.compression import Compression, ScoringRows
     from obcache_sglang.compress.replay import ReplayPass
     from obcache_sglang.compress.scores import accumulate_scores_in_slots
-    from obcache_sglang.config import CompressionSettings
     from obcache_sglang.gpu.score_kernel import accumulate_scores_paged
-    from obcache_sglang.kv.cells import create_one_space
-    from obcache_sglang.scheduler.forward import ForwardPlan, ScoringRows
-    from obcache_sglang.scheduler.requests import CompressionJob
+    from obcache_sglang.kv.cells import KeptTokens, create_one_space
+    from obcache_sglang.scheduler.forward import ForwardPlan
+    from obcache_sglang.settings import CompressionSettings
 
     LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 2, 3, 64
     CONTEXT, PASS, ROWS = 150, 40, 20
     NUM_SLOTS = 50
+
+    @dataclass
+    class Job:
+        """What the forward reads and writes of a CompressionJob."""
+
+        context: SimpleNamespace
+        compression: Compression
+        slots: torch.Tensor
+        error: str | None = None
+        scoring_seconds: float = 0.0
+
+        @property
+        def kept(self) -> KeptTokens | None:
+            return self.compression.kept
 
     class Pool(MHATokenToKVPool):
         def _create_buffers_normal(self) -> None:
@@ -40,7 +55,7 @@ else:
 
     def compress(
         accumulate: object, wish: dict[str, object], judges: int, *, value: float | None = None
-    ) -> tuple[CompressionJob, MHATokenToKVPool]:
+    ) -> tuple[Job, MHATokenToKVPool]:
         """A context of CONTEXT tokens whose last chunk, of ROWS tokens or of a replay's pass, is computed in one forward.
 
         judges: the last tokens of that chunk, which stand behind the context. value: of one V of the context, in the last layer.
@@ -65,17 +80,14 @@ else:
             tokens=array("q", range(CONTEXT)),
             judges=array("q", range(judges)),
         )
-        # A job without SGLang's Req: its fields that the hook reads.
-        job = CompressionJob.__new__(CompressionJob)
-        job.context, job.passes, job.earlier, job.earlier_samples, job.earlier_seconds = context, [], {}, {}, 0.0
-        job.replay = ReplayPass(array("q", range(PASS)), 30, 60) if replayed else None
-        job.reset()
-        job.slots = taken[num_tokens : num_tokens + NUM_SLOTS]
+        job = Job(context, Compression(context), taken[num_tokens : num_tokens + NUM_SLOTS])
+        if replayed:
+            job.compression.next_pass(ReplayPass(array("q", range(PASS)), 30, 60))
         first = CONTEXT if replayed else num_tokens - ROWS
         gains = torch.linspace(0.1, 3, KV_HEADS * GROUP, device=DEVICE)
         plan = ForwardPlan(pool, req_to_token, accumulate, {0: gains, 1: gains.flip(0)})
-        plan._rows = [ScoringRows(job, 5, num_tokens - first, first, taken[:num_tokens], last=True)]
-        plan._rids = ["job"]
+        plan._rows = [(job, ScoringRows(5, num_tokens - first, first, taken[:num_tokens], last=True))]
+        plan._rids, plan._has_scored_rows = ["job"], True
         for layer_id in range(LAYERS):
             layer = RadixAttention(KV_HEADS * GROUP, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, layer_id=layer_id)
             shape = (5 + num_tokens - first, KV_HEADS * GROUP * HEAD_DIM)

@@ -14,8 +14,8 @@ from obcache_sglang.compress.ranking import (
     keep_across_heads,
     keep_counts,
     keep_per_head,
+    position_scores,
     rank_positions,
-    static_scores,
 )
 
 PLAIN: dict[str, Any] = {
@@ -343,19 +343,19 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def test_streaming_keeps_sinks_and_the_latest() -> None:
-    scores = static_scores("streaming", 2, 10, seed=0, device="cpu")
+    scores = position_scores("streaming", 2, 10, seed=0, device="cpu")
     assert select(scores.tolist(), 5, sink_tokens=2) == [[0, 1, 7, 8, 9]] * 2
 
 
 def test_random_is_seeded_and_per_head() -> None:
-    scores = static_scores("random", 3, 1000, seed=7, device="cpu")
+    scores = position_scores("random", 3, 1000, seed=7, device="cpu")
     assert scores.shape == (3, 1000) and scores.dtype == torch.float32
-    assert torch.equal(scores, static_scores("random", 3, 1000, seed=7, device="cpu"))
-    assert not torch.equal(scores, static_scores("random", 3, 1000, seed=8, device="cpu"))
+    assert torch.equal(scores, position_scores("random", 3, 1000, seed=7, device="cpu"))
+    assert not torch.equal(scores, position_scores("random", 3, 1000, seed=8, device="cpu"))
     assert not torch.equal(scores[0], scores[1])
     assert 0.4 < scores.mean() < 0.6
 
 
-def test_static_scores_refuse_methods_with_queries() -> None:
-    with pytest.raises(ValueError, match="'snapkv' needs queries; static scores exist for streaming, random"):
-        static_scores("snapkv", 2, 10, seed=0, device="cpu")
+def test_position_scores_refuse_methods_with_queries() -> None:
+    with pytest.raises(ValueError, match="'snapkv' needs queries"):
+        position_scores("snapkv", 2, 10, seed=0, device="cpu")

@@ -11,8 +11,8 @@ import pytest
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.server_args import ServerArgs
 
-from obcache_sglang.config import ServerSettings
 from obcache_sglang.errors import HostError
+from obcache_sglang.settings import ServerSettings
 from obcache_sglang.support import _REQUIRED_OPTIONS, check_supported, unsupported_features
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}

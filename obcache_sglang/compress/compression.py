@@ -1,0 +1,314 @@
+"""The compression of one context, layer by layer: score, rank, divide, copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from obcache_sglang.compress.budgets import AdaKV, Budget, Division, Global, MeasuredGlobal, Profile, Uniform
+from obcache_sglang.compress.measured_errors import SampledQueries, kept_numbers, pruning_errors, sampled_rows
+from obcache_sglang.compress.ranking import comparable, effective_window, position_scores, rank_positions
+from obcache_sglang.compress.scores import accumulate_scores_in_slots, relative_error_weights
+from obcache_sglang.kv.cells import KeptTokens, KVSpace
+from obcache_sglang.kv.copy import copy_cells, copy_tokens
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    from obcache_sglang.compress.head_profile import HeadProfile
+    from obcache_sglang.compress.replay import ReplayPass
+    from obcache_sglang.kv.context import Context
+
+
+class UnsupportedAttention(Exception):
+    """A layer's attention is not what scores are defined for: capped logits, or cross attention."""
+
+
+@dataclass
+class Compressor:
+    """What all compressions of a process share.
+
+    kv_pool: the model's. space: where cells lie; None where the pool cannot hold contexts with per-head budgets.
+    accumulate: scores the tokens in slots of the pool; as `scores.accumulate_scores_in_slots`.
+    head_gains: of `head_gains.head_gains`, by layer id. head_profile: for budget profile.
+    lanes: (first, last + 1) of a layer's KV heads that this rank has.
+    """
+
+    kv_pool: MHATokenToKVPool
+    space: KVSpace | None
+    accumulate: Callable[..., None] = accumulate_scores_in_slots
+    head_gains: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    head_profile: HeadProfile | None = None
+    lanes: tuple[int, int] = (0, 0)
+
+    def budget(self, context: Context) -> Budget:
+        """What divides the kept tokens of a context."""
+        settings, num_slots, num_layers = context.settings, context.num_slots, self.kv_pool.layer_num
+        if not context.is_uneven:
+            return Uniform(num_slots)
+        if settings.budget == "adakv":
+            return AdaKV(num_slots, settings.safeguarded_tokens(num_slots))
+        if settings.budget == "profile":
+            assert self.head_profile is not None
+            return Profile(self.head_profile.counts(context.num_tokens, num_slots, fewest_kept(context), self.lanes))
+        if settings.measures_errors:
+            return MeasuredGlobal(num_slots, num_layers, kept_numbers(fewest_kept(context), context.num_tokens))
+        return Global(num_slots, num_layers)
+
+
+@dataclass(frozen=True)
+class ScoringRows:
+    """The rows of one forward that belong to one compression.
+
+    first_row: row of the query at position `first_position` in the forward's q. num_rows: 0 for methods without queries.
+    slots: [tokens] int64, the rows in the KV pool of all tokens whose K and V are there after this forward's attention.
+    last: whether the context is scored to the end, so that tokens are chosen and copied.
+    """
+
+    first_row: int
+    num_rows: int
+    first_position: int
+    slots: torch.Tensor
+    last: bool
+
+
+@dataclass(frozen=True)
+class ScoringQueries:
+    """The queries of one layer that score a context.
+
+    q: [rows, num_q_heads, head_dim], any float dtype, after RoPE. start: position of the first among the tokens they see.
+    scale: factor of the logits. o: like q, the attention outputs. lse: [rows, num_q_heads] float32, natural log-sum-exps, if known.
+    weights: [rows, num_q_heads] float32, what a query's squared errors count (`scores.relative_error_weights`); None where no
+    errors are compared.
+    """
+
+    q: torch.Tensor
+    start: int
+    scale: float
+    o: torch.Tensor
+    lse: torch.Tensor | None
+    weights: torch.Tensor | None
+
+
+class Compression:
+    """One context's. It lives over the chunks of its prefill, and over all passes of a replay.
+
+    kept: what every head keeps, and where; None until the last layer is done.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.replay: ReplayPass | None = None
+        # By layer id: of the passes before this one, and of this one, for its chunks to come.
+        self._earlier: dict[int, torch.Tensor] = {}
+        self._scores: dict[int, torch.Tensor] = {}
+        self._earlier_samples: dict[int, list[SampledQueries]] = {}
+        self._samples: dict[int, list[SampledQueries]] = {}
+        self.restart_pass()
+
+    def next_pass(self, replay: ReplayPass) -> None:
+        """What was scored so far stays; `replay` is read now, after the context."""
+        self._earlier = {layer: self._joined(layer, scores) for layer, scores in self._scores.items()}
+        for layer, samples in self._samples.items():
+            self._earlier_samples.setdefault(layer, []).extend(samples)
+        self.replay = replay
+        self.restart_pass()
+
+    def restart_pass(self) -> None:
+        """Forgets what this pass scored: it was retracted, and is read again."""
+        self._scores, self._samples = {}, {}
+        self._budget: Budget | None = None
+        self._divisions: list[Division] = []
+        self.kept: KeptTokens | None = None
+
+    @property
+    def reads_queries(self) -> bool:
+        """Whether the queries of this pass score."""
+        return self.context.settings.own_queries_score or self.replay is not None
+
+    def score(
+        self,
+        compressor: Compressor,
+        rows: ScoringRows,
+        q: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        layer: RadixAttention,
+    ) -> torch.Tensor | None:
+        """The scores of this layer's tokens, [num_kv_heads, L] float32, or [1, L] for heads that keep the same ones.
+
+        None before the last chunk: they are kept here. q, output: [forward's rows, num_q_heads * head_dim] and lse:
+        [forward's rows, num_q_heads] float32, of the attention call. Raises UnsupportedAttention.
+        """
+        if layer.logit_cap > 0 or layer.is_cross_attention:
+            raise UnsupportedAttention
+        if self.reads_queries:
+            scores = self._add(compressor, rows, self._queries(compressor, rows, q, output, lse, layer), layer)
+        else:
+            seed = int(self.context.id[:8], 16) + layer.layer_id
+            method, num_tokens = self.context.settings.method, self.context.num_tokens
+            scores = position_scores(method, layer.tp_k_head_num, num_tokens, seed, q.device)
+        if not rows.last:
+            self._scores[layer.layer_id] = scores
+            return None
+        scores = self._joined(layer.layer_id, scores)
+        return scores.mean(0, keepdim=True) if self.context.settings.heads == "shared" else scores
+
+    def keep(
+        self, compressor: Compressor, rows: ScoringRows, scores: torch.Tensor, layer: RadixAttention, slots: torch.Tensor
+    ) -> None:
+        """Chooses the tokens that this layer's heads keep, and copies their K and V; some budgets choose with the last layer.
+
+        scores: as `score` gives them. slots: [M] int64, the context's.
+        """
+        context, settings = self.context, self.context.settings
+        ranked = rank_positions(
+            scores.expand(layer.tp_k_head_num, -1),
+            context.num_slots,
+            window=settings.kept_window,
+            sink_tokens=settings.sink_tokens,
+            pooling=settings.pooling,
+            kernel_size=settings.kernel_size,
+            shrink_window=settings.shrinks_window,
+        )
+
+        def measure(ranked: torch.Tensor) -> torch.Tensor:
+            return self._measured_errors(compressor, rows, ranked, layer)
+
+        if self._budget is None:
+            self._budget = compressor.budget(context)
+        division = self._budget.divide(ranked, measure)
+        if division is None:
+            return
+        self._copy(compressor, rows, division, layer, slots)
+        self._divisions.append(division)
+        if sum(len(each.offsets) - 1 for each in self._divisions) == layer.tp_k_head_num * compressor.kv_pool.layer_num:
+            self.kept = self._kept(compressor, slots)
+
+    def _queries(
+        self,
+        compressor: Compressor,
+        rows: ScoringRows,
+        q: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        layer: RadixAttention,
+    ) -> ScoringQueries:
+        """Those of this compression, out of a forward's. Arguments as in `score`."""
+        settings = self.context.settings
+        mine = slice(rows.first_row, rows.first_row + rows.num_rows)
+        outputs = output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[mine]
+        weights = None
+        if settings.weighs_queries or settings.measures_errors:
+            weights = relative_error_weights(outputs, compressor.head_gains.get(layer.layer_id))
+        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[mine]
+        return ScoringQueries(queries, rows.first_position, layer.scaling, outputs, None if lse is None else lse[mine], weights)
+
+    def _add(self, compressor: Compressor, rows: ScoringRows, queries: ScoringQueries, layer: RadixAttention) -> torch.Tensor:
+        """The scores [num_kv_heads, L] float32 of this layer from all queries of this pass so far, these included."""
+        context, settings, pool = self.context, self.context.settings, compressor.kv_pool
+        scores = self._scores.pop(layer.layer_id, None)
+        if scores is None:
+            scores = torch.zeros(layer.tp_k_head_num, context.num_tokens, dtype=torch.float32, device=queries.q.device)
+        if settings.measures_errors:
+            self._sample(compressor, rows, queries, layer)
+        visible, scored = rows.slots, scores
+        if settings.replay_sees_chunk_only and self.replay is not None:
+            # Its queries see the sinks, the chunk they repeat and each other, and score the chunk.
+            chunk, num_sinks = slice(self.replay.first, self.replay.last), min(settings.sink_tokens, self.replay.first)
+            visible = torch.cat([visible[:num_sinks], visible[chunk], visible[context.num_tokens :]])
+            queries = replace(queries, start=len(visible) - rows.num_rows, lse=None)
+            scored = torch.nn.functional.pad(scored[:, chunk], (num_sinks, 0))
+        compressor.accumulate(
+            scored,
+            queries.q,
+            pool.get_key_buffer(layer.layer_id),
+            pool.get_value_buffer(layer.layer_id),
+            visible,
+            start=queries.start,
+            scale=queries.scale,
+            score=settings.score,
+            o=queries.o,
+            lse=queries.lse,
+            query_weights=queries.weights if settings.weighs_queries else None,
+            reduce=settings.reduce,
+        )
+        if scored is not scores:
+            scores[:, chunk] = scored[:, num_sinks:]
+        return scores
+
+    def _sample(self, compressor: Compressor, rows: ScoringRows, queries: ScoringQueries, layer: RadixAttention) -> None:
+        """Takes some of a replay's queries, for `_measured_errors`."""
+        assert self.replay is not None and queries.weights is not None
+        num_tokens, device = self.context.num_tokens, queries.q.device
+        first = rows.first_position - num_tokens
+        chosen = sampled_rows(self.replay.first + first, rows.num_rows, num_tokens)
+        if chosen.start == chosen.stop:
+            return
+        seen = torch.arange(first + 1, first + rows.num_rows + 1, device=device)[chosen]
+        after = rows.slots[num_tokens:]
+        pool = compressor.kv_pool
+        keys, values = (get(layer.layer_id)[after] for get in (pool.get_key_buffer, pool.get_value_buffer))
+        sample = SampledQueries.take(queries.q[chosen], queries.weights[chosen], keys, values, seen, queries.scale)
+        self._samples.setdefault(layer.layer_id, []).append(sample)
+
+    def _measured_errors(
+        self, compressor: Compressor, rows: ScoringRows, ranked: torch.Tensor, layer: RadixAttention
+    ) -> torch.Tensor:
+        """What this layer's heads lose for each number of kept tokens, as `pruning_errors`. ranked: [num_kv_heads, L] float32."""
+        samples = [*self._earlier_samples.get(layer.layer_id, ()), *self._samples.get(layer.layer_id, ())]
+        return pruning_errors(
+            SampledQueries.joined(samples),
+            comparable(ranked).argsort(dim=-1, descending=True, stable=True),
+            kept_numbers(fewest_kept(self.context), self.context.num_tokens),
+            compressor.kv_pool.get_key_buffer(layer.layer_id),
+            compressor.kv_pool.get_value_buffer(layer.layer_id),
+            rows.slots[: self.context.num_tokens],
+        )
+
+    def _copy(
+        self, compressor: Compressor, rows: ScoringRows, division: Division, layer: RadixAttention, slots: torch.Tensor
+    ) -> None:
+        """Copies what some heads keep to the context's slots."""
+        if self.context.is_uneven:
+            assert compressor.space is not None
+            copy_cells(
+                compressor.space,
+                rows.slots,
+                division.positions,
+                division.offsets,
+                slots,
+                first_head=division.first_head,
+                first_cell=division.first_cell,
+            )
+            return
+        # Each goes to a slot's own layer and lane, where any attention backend finds it.
+        pool, positions = compressor.kv_pool, division.positions.view(layer.tp_k_head_num, -1).to(torch.int64)
+        for buffer in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)):
+            copy_tokens(buffer, rows.slots, positions, slots)
+
+    def _kept(self, compressor: Compressor, slots: torch.Tensor) -> KeptTokens:
+        kept = KeptTokens.of_layers([(each.positions, each.offsets) for each in self._divisions])
+        space = compressor.space
+        # GPU kernels find the rows by themselves.
+        if self.context.is_uneven and space is not None and space.k.device.type == "cpu":
+            kept = replace(kept, rows=space.cell_rows(slots).to(torch.int32))
+        return kept
+
+    def _joined(self, layer_id: int, scores: torch.Tensor) -> torch.Tensor:
+        """A layer's scores of this pass with those of the passes before, [num_kv_heads, L] float32."""
+        earlier = self._earlier.get(layer_id)
+        if earlier is None:
+            return scores
+        return torch.maximum(scores, earlier) if self.context.settings.reduce == "max" else scores + earlier
+
+
+def fewest_kept(context: Context) -> int:
+    """Tokens that each head keeps at least, where heads keep different numbers: what is always kept, and one."""
+    settings = context.settings
+    window = effective_window(settings.kept_window, context.num_slots, settings.shrinks_window)
+    return min(context.num_slots, max(1, settings.sink_tokens + window))

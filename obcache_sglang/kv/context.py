@@ -1,0 +1,123 @@
+"""A compressed context: what it is, what it holds, who may use it.
+
+During a compression of L tokens to M slots, slots have these owners; nothing is held twice, and nothing by us alone:
+
+    step                                   the exact KV, L slots         the compressed KV, M slots
+    a job is prefilled                     the job (SGLang's Req)        -
+    its last chunk is made into a batch    the job                       the tree's node, locked by us  (`ContextCache.reserve`)
+    the forward scores and copies          read                          written
+    the job ends: published                freed by SGLang, or cached    the node, evictable; locked on while pinned
+    the job ends: failed or aborted        freed by SGLang, or cached    freed with the node  (`ContextCache.withdraw`)
+    a question reads it                    -                             the node, locked by the question (SGLang)
+    evicted, flushed                       -                             freed by SGLang; we look before each use
+    deleted                                -                             freed once no reader is left  (`ContextCache.sweep`)
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from obcache_sglang.kv.cells import KeptTokens
+from obcache_sglang.settings import CompressionSettings
+
+FIRST_VIRTUAL_ID = 1 << 61
+"""Virtual ids are drawn from [2**61, 2**62 + 2**61): far above any vocabulary, and room for a long run below 2**63."""
+
+
+class ContextState(Enum):
+    ABSENT = "absent"
+    """Known (its tokens can be compressed again), but holding no slots."""
+    COMPRESSING = "compressing"
+    RESIDENT = "resident"
+    DELETING = "deleting"
+    """Deleted by a client; its slots go when its readers have ended."""
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """Who may share a context: requests that agree in all of these. lora_id is already part of extra_key (as in SGLang)."""
+
+    extra_key: str | None
+    cache_salt: str | None
+    lora_id: str | None
+
+    @classmethod
+    def of(cls, *, extra_key: str | None, cache_salt: str | None, lora_id: str | None) -> Namespace:
+        """From what a request says: as SGLang's Req joins the LoRA adapter to the extra key."""
+        return cls((extra_key or "") + lora_id if lora_id else extra_key, cache_salt or None, lora_id)
+
+
+@dataclass(eq=False)
+class Context:
+    """One compressed context.
+
+    id: 32 hexadecimal digits, see `scheduler.context_cache.context_id`. tokens: its L real token ids, whole pages. judges: the tokens behind it
+    that score it as its own last ones do, and are no part of it. num_slots: M. virtual_ids: [M], empty until slots are reserved.
+    is_queued: whether a job of the scheduler's is to compress it, or does.
+    kept: which tokens this rank's heads keep, and where; None unless resident. seconds: wall time of its compression; scoring_seconds:
+    the part spent on scoring, selecting and copying, as the host saw it; job_cached_tokens: its tokens found in the exact cache.
+    node: its node in the radix tree, None where it has none. tree_lock: held while it is compressed or pinned. ttl_seconds, expires_at
+    (seconds since the epoch): None for as long as the tree holds it. tails: by context id, the tokens between the last whole page and
+    the end that a client gave it. suffixes: what requests left in the tree behind it, as token ids; suffixes_complete: whether that
+    is all of it.
+    """
+
+    id: str
+    namespace: Namespace
+    settings: CompressionSettings
+    tokens: array[int]
+    num_slots: int
+    virtual_ids: array[int] = field(default_factory=lambda: array("q"))
+    judges: array[int] = field(default_factory=lambda: array("q"))
+    state: ContextState = ContextState.ABSENT
+    is_queued: bool = False
+    node: int | None = None
+    tree_lock: Any = None
+    pinned: bool = False
+    ttl_seconds: float | None = None
+    expires_at: float | None = None
+    kept: KeptTokens | None = None
+    created_at: float = field(default_factory=time.time)
+    seconds: float | None = None
+    scoring_seconds: float | None = None
+    job_cached_tokens: int = 0
+    reuses: int = 0
+    tails: OrderedDict[str, array[int]] = field(default_factory=OrderedDict)
+    suffixes: dict[bytes, None] = field(default_factory=dict)
+    suffixes_complete: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def position_offset(self) -> int:
+        """What must be added to the engine's positions behind the context: L - M."""
+        return len(self.tokens) - self.num_slots
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether its heads may keep different numbers of tokens, so that only attention that knows of it can read them."""
+        return self.settings.budget != "uniform" and self.num_slots < len(self.tokens)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-safe facts for the control endpoints."""
+        return {
+            "name": self.id,
+            "state": self.state.value,
+            "context_tokens": self.num_tokens,
+            "kept_tokens": self.num_slots,
+            "slots": self.num_slots if self.state in (ContextState.RESIDENT, ContextState.DELETING) else 0,
+            "settings": self.settings.to_dict(),
+            "pinned": self.pinned,
+            "ttl_seconds": self.ttl_seconds,
+            "reuses": self.reuses,
+            "seconds": self.seconds,
+            "scoring_seconds": self.scoring_seconds,
+            "age_seconds": time.time() - self.created_at,
+        }

@@ -1,0 +1,81 @@
+"""All that crosses from the tokenizer process to the schedulers, and the one key under which it does.
+
+- A request's `Plan`, in `custom_params[KEY]`, where the client's wish was; its report comes back in `meta_info[KEY]`.
+- Control calls (list, delete, status ...), in the `rid` of SGLang's GetInternalStateReq.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from obcache_sglang.settings.values import CompressionSettings
+
+KEY = "obcache"
+"""Ours in `custom_params` and `meta_info`."""
+
+Action = Literal["ask", "compress"]
+
+_CONTROL_PREFIX = "obcache:"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the tokenizer process decided about one request.
+
+    context_len: the client's boundary, in tokens of the marker-free prompt; 0: find a resident context, by `context_id` or by the
+        tokens that the prompt starts with.
+    settings: what decides which tokens are kept.
+    action: "ask", or "compress": nothing is generated, only the context is made (`POST /obcache/compress`; prompt = context).
+    pin: hold the context's slots.
+    ttl_seconds: forget the context after this long; None for as long as there is room.
+    context_id: stands for the context, whose tokens the prompt does not hold.
+    before: tokens that stand in front of that context in the prompt all the same (a chat template's), with which it must begin.
+    judged_by_rest: whether the prompt's tokens after the context score it too (mode prompt).
+    exact: why the request is served exactly, where that is known already.
+    now: seconds since the epoch: one clock for all ranks, which have to agree on what has expired.
+    judges: those of a context that was named by its id; set by the scheduler, never sent.
+    """
+
+    context_len: int
+    settings: CompressionSettings
+    action: Action = "ask"
+    pin: bool = False
+    ttl_seconds: float | None = None
+    context_id: str | None = None
+    before: Sequence[int] = ()
+    judged_by_rest: bool = False
+    exact: str | None = None
+    now: float = field(default_factory=time.time)
+    judges: array[int] = field(default_factory=lambda: array("q"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, as `custom_params` carries it."""
+        values = {**vars(self), "before": list(self.before), "settings": asdict(self.settings)}
+        del values["judges"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict`. Raises TypeError or InvalidValue for anything else."""
+        return cls(**{**values, "settings": CompressionSettings.from_dict(values["settings"])})
+
+
+def control_rid(call: Mapping[str, Any]) -> str:
+    """The `rid` that carries a control call.
+
+    call: {"op": ...}, JSON-safe, as `scheduler.control_calls` answers it. A stamp of the time is added: one clock for all ranks.
+    """
+    return _CONTROL_PREFIX + json.dumps({**call, "now": time.time()})
+
+
+def control_call(rid: Any) -> dict[str, Any] | None:
+    """The control call that a `rid` carries; None for SGLang's own. Raises ValueError for one that cannot be read."""
+    if not isinstance(rid, str) or not rid.startswith(_CONTROL_PREFIX):
+        return None
+    call: dict[str, Any] = json.loads(rid[len(_CONTROL_PREFIX) :])
+    return call

@@ -1,0 +1,50 @@
+"""Settings: `values` (what they are), `methods` (what each method decides), `options` (flags, checks, help), `sources`."""
+
+from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, PRESETS, SCORES
+from obcache_sglang.settings.options import (
+    BOUNDS,
+    COMPRESSION_OPTIONS,
+    MODES,
+    OPTIONS,
+    POOLINGS,
+    SERVER_OPTIONS,
+    Option,
+    check_number,
+    check_whole_number,
+)
+from obcache_sglang.settings.sources import (
+    SETTINGS_ENV,
+    add_cli_flags,
+    publish,
+    published_settings,
+    server_secret,
+    settings_from_cli,
+    settings_from_python,
+)
+from obcache_sglang.settings.values import CompressionSettings, ServerSettings
+
+__all__ = [
+    "BOUNDS",
+    "BUDGETS",
+    "COMPRESSION_OPTIONS",
+    "EVERY_QUERY",
+    "METHODS",
+    "MODES",
+    "OPTIONS",
+    "POOLINGS",
+    "PRESETS",
+    "SCORES",
+    "SERVER_OPTIONS",
+    "SETTINGS_ENV",
+    "CompressionSettings",
+    "Option",
+    "ServerSettings",
+    "add_cli_flags",
+    "check_number",
+    "check_whole_number",
+    "publish",
+    "published_settings",
+    "server_secret",
+    "settings_from_cli",
+    "settings_from_python",
+]

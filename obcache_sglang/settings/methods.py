@@ -1,0 +1,150 @@
+"""The tables of methods and presets: what each decides where a setting is not given. Everything else asks these rows.
+
+A new method is one row of `METHODS`, and one function where no query of the context scores for it (`compress.ranking`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
+BUDGETS = ("uniform", "adakv", "global", "profile")
+
+EVERY_QUERY = 0
+"""`CompressionSettings.window` of a method that scores with every query: of the context (h2o, written "all"), or of the replay."""
+
+KERNEL_SIZE = 5
+"""Neighbouring positions that pooling smooths over unless told."""
+
+REPLAY_RECENT_TOKENS = 8
+"""What follows a context stands next to its last tokens, and the queries of a replay do not. Heads to which a global budget gives
+little would lose them: with these, the KL divergence at 0.9 is a fifth lower (launch/results/quality.md)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    scored_by: whose queries score a context's tokens: its own last ones, those of a replay after it, or nobody's.
+    summary: for the help of `--obcache-method`.
+    decides: settings that it sets unless they are given.
+    with_budget: of these, such as depend on the budget, by its name.
+    window: the only window that goes with it; None for any. window_reason: what else a user is told, and should do.
+    takes_every_query: whether window may be "all".
+    position_scores: where nobody's queries score, the function that does by position, as "module:name"; see
+        `compress.ranking.position_scores`.
+    """
+
+    scored_by: Literal["window", "replay", "nobody"]
+    summary: str
+    decides: Mapping[str, Any] = field(default_factory=dict)
+    with_budget: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    window: int | None = None
+    window_reason: str = ""
+    takes_every_query: bool = False
+    position_scores: str | None = None
+
+
+METHODS: dict[str, Method] = {
+    "snapkv": Method(
+        "window",
+        "its last ones, scores smoothed over neighbours",
+        {"score": "obcache-k", "pooling": "average", "kernel_size": KERNEL_SIZE},
+    ),
+    "h2o": Method("window", "its last ones or all", {"score": "obcache-k"}, takes_every_query=True),
+    "tova": Method(
+        "window",
+        "its last one, one choice for all heads",
+        {"window": 1},
+        with_budget={"uniform": {"heads": "shared"}},
+        window=1,
+        window_reason="is not allowed with method tova: it scores with the last query only; set method=snapkv or h2o.",
+    ),
+    "replay": Method(
+        "replay",
+        "the model re-reads the context, once more the work of its prefill, and those queries score",
+        {"window": EVERY_QUERY, "budget": "global"},
+        with_budget={"global": {"recent_tokens": REPLAY_RECENT_TOKENS}},
+        window=EVERY_QUERY,
+        window_reason="cannot be used with method=replay, which scores with every replayed query. Remove window.",
+        takes_every_query=True,
+    ),
+    "streaming": Method(
+        "nobody", "first and last tokens, a sanity floor", position_scores="obcache_sglang.compress.ranking:latest_first"
+    ),
+    "random": Method("nobody", "a sanity floor", position_scores="obcache_sglang.compress.ranking:random_scores"),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One preset.
+
+    method: the method unless one is given.
+    decides: settings that it sets unless they are given, whatever the method says; for_method: likewise with one method.
+    requires: settings that it stands for, and that cannot be others.
+    shrinks_window: whether a window makes room for other tokens (`compress.ranking.effective_window`).
+    measures_errors: whether a replay's global budget is divided by measured errors, not by scores alone.
+    replay_sees_chunk_only: whether a replayed chunk's queries share their softmax among the sinks, the chunk and the replay.
+    """
+
+    method: str
+    decides: Mapping[str, Any] = field(default_factory=dict)
+    for_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    requires: Mapping[str, str] = field(default_factory=dict)
+    shrinks_window: bool = True
+    measures_errors: bool = True
+    replay_sees_chunk_only: bool = False
+
+
+_KVZIP = {"method": "replay", "score": "attention", "budget": "global"}
+
+PRESETS: dict[str, Preset] = {
+    "default": Preset("tova", for_method={"snapkv": {"budget": "adakv"}, "h2o": {"budget": "adakv"}}),
+    "kvpress": Preset("snapkv", {"sink_tokens": 0}, shrinks_window=False),
+    "paper": Preset("snapkv", for_method={"snapkv": {"window": 16, "pooling": "max", "kernel_size": 7}}),
+    "kvzip": Preset(
+        "replay", {"score": "attention", "recent_tokens": 0}, requires=_KVZIP, measures_errors=False, replay_sees_chunk_only=True
+    ),
+}
+
+# A request that names another method or preset starts from that one's own values of these: a window chosen for snapkv says
+# nothing about tova.
+_DECIDED_BY_METHOD = frozenset({"window", "pooling", "kernel_size", "recent_tokens", "heads"})
+_DECIDED_BY_PRESET = _DECIDED_BY_METHOD | {"sink_tokens"}
+
+
+def resolve(given: Mapping[str, Any], *, has_profile: bool) -> dict[str, Any]:
+    """Settings from those really given; the method and the preset decide others. What neither decides is left out.
+
+    has_profile: whether there is a head profile, by which budgets are divided then unless told; a replay's are not: it measures for
+    itself. Names are not checked here: unknown ones raise KeyError.
+    """
+    preset = PRESETS[given.get("preset", "default")]
+    name = given.get("method", preset.method)
+    method = METHODS[name]
+    if has_profile and method.scored_by != "replay":
+        given = {"budget": "profile", **given}
+    decided: dict[str, Any] = {"method": name, "window": 64, "budget": "uniform", "heads": "per-head", **method.decides}
+    decided |= method.with_budget.get(given.get("budget", decided["budget"]), {})
+    decided |= {**preset.decides, **preset.for_method.get(name, {})}
+    if given.get("heads") == "shared" and decided["budget"] == "adakv":
+        decided["budget"] = "uniform"  # heads that keep the same tokens have nothing to divide
+    if given.get("pooling") == "none":
+        decided["kernel_size"] = 1
+    elif given.get("pooling") is not None:
+        decided.setdefault("kernel_size", KERNEL_SIZE)
+    return {**decided, **given}
+
+
+def superseded(before: Mapping[str, str], overrides: Mapping[str, Any]) -> frozenset[str]:
+    """Settings given for a server that say nothing about a request which names another preset or method.
+
+    before: the server's preset and method. overrides: what the request gives.
+    """
+    preset = overrides.get("preset", before["preset"])
+    if preset != before["preset"]:
+        return _DECIDED_BY_PRESET | PRESETS[preset].requires.keys()
+    return _DECIDED_BY_METHOD if overrides.get("method", before["method"]) != before["method"] else frozenset()

@@ -1,0 +1,338 @@
+"""The table of options: each setting's command-line flag, check and help, once. A request may override those marked so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from obcache_sglang.errors import InvalidValue
+from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, PRESETS, REPLAY_RECENT_TOKENS, SCORES
+
+POOLINGS = ("none", "average", "max")
+HEADS = ("per-head", "shared")
+NORMALIZATIONS = ("layer", "none")
+MODES = ("marked", "prompt")
+WHENS = ("first", "idle")
+HEAD_ATTENTIONS = ("triton", "flashinfer")
+DECODE_GRAPHS = ("auto", "on", "off")
+
+# What each number may be, and why no more: a client may send any of them, and none may cost others much or overflow.
+# The longest contexts that models serve today bound what counts tokens.
+_LONGEST_CONTEXT = 1 << 24
+BOUNDS: dict[str, tuple[float, float, str]] = {
+    "window": (1, 8192, "as many queries read the whole context once more"),
+    "kernel_size": (1, 127, "wider smoothing keeps whatever lies near"),
+    "sink_tokens": (0, _LONGEST_CONTEXT, "the longest context"),
+    "recent_tokens": (0, _LONGEST_CONTEXT, "the longest context"),
+    "max_kept_tokens": (1, _LONGEST_CONTEXT, "the longest context"),
+    "replay_chunk": (32, 1 << 20, "each pass reads a prompt of its own: with shorter ones it would read little else"),
+    "context_len": (1, _LONGEST_CONTEXT, "the longest context"),
+    "ttl_seconds": (1, 366 * 86400, "a year"),
+    "wait_seconds": (0, 600, "ten minutes"),
+    "min_tokens": (1, _LONGEST_CONTEXT, "the longest context"),
+    "max_contexts": (1, 1 << 20, "each remembers its tokens"),
+    "max_pinned_slots": (0, 1 << 40, "no pool is larger"),
+}
+"""Lowest and highest value of every number that is not a fraction, and the reason for the highest."""
+
+Check = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting. check(name, value) returns the value to use or raises InvalidValue; per_request: a request may set it."""
+
+    name: str
+    check: Check
+    help: str
+    cli_type: Callable[[str], Any] = str
+    metavar: str | None = None
+    per_request: bool = True
+
+    @property
+    def flag(self) -> str:
+        return "--obcache-" + self.name.replace("_", "-")
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag stands alone, without a value."""
+        return self.check is _switch
+
+
+def _one_of(choices: Iterable[str]) -> Check:
+    def check(name: str, value: Any) -> str:
+        allowed = tuple(choices)
+        if value not in allowed:
+            raise InvalidValue(
+                name,
+                value,
+                f"is not allowed; choose {' or '.join([', '.join(allowed[:-1]), allowed[-1]][len(allowed) == 1 :])}.",
+            )
+        return str(value)
+
+    return check
+
+
+def _whole_number(what: str, *, optional: bool = False, odd: bool = False, all_word: bool = False) -> Check:
+    def check(name: str, value: Any) -> int | None:
+        if value is None and optional:
+            return None
+        if all_word and value in ("all", EVERY_QUERY) and not isinstance(value, bool):
+            return EVERY_QUERY
+        return check_whole_number(name, value, what, odd=odd, all_word=all_word)
+
+    return check
+
+
+def check_whole_number(name: str, value: Any, what: str, *, odd: bool = False, all_word: bool = False) -> int:
+    """A whole number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "it is ..."."""
+    lowest, highest, reason = BOUNDS[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest or (odd and value % 2 == 0):
+        allowed = f"{'an odd' if odd else 'a'} whole number from {lowest} to {highest}" + (', or "all"' if all_word else "")
+        raise InvalidValue(name, value, f"is not {allowed} ({reason}): it is {what}.")
+    return value
+
+
+def check_number(name: str, value: Any, what: str) -> float:
+    """A finite number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "it is ..."."""
+    lowest, highest, reason = BOUNDS[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+        raise InvalidValue(name, value, f"is not a number from {lowest} to {highest} ({reason}): it is {what}.")
+    return float(value)
+
+
+def _ratio(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise InvalidValue(name, value, "is outside [0, 1): it is the fraction of KV pairs removed; 0.7 keeps 30 %.")
+    return float(value)
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InvalidValue(name, value, "is outside [0, 1]: it is the part of an even share that every head keeps.")
+    return float(value)
+
+
+def _marker(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value or value != value.strip():
+        raise InvalidValue(name, value, "is not a text without surrounding blanks; the default is <|obcache|>.")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidValue(name, value, "is not a text.")
+    return value
+
+
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidValue(name, value, "is not true or false.")
+    return value
+
+
+def _number(text: str) -> int | float | str:
+    """A number from the command line; anything else stays text, which the option's check then refuses by name."""
+    for parse in (int, float):
+        try:
+            return parse(text)
+        except ValueError:
+            continue
+    return text
+
+
+COMPRESSION_OPTIONS = (
+    Option(
+        "compression_ratio",
+        _ratio,
+        "Fraction of a context's KV pairs that is removed, in [0, 1): 0.7 keeps 30 %%. Default: 0.7.",
+        _number,
+        "RATIO",
+    ),
+    Option(
+        "method",
+        _one_of(METHODS),
+        "Which queries score a context's tokens. snapkv: its last ones, scores smoothed over neighbours; h2o: its last ones or all; "
+        "tova: its last one, one choice for all heads; replay: the model re-reads the context, once more the work of its prefill, and "
+        "those queries score; streaming (first and last tokens) and random are sanity floors. Default: tova (presets kvpress and paper: snapkv).",
+        metavar="|".join(METHODS),
+    ),
+    Option(
+        "score",
+        _one_of(SCORES),
+        "How a query scores a token: its attention weight, or the attention output error of removing its value, key or both "
+        "(OBCache, arXiv 2510.07651). Default: obcache-v (snapkv, h2o: obcache-k; preset kvzip: attention).",
+        metavar="|".join(SCORES),
+    ),
+    Option(
+        "preset",
+        _one_of(PRESETS),
+        "Defaults of the settings below. kvpress: exactly KVPress's semantics, no protected sinks; paper: snapkv with window 16 and "
+        "max pooling over 7; kvzip: KVPress's KVzip (method replay, score attention, budget global). Default: default.",
+        metavar="|".join(PRESETS),
+    ),
+    Option(
+        "window",
+        _whole_number("the number of last context queries that score", all_word=True),
+        "Number of last context tokens whose queries score, and which are kept; all: every query of the context (h2o only). "
+        "Default: 64 (tova: 1; preset paper: 16; none for replay).",
+        _number,
+        "TOKENS|all",
+    ),
+    Option(
+        "pooling",
+        _one_of(POOLINGS),
+        "Smoothing of scores over neighbouring positions. Default: average for snapkv (preset paper: max), else none.",
+        metavar="|".join(POOLINGS),
+    ),
+    Option(
+        "kernel_size",
+        _whole_number("the number of neighbouring positions pooled", odd=True),
+        "Positions pooled together, an odd number. Default: 5 (preset paper: 7).",
+        _number,
+        "POSITIONS",
+    ),
+    Option(
+        "sink_tokens",
+        _whole_number("the number of first tokens that are always kept"),
+        "First tokens of a context that are always kept (attention sinks). Default: 4 (preset kvpress: 0).",
+        _number,
+        "TOKENS",
+    ),
+    Option(
+        "recent_tokens",
+        _whole_number("the number of last tokens that are always kept"),
+        f"Last tokens of a context that are always kept, where the window is shorter. Default: {REPLAY_RECENT_TOKENS} for replay with budget "
+        "global (preset kvzip: 0), else 0.",
+        _number,
+        "TOKENS",
+    ),
+    Option(
+        "heads",
+        _one_of(HEADS),
+        "per-head: each KV head keeps its own tokens; shared: the KV heads of a layer keep the same ones. "
+        "Default: per-head (tova with budget uniform: shared).",
+        metavar="|".join(HEADS),
+    ),
+    Option(
+        "max_kept_tokens",
+        _whole_number("the most tokens kept per KV head of one context", optional=True),
+        "Upper bound of the tokens kept per KV head of one context, beside the ratio. Default: none.",
+        _number,
+        "TOKENS",
+    ),
+    Option(
+        "budget",
+        _one_of(BUDGETS),
+        "How the kept tokens are divided, the same number in all. uniform: evenly over all heads of all layers; adakv: each layer's "
+        "over its heads; global: over all heads of all layers; profile: as --obcache-head-profile says. Default: adakv for snapkv and h2o (presets kvpress and paper, "
+        "heads=shared: uniform), global for replay, else uniform; where the server has a profile, profile for all but replay.",
+        metavar="|".join(BUDGETS),
+    ),
+    Option(
+        "adakv_safeguard",
+        _share,
+        "budget adakv: part of an even share that each head keeps whatever the other heads score, in [0, 1]. Default: 0.2.",
+        _number,
+        "SHARE",
+    ),
+    Option(
+        "normalization",
+        _one_of(NORMALIZATIONS),
+        "budget global: layer divides each query's obcache scores by the squared norm of what the layer's attention gives there, both behind "
+        "the output projection, so that layers and heads can be compared, and divides a replay's budget, whatever its score, by errors "
+        "measured so (preset kvzip: by scores alone); none keeps the highest raw scores of all. Default: layer.",
+        metavar="|".join(NORMALIZATIONS),
+    ),
+    Option(
+        "replay_chunk",
+        _whole_number("the number of context tokens that one replay pass re-reads"),
+        "method replay: context tokens that one pass re-reads. Default: 2048.",
+        _number,
+        "TOKENS",
+    ),
+)
+
+SERVER_OPTIONS = (
+    Option(
+        "mode",
+        _one_of(MODES),
+        "marked: a prompt says where its context ends (marker or context_len), any other is untouched; prompt: the context is all of every "
+        "prompt but its last token (query-aware, not shared). Default: marked.",
+        metavar="|".join(MODES),
+        per_request=False,
+    ),
+    Option(
+        "head_profile",
+        _text,
+        "Divides the kept tokens over heads as a replay would, without one (budget profile, the default then). auto: the served model's, "
+        "measured before the server starts for the first time (minutes); FILE: of python -m obcache_sglang.calibrate, or the name of a "
+        "profile that comes with the package.",
+        metavar="auto|FILE",
+        per_request=False,
+    ),
+    Option(
+        "when",
+        _one_of(WHENS),
+        "first: the first question on a context compresses it, and waits for that; idle: questions are served exactly at first, and "
+        "their contexts compressed when the engine is idle or the pool gets tight. Default: first.",
+        metavar="|".join(WHENS),
+        per_request=False,
+    ),
+    Option(
+        "min_tokens",
+        _whole_number("the length in tokens from which contexts are compressed"),
+        "Contexts of fewer tokens are served exactly. Default: 256.",
+        _number,
+        "TOKENS",
+        per_request=False,
+    ),
+    Option(
+        "marker",
+        _marker,
+        "Text that ends a context inside a prompt; the model never sees it. Default: <|obcache|>.",
+        metavar="TEXT",
+        per_request=False,
+    ),
+    Option(
+        "max_contexts",
+        _whole_number("the number of compressed contexts remembered at once"),
+        "Compressed contexts remembered at once; the least recently used unpinned one makes room. Default: 1024.",
+        _number,
+        "CONTEXTS",
+        per_request=False,
+    ),
+    Option(
+        "max_pinned_slots",
+        _whole_number("the number of KV slots that pinned contexts may hold together", optional=True),
+        "KV slots that pinned contexts may hold together. Default: half of the pool.",
+        _number,
+        "SLOTS",
+        per_request=False,
+    ),
+    Option(
+        "head_attention",
+        _one_of(HEAD_ATTENTIONS),
+        "Kernels for heads of different length (budgets adakv and global) on GPUs; flashinfer plans on the host, layer by layer. "
+        "Default: triton.",
+        metavar="|".join(HEAD_ATTENTIONS),
+        per_request=False,
+    ),
+    Option(
+        "decode_graphs",
+        _one_of(DECODE_GRAPHS),
+        "A second set of CUDA graphs, captured at start-up, for decode batches with heads of different length, which without it run "
+        "eagerly, several times slower. auto: where the server's budget is not uniform. Default: auto.",
+        metavar="|".join(DECODE_GRAPHS),
+        per_request=False,
+    ),
+    Option(
+        "allow_untested_sglang",
+        _switch,
+        "Start on another SGLang release than the one this package was tested with.",
+        per_request=False,
+    ),
+)
+
+OPTIONS: dict[str, Option] = {option.name: option for option in (*COMPRESSION_OPTIONS, *SERVER_OPTIONS)}

@@ -1,0 +1,92 @@
+"""Where a server's settings come from: its command line, Python, and on the way to its other processes the environment."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from obcache_sglang.errors import ConfigError, InvalidValue
+from obcache_sglang.settings.options import OPTIONS, SERVER_OPTIONS
+from obcache_sglang.settings.values import ServerSettings
+
+SETTINGS_ENV = "OBCACHE_SGLANG_SETTINGS"
+"""Environment variable that carries the server's settings, as JSON, from the launcher to every process it starts."""
+
+_SECRET_ENV = "OBCACHE_SGLANG_SECRET"
+
+
+def add_cli_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--obcache` and `--obcache-*` to `parser`, in a group of their own. All default to None: not given."""
+    group = parser.add_argument_group("obcache", "KV-cache compression of shared contexts (package obcache_sglang)")
+    group.add_argument(
+        "--obcache",
+        action="store_true",
+        default=None,
+        help="Compress marked contexts once and answer many prompts from them.",
+    )
+    for option in OPTIONS.values():
+        if option.is_switch:
+            group.add_argument(option.flag, action="store_true", default=None, help=option.help)
+        else:
+            group.add_argument(option.flag, type=option.cli_type, default=None, metavar=option.metavar, help=option.help)
+
+
+def settings_from_cli(args: argparse.Namespace) -> ServerSettings | None:
+    """The settings that parsed flags ask for, or None without `--obcache`. Raises ConfigError, naming the flag."""
+    given = {name: value for name in OPTIONS if (value := getattr(args, f"obcache_{name}", None)) is not None}
+    if not getattr(args, "obcache", None):
+        if given:
+            flags = ", ".join(OPTIONS[name].flag for name in given)
+            raise ConfigError(f"{flags} given without --obcache, which turns compression on: add --obcache, or leave it out.")
+        return None
+    try:
+        return ServerSettings.resolve(given)
+    except InvalidValue as error:
+        raise ConfigError(f"{OPTIONS[error.name].flag}={error.value} {error.reason}") from error
+
+
+def settings_from_python(obcache: bool | Mapping[str, Any]) -> ServerSettings | None:
+    """The settings of `Engine(obcache=...)`: True for the defaults, a mapping of settings, or False. Raises ConfigError."""
+    if isinstance(obcache, bool):
+        return ServerSettings() if obcache else None
+    if not isinstance(obcache, Mapping):
+        raise ConfigError(f"obcache={obcache!r} is not True, False or a dict of settings ({', '.join(OPTIONS)}).")
+    try:
+        return ServerSettings.resolve(obcache)
+    except InvalidValue as error:
+        raise ConfigError(f"obcache={{{error.name!r}: {error.value!r}}} {error.reason}") from error
+
+
+def publish(settings: ServerSettings) -> None:
+    """Hands the settings to every process started from this one, in the environment variable `SETTINGS_ENV`."""
+    defaults = ServerSettings()
+    server = {
+        option.name: getattr(settings, option.name)
+        for option in SERVER_OPTIONS
+        if getattr(settings, option.name) != getattr(defaults, option.name)
+    }
+    os.environ[SETTINGS_ENV] = json.dumps(server | dict(settings.given), sort_keys=True)
+    os.environ[_SECRET_ENV] = secrets.token_hex(32)
+
+
+def published_settings() -> ServerSettings | None:
+    """The settings that a process above published, or None where compression was not asked for. Raises ConfigError."""
+    text = os.environ.get(SETTINGS_ENV)
+    if not text:
+        return None
+    try:
+        given = json.loads(text)
+        return ServerSettings.resolve(given)
+    except (InvalidValue, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"{SETTINGS_ENV}={text!r} cannot be read ({error}). It is set by --obcache, as a JSON object; unset it."
+        ) from error
+
+
+def server_secret() -> bytes:
+    """What context ids cannot be guessed without: 32 random bytes, the same in all processes of a server."""
+    return bytes.fromhex(os.environ[_SECRET_ENV])

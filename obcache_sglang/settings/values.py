@@ -1,0 +1,292 @@
+"""Settings as values: what decides which tokens are kept, and how a server offers it.
+
+Defaults that depend on each other (a method's window, a preset's pooling) come from the tables of `settings.methods`, and every
+value is checked by its `settings.options.Option`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from obcache_sglang.errors import InvalidValue
+from obcache_sglang.settings import methods
+from obcache_sglang.settings.methods import EVERY_QUERY, METHODS, PRESETS
+from obcache_sglang.settings.options import COMPRESSION_OPTIONS, OPTIONS
+
+
+@dataclass(frozen=True)
+class CompressionSettings:
+    """Everything that decides which tokens of a context are kept. Part of a context's identity.
+
+    compression_ratio: fraction of KV pairs removed, in [0, 1), as in KVPress and the OBCache paper (arXiv 2510.07651).
+    method: which queries score, and what is always kept (snapkv, h2o, tova, streaming, random; replay: the queries of the model
+        as it re-reads the context).
+    score: how a query scores a token (attention, obcache-v, obcache-k, obcache-kv).
+    preset: `kvpress` protects nothing but the window, and never shrinks it; `default` and `paper` also protect sinks and
+        shrink a window that is larger than half of the kept tokens. `kvzip`: KVPress's KVzip, method replay only: a replayed
+        chunk's queries share their softmax among the sinks, the chunk in the context and the replay itself.
+    window: number of last context queries that score, and of last positions that are always kept; `EVERY_QUERY` for all (h2o
+        only). streaming ignores it, random only protects that many last tokens.
+    pooling, kernel_size: smoothing of the scores over neighbouring positions; kernel_size is odd, and 1 without pooling.
+    sink_tokens: first positions that are always kept.
+    recent_tokens: last positions that are always kept, where the window is shorter.
+    heads: `per-head` keeps each KV head's own tokens, `shared` one selection (the mean over heads) for a layer.
+    max_kept_tokens: upper bound of the kept tokens per KV head, beside the ratio; None for no bound.
+    budget: how the kept tokens are divided, as many in all under each. `uniform`: the same number for each head of each layer;
+        `adakv`: each layer's over its heads (AdaKV, arXiv 2407.11550, in KVPress's form); `global`: all over all heads of all
+        layers, of which each keeps at least its sinks and window; `profile`: as the server's head profile says, likewise.
+    adakv_safeguard: the part of an even share that each head keeps whatever the others score, in [0, 1]; for adakv.
+    replay_chunk: context tokens that one replay pass re-reads; method replay only.
+    normalization: `layer` divides each query's errors by the squared norm of what the layer's attention gives there, both
+        behind the output projection (`compress.scores.relative_error_weights`), so that layers and heads can be compared: obcache
+        scores, and the errors that are measured for a replay (`compress.measured_errors`), which decide how many tokens a head keeps
+        whatever the score; the scores only order a head's tokens then. For global. Attention weights need none themselves, and
+        preset kvzip has neither.
+    """
+
+    compression_ratio: float = 0.7
+    method: str = "tova"
+    score: str = "obcache-v"
+    preset: str = "default"
+    window: int = 1
+    pooling: str = "none"
+    kernel_size: int = 1
+    sink_tokens: int = 4
+    recent_tokens: int = 0
+    heads: str = "shared"
+    max_kept_tokens: int | None = None
+    budget: str = "uniform"
+    adakv_safeguard: float = 0.2
+    normalization: str = "layer"
+    replay_chunk: int = 2048
+
+    def __post_init__(self) -> None:
+        """Raises InvalidValue on the first setting that is not allowed, alone or beside the others."""
+        for option in COMPRESSION_OPTIONS:
+            checked = option.check(option.name, getattr(self, option.name))
+            object.__setattr__(self, option.name, checked)
+        method, requires = METHODS[self.method], PRESETS[self.preset].requires
+        if any(getattr(self, name) != value for name, value in requires.items()):
+            raise InvalidValue(
+                "preset",
+                self.preset,
+                f"is {', '.join(f'{name}={value}' for name, value in requires.items())}, not "
+                f"{', '.join(getattr(self, name) for name in requires)}; leave these out, or the preset.",
+            )
+        if self.window == EVERY_QUERY and not method.takes_every_query:
+            raise InvalidValue(
+                "window", "all", f"is for method h2o only; {self.method} needs a number of last queries, 1 or more."
+            )
+        if method.window is not None and self.window != method.window:
+            raise InvalidValue("window", self.window, method.window_reason)
+        if self.pooling == "none" and self.kernel_size != 1:
+            raise InvalidValue(
+                "kernel_size",
+                self.kernel_size,
+                "has no effect without pooling: leave it out, or set pooling=average|max.",
+            )
+        if self.heads == "shared" and self.budget != "uniform":
+            raise InvalidValue(
+                "heads",
+                "shared",
+                f"keeps the same tokens in every head of a layer, so budget={self.budget} could not divide them; "
+                "set budget=uniform, or heads=per-head.",
+            )
+
+    @classmethod
+    def resolve(cls, given: Mapping[str, Any], *, has_profile: bool = False) -> CompressionSettings:
+        """Settings from the values really given; the method and preset decide the rest (`settings.methods`).
+
+        given: any of this class's field names; `window` may be "all". has_profile: whether there is a head profile, by which budgets
+        are then divided unless told; replay's are not: it measures for itself. Raises InvalidValue.
+        """
+        for name in ("preset", "method"):
+            if name in given:
+                OPTIONS[name].check(name, given[name])
+        return cls(**methods.resolve(given, has_profile=has_profile))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; `from_dict` gives back an equal object."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CompressionSettings:
+        """The inverse of `to_dict`: takes every field as it is, resolves nothing. Raises InvalidValue."""
+        return cls(**values)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, equal in every process and release for equal settings."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether scoring reads attention queries (else positions alone decide)."""
+        return METHODS[self.method].scored_by != "nobody"
+
+    @property
+    def own_queries_score(self) -> bool:
+        """Whether the queries of the prefill that makes a context score it (not those of a replay behind it)."""
+        return METHODS[self.method].scored_by == "window"
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether the queries of a replay after the context score it."""
+        return METHODS[self.method].scored_by == "replay"
+
+    @property
+    def weighs_queries(self) -> bool:
+        """Whether each query's scores are made relative to what its layer gives, so that layers and heads can be compared."""
+        return self._compares_errors and self.score != "attention"
+
+    @property
+    def measures_errors(self) -> bool:
+        """Whether a global budget is divided by measured errors, scores only ordering a head's tokens; else by scores alone.
+
+        For replay: errors of the last queries of a context say less of those to come than its scores do, measured. Whatever the
+        score, so that two replays that differ in it differ in nothing else; but preset kvzip is KVPress's, which has only scores.
+        """
+        return self.is_replay and PRESETS[self.preset].measures_errors and self._compares_errors
+
+    @property
+    def replay_sees_chunk_only(self) -> bool:
+        """Whether a replayed chunk's queries share their softmax among the sinks, the chunk in the context and the replay itself."""
+        return PRESETS[self.preset].replay_sees_chunk_only
+
+    @property
+    def _compares_errors(self) -> bool:
+        """Whether errors of different heads and layers are compared, relative to what their layer gives."""
+        return self.budget == "global" and self.normalization == "layer"
+
+    @property
+    def shrinks_window(self) -> bool:
+        """Whether a window makes room for other tokens (`effective_window`); KVPress's never does."""
+        return PRESETS[self.preset].shrinks_window
+
+    @property
+    def kept_window(self) -> int:
+        """Last positions that every head keeps, as far as there is room for them."""
+        return max(self.window, self.recent_tokens)
+
+    @property
+    def reduce(self) -> str:
+        """How the scores of several queries join: `max` for the attention of a replay (KVzip's statistic), else `sum`."""
+        return "max" if self.is_replay and self.score == "attention" else "sum"
+
+    def kept_tokens(self, context_tokens: int) -> int:
+        """Tokens kept per KV head of a context of `context_tokens`: `int(L * (1 - ratio))`, at least 1, at most the cap."""
+        kept = int(context_tokens * (1 - self.compression_ratio))
+        if self.max_kept_tokens is not None:
+            kept = min(kept, self.max_kept_tokens)
+        return max(kept, 1)
+
+    def kept_slots(self, context_tokens: int, page_size: int) -> int:
+        """KV slots a context of `context_tokens` (whole pages) holds: `min(L, ceil_to_page(kept_tokens))`."""
+        pages = math.ceil(self.kept_tokens(context_tokens) / page_size)
+        return min(context_tokens, pages * page_size)
+
+    def safeguarded_tokens(self, num_slots: int) -> int:
+        """Budget adakv: tokens that each head keeps whatever the others score, of an even share of num_slots; KVPress's count."""
+        return max(1, int(num_slots * self.adakv_safeguard)) if self.adakv_safeguard else 0
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """One server's settings: the defaults of its requests, and how it offers compression.
+
+    compression: what a request gets that asks for nothing else.
+    mode: `marked`: prompts say where their context ends; `prompt`: the context is all of a prompt but its last token, which scores it.
+    head_profile: file of a head profile, or the name of one that comes with the package; then budgets but replay's are `profile` unless given.
+    when: `first`: a context's first question compresses it; `idle`: questions are served exactly until the engine has nothing
+        else to do, or its pool gets tight, and compresses the contexts they came with.
+    min_tokens: shorter contexts are served exactly.
+    marker: the text that ends a context.
+    max_contexts: contexts remembered at once.
+    max_pinned_slots: KV slots that pinned contexts may hold together; None for half of the pool.
+    head_attention: whose kernels attend heads of different length on GPUs.
+    decode_graphs: `on`: decode batches with such heads run in CUDA graphs, of which a second set is captured at start-up; `auto`:
+        on where the server's own budget makes such heads.
+    allow_untested_sglang: start on another SGLang release than the tested one.
+    given: the compression settings that were given explicitly, from which a request's overrides are resolved.
+    """
+
+    compression: CompressionSettings = field(default_factory=CompressionSettings)
+    mode: str = "marked"
+    when: str = "first"
+    head_profile: str | None = None
+    min_tokens: int = 256
+    marker: str = "<|obcache|>"
+    max_contexts: int = 1024
+    max_pinned_slots: int | None = None
+    head_attention: str = "triton"
+    decode_graphs: str = "auto"
+    allow_untested_sglang: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises InvalidValue for settings that exclude each other."""
+        if self.when == "idle" and self.mode == "prompt":
+            raise InvalidValue(
+                "when", "idle", "has no use in mode prompt, whose contexts have one question each; set when=first."
+            )
+        if self.decode_graphs == "on" and self.head_attention != "triton":
+            raise InvalidValue(
+                "decode_graphs",
+                "on",
+                f"cannot be had with head_attention={self.head_attention}, which plans each step on the host; set triton.",
+            )
+        self._check_budget(self.compression)
+
+    @property
+    def captures_decode_graphs(self) -> bool:
+        """Whether decode graphs for heads of different length are wanted."""
+        if self.decode_graphs == "auto":
+            return self.compression.budget != "uniform" and self.head_attention == "triton"
+        return self.decode_graphs == "on"
+
+    def _check_budget(self, compression: CompressionSettings) -> CompressionSettings:
+        if compression.budget == "profile" and self.head_profile is None:
+            raise InvalidValue(
+                "budget",
+                "profile",
+                "needs a server with a head profile (--obcache-head-profile); choose uniform, adakv or global.",
+            )
+        return compression
+
+    @classmethod
+    def resolve(cls, given: Mapping[str, Any]) -> ServerSettings:
+        """Settings from the values really given, under their field names. Raises InvalidValue, also for unknown names."""
+        for name in given:
+            if name not in OPTIONS:
+                raise InvalidValue(name, given[name], f"is not a setting; the settings are {', '.join(OPTIONS)}.")
+        values = {name: OPTIONS[name].check(name, value) for name, value in given.items()}
+        compression = {name: value for name, value in values.items() if OPTIONS[name].per_request}
+        server = {name: value for name, value in values.items() if not OPTIONS[name].per_request}
+        return cls(
+            compression=CompressionSettings.resolve(compression, has_profile="head_profile" in server),
+            given=compression,
+            **server,
+        )
+
+    def compression_for(self, overrides: Mapping[str, Any]) -> CompressionSettings:
+        """The settings of a request that overrides some. Raises InvalidValue.
+
+        A request that names another method or preset than the server's starts from that one's own window, pooling and heads.
+        """
+        if not overrides:
+            return self.compression
+        dropped = methods.superseded({"preset": self.compression.preset, "method": self.compression.method}, overrides)
+        kept = {name: value for name, value in self.given.items() if name not in dropped}
+        return self._check_budget(CompressionSettings.resolve({**kept, **overrides}, has_profile=self.head_profile is not None))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, for reports. A marker of the operator's own is not told: documents must not hold it."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("compression", "given")}
+        if self.marker != ServerSettings.marker:
+            shown["marker"] = None
+        return shown | {"compression": self.compression.to_dict()}
