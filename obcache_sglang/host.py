@@ -22,18 +22,28 @@ Process = Literal["launcher", "tokenizer", "scheduler", "controller", "all"]
 
 HOOK_KINDS: frozenset[str] = frozenset({"before", "after", "around", "replace"})
 
-# Modules that declare rows, under the name of their tuple.
+# Modules that declare rows, as TOUCHES.
 _DECLARED_IN = (
-    ("obcache_sglang.plugin", "TOUCHES"),
-    ("obcache_sglang.support", "TOUCHES"),
-    ("obcache_sglang.frontend.control", "TOUCHES"),
-    ("obcache_sglang.frontend.hooks", "TOUCHES"),
-    ("obcache_sglang.frontend.openai_reports", "TOUCHES"),
-    ("obcache_sglang.frontend.service", "TOUCHES"),
-    ("obcache_sglang.frontend.http_api", "TOUCHES"),
-    ("obcache_sglang.engine", "TOUCHES"),
-    ("obcache_sglang.scheduler.hooks", "SCHEDULER_TOUCHES"),
-    ("obcache_sglang.cpu.platform", "TOUCHES"),
+    "plugin",
+    "support",
+    "engine",
+    "frontend.control",
+    "frontend.hooks",
+    "frontend.openai_reports",
+    "frontend.service",
+    "frontend.http_api",
+    "scheduler.hooks",
+    "scheduler.wiring",
+    "scheduler.engine_view",
+    "scheduler.manager",
+    "scheduler.requests",
+    "scheduler.context_cache",
+    "scheduler.forward",
+    "scheduler.kv_events",
+    "compress.head_gains",
+    "kv.cells",
+    "cpu.platform",
+    "gpu",
 )
 
 
@@ -67,6 +77,11 @@ class Touch:
         return self.hook is not None
 
 
+def use(target: str, kind: Kind, why: str, parameters: tuple[str, ...] = (), process: Process = "scheduler") -> Touch:
+    """A row without a hook, of the scheduler process unless told."""
+    return Touch(target, kind, why, parameters, process)
+
+
 @dataclass(frozen=True)
 class TouchState:
     """What the installed SGLang has of one row.
@@ -89,7 +104,7 @@ class TouchState:
 @cache
 def host_table() -> tuple[Touch, ...]:
     """Every row, in the order of the modules that declare them."""
-    return tuple(row for module, name in _DECLARED_IN for row in getattr(importlib.import_module(module), name))
+    return tuple(row for name in _DECLARED_IN for row in importlib.import_module(f"obcache_sglang.{name}").TOUCHES)
 
 
 def hook_rows(process: Literal["launcher", "scheduler"]) -> tuple[Touch, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
+from obcache_sglang.host import use
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,3 +46,23 @@ def _measured(attention: RadixAttention, projection: Any, dtype: torch.dtype) ->
         # Not the module's own forward, which adds up what the ranks' heads give.
         gains[head] = projection.quant_method.apply(projection, units, None).float().square().sum() / head_dim
     return gains
+
+
+TOUCHES = (
+    *(
+        use(f"sglang.srt.models.{module}.{name}Attention", "read", "attn, and the gains of o_proj: scores across layers")
+        for module, name in (
+            ("llama", "Llama"),
+            ("qwen2", "Qwen2"),
+            ("qwen3", "Qwen3"),
+            ("qwen2_moe", "Qwen2Moe"),
+            ("qwen3_moe", "Qwen3Moe"),
+        )
+    ),
+    use(
+        "sglang.srt.layers.quantization.base_config.LinearMethodBase.apply",
+        "call",
+        "unit vectors through o_proj",
+        ("layer", "x", "bias"),
+    ),
+)

@@ -105,12 +105,19 @@ class HeadGraphBackend(AttentionBackend):
 class HeadGraphs:
     """Decode graphs for batches with uneven contexts, beside those that SGLang captured."""
 
-    def __init__(self, plan: BatchContexts, heads: TritonHeads, model_runner: Any) -> None:
-        """Captures them: seconds, and as much memory as SGLang's own. Raises what the capture raises."""
+    def __init__(self, plan: BatchContexts, backend: HeadGraphBackend, beside: Any, runner: Any) -> None:
+        """backend: the attention in them. beside: SGLang's own runner, whose batches they take over; runner: that which has ours."""
         self.plan = plan
-        self.beside = model_runner.decode_cuda_graph_runner
-        self.backend = HeadGraphBackend(heads, plan.kv_pool)
-        self.runner = DecodeCudaGraphRunner(model_runner, attn_backend=self.backend)
+        self.backend = backend
+        self.beside = beside
+        self.runner = runner
+
+    @classmethod
+    def capture(cls, plan: BatchContexts, heads: TritonHeads, model_runner: Any) -> HeadGraphs:
+        """Captures them: seconds, and as much memory as SGLang's own. Raises what the capture raises."""
+        backend = HeadGraphBackend(heads, plan.kv_pool)
+        runner = DecodeCudaGraphRunner(model_runner, attn_backend=backend)
+        return cls(plan, backend, model_runner.decode_cuda_graph_runner, runner)
 
     @staticmethod
     def possible(model_runner: Any) -> bool:

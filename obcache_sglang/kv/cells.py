@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from obcache_sglang.host import use
+
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -143,3 +145,13 @@ class KeptTokens:
         heads = slice(layer * num_kv_heads, (layer + 1) * num_kv_heads + 1)
         first, *_, last = self.bounds[heads]
         return self.positions[first:last].cpu().numpy().tobytes()
+
+
+_POOL = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool"
+
+TOUCHES = (
+    use(f"{_POOL}.get_key_buffer", "call", "K of a layer, [slots, heads, dim]", ("layer_id",)),
+    use(f"{_POOL}.get_value_buffer", "call", "V of a layer", ("layer_id",)),
+    use(f"{_POOL}._kv_buffer_shapes", "call", "the shapes of a layer's K and V"),
+    use("sglang.srt.constants.GPU_MEMORY_TYPE_KV_CACHE", "read", "the memory saver's region for the pool"),
+)

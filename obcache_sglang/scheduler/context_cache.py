@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
+from obcache_sglang.host import use
 from obcache_sglang.kv.cells import KeptTokens
 from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context, ContextState, Namespace
 from obcache_sglang.settings import CompressionSettings
@@ -392,3 +393,21 @@ class ContextCache:
         for identity in context.tails:
             self._capabilities.pop(identity, None)
         context.tails.clear()
+
+
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+
+TOUCHES = (
+    use(f"{_TREE}.match_prefix", "call", "what of a context and its suffixes is in the tree", ("params",)),
+    use(
+        "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface.collect_path_info",
+        "call",
+        "whether a context's node is still there, without using it; ids of nodes are never used again",
+        ("end_node_ids",),
+    ),
+    use(f"{_TREE}.insert", "call", "a context's node", ("params",)),
+    use(f"{_TREE}.lock", "call", "holds a node while it is made or pinned", ("node_id",)),
+    use(f"{_TREE}.unlock", "call", "lets it be evicted", ("lock",)),
+    use(f"{_TREE}.evictable_size", "call", "whether a node is locked by a request"),
+    use(f"{_TREE}._drop_subtree_no_host", "call", "frees a context's slots", ("node_id", "tracker")),
+)

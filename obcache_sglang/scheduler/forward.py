@@ -17,6 +17,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from obcache_sglang.compress.compression import Compressor, ScoringRows, UnsupportedAttention
 from obcache_sglang.compress.scores import accumulate_scores_in_slots
+from obcache_sglang.host import use
 from obcache_sglang.kv.batch import BatchContexts
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 
@@ -178,3 +179,13 @@ def score_after(attention_forward: Callable[..., Any], plan: ForwardPlan) -> Cal
         return output
 
     return forward
+
+
+TOUCHES = (
+    use(
+        "sglang.srt.managers.schedule_batch.FINISH_ABORT",
+        "call",
+        "ends a request whose forward failed",
+        ("message", "status_code"),
+    ),
+)

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
+from obcache_sglang.host import use
 from obcache_sglang.kv.context import FIRST_VIRTUAL_ID
 
 
@@ -37,3 +38,9 @@ class VisibleEvents:
                 self._hidden.clear()
             shown.append(event)
         return shown
+
+
+TOUCHES = (
+    use("sglang.srt.disaggregation.kv_events.BlockStored", "read", "block_hashes, parent_block_hash, token_ids"),
+    use("sglang.srt.disaggregation.kv_events.BlockRemoved", "read", "block_hashes"),
+)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from obcache_sglang.kv.context import Context, ContextState
 
 
 class Metrics:
@@ -66,13 +68,15 @@ class Metrics:
         if self._prometheus:
             self._prometheus.exact.labels(reason=reason).inc()
 
-    def resident(self, contexts: int, slots_saved: int) -> None:
-        """What is resident now: contexts, and the KV slots their exact caches would hold more."""
-        self._contexts = contexts
-        self._slots_saved_now = slots_saved
+    def set_gauges(self, contexts: Iterable[Context]) -> list[Context]:
+        """What is resident now: contexts, and the KV slots their exact caches would hold more. Returns the resident ones."""
+        resident = [context for context in contexts if context.state is ContextState.RESIDENT]
+        self._contexts = len(resident)
+        self._slots_saved_now = sum(context.position_offset for context in resident)
         if self._prometheus:
-            self._prometheus.contexts.set(contexts)
-            self._prometheus.slots_saved_now.set(slots_saved)
+            self._prometheus.contexts.set(self._contexts)
+            self._prometheus.slots_saved_now.set(self._slots_saved_now)
+        return resident
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for `GET /obcache/status`."""

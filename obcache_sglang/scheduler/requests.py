@@ -15,12 +15,16 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from obcache_sglang.compress.compression import Compression
 from obcache_sglang.compress.ranking import effective_window
 from obcache_sglang.compress.replay import ReplayPass
+from obcache_sglang.host import use
 from obcache_sglang.kv.context import Context, Namespace
 from obcache_sglang.messages import KEY, Plan
 from obcache_sglang.settings import EVERY_QUERY
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+
+REQ_POSITIONAL = ("rid", "origin_input_text", "origin_input_ids", "sampling_params")
+"""Parameters of SGLang's Req that it passes by position."""
 
 MAX_COMPRESSIONS_PER_REQUEST = 2
 """Compressions one request may start: beyond it, a pool that evicts a context before its first reader would loop."""
@@ -282,3 +286,14 @@ def client_view(reqs: Iterable[Req]) -> Iterator[None]:
             req.origin_input_ids = ids
             req.cached_tokens -= req._cached_tokens_correction
             req.cached_tokens_device -= req._cached_tokens_correction
+
+
+_REQ = "sglang.srt.managers.schedule_batch.Req"
+
+TOUCHES = (
+    use(_REQ, "subclass", "ContextReq, CompressionJob; fields origin_input_ids, full_untruncated_fill_ids, kv, cached_tokens"),
+    use(f"{_REQ}.init_next_round_input", "subclass", "the last check that virtual ids are resident", ("tree_cache", "cow_mamba")),
+    use(f"{_REQ}._compute_max_prefix_len", "subclass", "leaves the window to be computed", ("input_len",)),
+    use(f"{_REQ}.__init__", "call", "our requests", (*REQ_POSITIONAL, "extra_key", "cache_salt", "lora_id")),
+    use(f"{_REQ}.set_finish_with_abort", "call", "answers a wrong request", ("error_msg", "status_code")),
+)

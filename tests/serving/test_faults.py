@@ -105,14 +105,22 @@ class Faulty:
             ("GET", f"/obcache/contexts/{identity}", None),
             ("POST", "/obcache/compress", {"input_ids": first[: L - 20], "pin": True, "ttl_seconds": 5}),
             ("DELETE", f"/obcache/contexts/{identity}?wait_seconds=1", None),
-            ("POST", "/abort_request", {"rid": "of-nobody"}),
             ("POST", "/flush_cache?timeout=5", None),
         ]
+        self.abort_one()
         for method, path, body in calls:
             self.server.request(method, path, json=body, timeout=ANSWER_SECONDS)
         params = {"max_new_tokens": 4, "custom_params": {"obcache": {"context_id": identity}}}
         body = {"text": f"{MARKER}\n\nSo", "sampling_params": params}
         self.server.request("POST", "/generate", json=body, timeout=ANSWER_SECONDS)
+
+    def abort_one(self) -> None:
+        """SGLang's scheduler hears of aborts of requests that it has: one that decodes for long is aborted."""
+        params = {"max_new_tokens": 400, "ignore_eos": True}
+        body = {"text": "The", "sampling_params": params, "rid": "to-be-aborted", "stream": True}
+        with self.server.request("POST", "/generate", json=body, timeout=ANSWER_SECONDS, stream=True) as answer:
+            next(answer.iter_lines(), None)
+            self.server.request("POST", "/abort_request", json={"rid": "to-be-aborted"}, timeout=ANSWER_SECONDS)
 
     def nothing_is_locked(self) -> bool:
         """Whether no slots are in use but those of pinned contexts."""
@@ -172,13 +180,13 @@ def restarting(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 BESIDE = {
-    "scheduler.manager.CompressionManager._discard": "scheduler.forward.ForwardPlan._keep",
-    "scheduler.contexts.ContextCache.withdraw": "scheduler.forward.ForwardPlan._keep",
+    "scheduler.jobs.Jobs.discard": "compress.compression.Compression.keep",
+    "scheduler.context_cache.ContextCache.withdraw": "compress.compression.Compression.keep",
 }
 """What is called only after another defect, and which."""
 
 
-USUAL = ("schedule", "_resolve", "create_request", "before_forward", "before_release", "client_view", "reserve", "_plan", "_keep")
+USUAL = ("schedule", "_resolve", "create_request", "before_release", "client_view", "reserve", "_plan", "keep")
 """Faults of every run, one of each kind of hook; the others take ten minutes more."""
 
 
@@ -213,11 +221,11 @@ def faulty_ranks(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.mark.parametrize(
     "name",
     [
-        "scheduler.forward.ForwardPlan._add_scores",
-        "scheduler.forward.ForwardPlan._keep",
+        "compress.compression.Compression.score",
+        "compress.compression.Compression.keep",
         "scheduler.forward.ForwardPlan._plan",
         "scheduler.forward.ForwardPlan._scoring_rows",
-        "scheduler.contexts.ContextCache.reserve",
+        "scheduler.context_cache.ContextCache.reserve",
     ],
 )
 def test_a_defect_of_one_rank_is_all_ranks_defect(faulty_ranks: Faulty, name: str) -> None:

@@ -72,6 +72,17 @@ class Plan:
         return self._scores
 
 
+class FlashInferOnHost(FlashInferAttnBackend):
+    """SGLang's backend with what its `forward` reads; its own constructor needs a GPU."""
+
+    def __init__(self, pool: MHATokenToKVPool, metadata: SimpleNamespace) -> None:
+        self.token_to_kv_pool = pool
+        self.num_wrappers, self.is_dllm_model, self.prefill_uses_dequant_workspace = 1, False, False
+        self.kv_cache_quant_method = SimpleNamespace(needs_global_scale=lambda: False)
+        self.prefill_wrapper_ragged = Wrapper(None)
+        self.forward_metadata = metadata
+
+
 def flashinfer(cached: int, ragged: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[FlashInferAttnBackend, Any]:
     """SGLang's backend before a forward of TOKENS - cached new tokens, and the arguments of its `forward`."""
     torch.manual_seed(0)
@@ -79,18 +90,14 @@ def flashinfer(cached: int, ragged: bool, monkeypatch: pytest.MonkeyPatch) -> tu
     pool = MHATokenToKVPool(64, 1, torch.float32, KV_HEADS, HEAD_DIM, layer_num=1, device=DEVICE, enable_memory_saver=False)
     for buffer in pool.k_buffer + pool.v_buffer:
         buffer.normal_()
-    backend = FlashInferAttnBackend.__new__(FlashInferAttnBackend)
-    backend.token_to_kv_pool = pool
-    backend.num_wrappers, backend.is_dllm_model, backend.prefill_uses_dequant_workspace = 1, False, False
-    backend.kv_cache_quant_method = SimpleNamespace(needs_global_scale=lambda: False)
-    backend.prefill_wrapper_ragged = Wrapper(None)
-    backend.forward_metadata = SimpleNamespace(
+    metadata = SimpleNamespace(
         prefill_wrappers=[Wrapper(slice(1, 1 + (cached if ragged else TOKENS)))],
         use_ragged=ragged,
         extend_no_prefix=cached == 0,
         multi_item_params=None,
         swa_out_cache_loc=None,
     )
+    backend = FlashInferOnHost(pool, metadata)
     layer = RadixAttention(HEADS, HEAD_DIM, SCALE, KV_HEADS, layer_id=0)
     new = TOKENS - cached
     batch = ForwardBatch(

@@ -7,47 +7,24 @@ from array import array
 import pytest
 import torch
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared
-from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
-from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
-from obcache_sglang.kv.cells import KeptTokens
 from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context, ContextState, Namespace
 from obcache_sglang.scheduler import context_cache as contexts
 from obcache_sglang.scheduler.context_cache import ContextCache, context_id
 from obcache_sglang.scheduler.kv_events import VisibleEvents
 from obcache_sglang.settings import CompressionSettings
+from tests.unit.engine import HALF, KEPT, make_tree
 
 POOL = 200
 HERE = Namespace(None, None, None)
-HALF = CompressionSettings.resolve({"compression_ratio": 0.5, "budget": "uniform"})
 UNEVEN = CompressionSettings.resolve({"compression_ratio": 0.5, "budget": "adakv"})
-KEPT = KeptTokens(torch.arange(20), torch.tensor([0, 20]))
 
 
 @pytest.fixture
 def cache() -> ContextCache:
-    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device="cpu"))
-    pools = {"device": "cpu", "enable_memory_saver": False}
-    kv_pool = MHATokenToKVPool(size=POOL, page_size=1, dtype=torch.float32, head_num=1, head_dim=8, layer_num=1, **pools)
-    tree = UnifiedRadixCache(
-        params=CacheInitParams(
-            req_to_token_pool=ReqToTokenPool(size=4, max_context_len=POOL, **pools),
-            token_to_kv_pool_allocator=TokenToKVPoolAllocator(
-                size=POOL, dtype=torch.float32, device="cpu", kvcache=kv_pool, need_sort=False
-            ),
-            page_size=1,
-            disable=False,
-            tree_components=(ComponentType.FULL,),
-            enable_kv_cache_events=True,
-        )
-    )
-    return ContextCache(tree, max_contexts=3)
+    return ContextCache(make_tree(POOL), max_contexts=3)
 
 
 def accounts(cache: ContextCache) -> tuple[int, int, int]:

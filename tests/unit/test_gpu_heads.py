@@ -383,9 +383,8 @@ else:
             batch_size=padded, req_pool_indices=rows, seq_lens=lengths, seq_lens_cpu=None, out_cache_loc=slots
         )
         plan = SimpleNamespace(uneven_contexts=lambda batch: contexts, kv_pool=engine.pool)
-        graphs = HeadGraphs.__new__(HeadGraphs)
-        graphs.plan = plan
-        graphs.backend = HeadGraphBackend(TritonHeads(engine.space, engine.req_to_token, group_size * 2), engine.pool)
+        backend = HeadGraphBackend(TritonHeads(engine.space, engine.req_to_token, group_size * 2), engine.pool)
+        graphs = HeadGraphs(plan, backend, None, None)
         graphs.backend.init_cuda_graph_state(padded + 1, padded + 1)
         assert graphs.prepare(SimpleNamespace(batch_size=4, seq_lens=batch.seq_lens, seq_lens_cpu=batch.seq_lens.cpu()))
         new = [[pool[slots] for pool in pools] for pools in zip(engine.pool.k_buffer, engine.pool.v_buffer, strict=True)]
@@ -426,9 +425,8 @@ else:
     def test_batches_beyond_the_tables_run_eagerly() -> None:
         engine = Engine(mixed_requests(2, 63, DECODE), 2, 16, torch.float32)
         batch = engine.batch()
-        graphs = HeadGraphs.__new__(HeadGraphs)
-        graphs.plan = SimpleNamespace(uneven_contexts=lambda batch: engine.uneven_contexts(engine.batch()))
-        graphs.backend = HeadGraphBackend(TritonHeads(engine.space, engine.req_to_token, 4), engine.pool)
+        plan = SimpleNamespace(uneven_contexts=lambda batch: engine.uneven_contexts(engine.batch()))
+        graphs = HeadGraphs(plan, HeadGraphBackend(TritonHeads(engine.space, engine.req_to_token, 4), engine.pool), None, None)
         graphs.backend.init_cuda_graph_state(4, 4)
         forward_batch = SimpleNamespace(batch_size=4, seq_lens=batch.seq_lens, seq_lens_cpu=batch.seq_lens.cpu())
         graphs.backend.max_entries = 2 * batch.max_entries

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from array import array
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from obcache_sglang.compress.replay import ReplayPass, ReplayPrompts
-from obcache_sglang.kv.context import ContextState
-from obcache_sglang.scheduler.manager import CompressionManager
-from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
+from obcache_sglang.compress.replay import ReplayPrompts
 
 ASK = "\n\nRepeat the previous context exactly."
 ASK_LATER = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -57,34 +53,3 @@ def test_a_model_without_a_chat_template(model_dir: Path) -> None:
     tokenizer.chat_template = None
     (only,) = ReplayPrompts(tokenizer).passes(tokens(tokenizer, "One. Two."), 2048)
     assert tokenizer.decode(only.tokens) == ASK + "\nOne. Two."
-
-
-@pytest.mark.parametrize("awaited", ["", "a question", "POST /obcache/compress"])
-def test_passes_go_on_only_while_somebody_waits(awaited: str) -> None:
-    """A client may leave while a pass runs, when there is no job in the queue that its abort could end."""
-    context = SimpleNamespace(state=ContextState.COMPRESSING, id="0f")
-    job = CompressionJob.__new__(CompressionJob)
-    job.context, job.error, job.pass_started_at, job.unattended = context, None, 0.0, awaited == "POST /obcache/compress"
-    job.replay, job.passes = ReplayPass(array("q", [1]), 0, 1), [ReplayPass(array("q", [1]), 1, 2)]
-    context.is_queued = True
-    question = ContextReq.__new__(ContextReq)
-    question.context = context
-    # A manager without an engine: what `end_job` reads.
-    manager = CompressionManager.__new__(CompressionManager)
-    waiting = [question] if awaited == "a question" else []
-    manager.scheduler = SimpleNamespace(
-        waiting_queue=waiting,
-        grammar_manager=SimpleNamespace(grammar_queue=[]),
-        flush_wrapper=SimpleNamespace(_pending=None),
-    )
-    manager._jobs, manager._late = {"0f": job}, None
-    manager.metrics = SimpleNamespace(replayed=lambda tokens, seconds: None)
-    manager.agree = lambda verdict: verdict
-    withdrawn: list[object] = []
-    manager.cache = SimpleNamespace(withdraw=withdrawn.append)
-    manager._queue_job = lambda of, before: "the next pass"
-    manager.end_job(job, completed=True)
-    if awaited:
-        assert manager.scheduler.waiting_queue[0] == "the next pass" and not withdrawn
-    else:
-        assert withdrawn == [context] and not manager.scheduler.waiting_queue

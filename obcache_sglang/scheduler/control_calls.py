@@ -1,0 +1,104 @@
+"""Answers to the control calls of the tokenizer process: what operators and clients ask about contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from obcache_sglang import __version__
+from obcache_sglang.kv.context import Context, ContextState, Namespace
+from obcache_sglang.scheduler.requests import ContextReq
+
+if TYPE_CHECKING:
+    from obcache_sglang.scheduler.manager import CompressionManager
+
+Answer = dict[str, Any]
+
+
+def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
+    """Answers one control call; op is status, list, get, positions, delete, gone, progress or expire.
+
+    namespace: {"extra_key", "cache_salt", "lora_id"} of whoever asks, None for an operator who sees all. A context is asked for by
+    its `context_id`, or by the `name` that lists show.
+    """
+    manager.advance_clock(float(call.get("now", 0.0)))
+    cache = manager.cache
+    match call.get("op"):
+        case "status":
+            return {"ok": True, **_status(manager)}
+        case "expire":
+            due = [context.expires_at for context in cache if context.expires_at is not None]
+            return {"ok": True, "next": min(due) if due else None}
+        case "progress":
+            asked = [req for req in manager.engine.waiting() if isinstance(req, ContextReq) and req.rid.startswith(call["rid"])]
+            jobs = [job for req in asked if req.context is not None and (job := manager.jobs.get(req.context)) is not None]
+            done, total = jobs[0].progress if jobs else (0, 0)
+            return {"ok": True, "tokens": done, "of": total}
+        case "gone":
+            return {"ok": True, "gone": cache.get(call["name"]) is None}
+        case "list":
+            readers = manager.room.readers()
+            held = [each for each in cache if _is_visible(each, call) and _is_held(manager, each)]
+            return {"ok": True, "contexts": [each.describe() | {"readers": readers[each.id]} for each in held]}
+    context = _asked_for(manager, call)
+    if context is None:
+        wanted = call.get("context_id") or call.get("name")
+        return {
+            "ok": False,
+            "status_code": 404,
+            "error": f"no context {wanted!r} is held in this namespace (cache salt, extra key, LoRA adapter)",
+        }
+    match call.get("op"):
+        case "get":
+            described = context.describe() | {"readers": manager.room.readers()[context.id]}
+            described["kept_per_head"] = None if context.kept is None else context.kept.counts(manager.engine.num_kv_heads)
+            return {"ok": True, "context": described}
+        case "positions":
+            kept, layer = context.kept, int(call["layer"])
+            return {"ok": True, "positions": None if kept is None else kept.packed_layer(layer, manager.engine.num_kv_heads)}
+        case "delete":
+            if context.is_queued:
+                return {"ok": False, "status_code": 409, "error": "the context is being compressed; delete it afterwards"}
+            if context.state is not ContextState.DELETING:
+                cache.delete(context)
+            manager.sweep()
+            return {"ok": True, "name": context.id, "gone": cache.get(context.id) is None}
+    return {"ok": False, "status_code": 400, "error": f"unknown op {call.get('op')!r}"}
+
+
+def _asked_for(manager: CompressionManager, call: Mapping[str, Any]) -> Context | None:
+    if call.get("context_id") is not None:
+        known = manager.cache.by_capability(call["context_id"])
+        context = None if known is None else known[0]
+    else:
+        context = manager.cache.get(call.get("name") or "")
+    return context if context is not None and _is_visible(context, call) and _is_held(manager, context) else None
+
+
+def _is_held(manager: CompressionManager, context: Context) -> bool:
+    return manager.cache.is_resident(context) or context.is_queued or context.state is not ContextState.ABSENT
+
+
+def _is_visible(context: Context, call: Mapping[str, Any]) -> bool:
+    namespace = call.get("namespace")
+    return namespace is None or context.namespace == Namespace.of(**namespace)
+
+
+def _status(manager: CompressionManager) -> Answer:
+    for context in manager.cache:
+        manager.cache.is_resident(context)
+    resident = manager.metrics.set_gauges(manager.cache)
+    return {
+        "version": __version__,
+        "settings": manager.settings.to_dict(),
+        "counters": manager.metrics.to_dict(),
+        "pool": {
+            "slots": manager.engine.pool_slots,
+            "page_size": manager.cache.page_size,
+            "contexts": len(resident),
+            "context_slots": sum(context.num_slots for context in resident),
+            "slots_saved": sum(context.position_offset for context in resident),
+            "pinned_slots": manager.cache.pinned_slots,
+            "max_pinned_slots": manager.room.max_pinned_slots,
+        },
+    }

@@ -1,0 +1,143 @@
+"""What we read and change of SGLang's scheduler, in one place: the seam at which decisions are tested without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.disaggregation.utils import prepare_abort
+from sglang.srt.mem_cache import common
+
+from obcache_sglang.host import Touch
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+
+class EngineView:
+    """One scheduler.
+
+    running_batch: of the pass under way, None outside of one: SGLang's own attribute is that of the pass before.
+    late: requests that came into the queue during the pass under way, and wait for the next one; None outside of one.
+    num_kv_heads: of a layer, on this rank. pool_slots: KV slots in all. context_len: the model's longest prompt.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.running_batch: ScheduleBatch | None = None
+        self.late: list[Req] | None = None
+        self.tree: UnifiedRadixCache = scheduler.tree_cache
+        self.num_kv_heads: int = scheduler.token_to_kv_pool_allocator.get_kvcache().head_num
+        self.pool_slots: int = scheduler.max_total_num_tokens
+        self.context_len: int = scheduler.model_config.context_len
+        self.tokenizer: Any = scheduler.tokenizer
+
+    @property
+    def queue(self) -> list[Req]:
+        """Requests that wait for their prefill."""
+        queue: list[Req] = self._scheduler.waiting_queue
+        return queue
+
+    @queue.setter
+    def queue(self, queue: list[Req]) -> None:
+        self._scheduler.waiting_queue = queue
+
+    def free_slots(self) -> int:
+        """KV slots that nothing holds."""
+        return int(self.tree.token_to_kv_pool_allocator.available_size())
+
+    def waiting(self) -> Iterator[Req]:
+        """Requests that wait: in the queue, for the next pass, and for their grammar."""
+        yield from self.queue
+        yield from self.late or ()
+        yield from self._scheduler.grammar_manager.grammar_queue
+
+    def in_flight(self) -> set[Req]:
+        """Requests that hold KV: those of the batches under way, and one between two chunks of its prefill."""
+        running = self.running_batch.reqs if self.running_batch is not None else ()
+        chunked = self.chunked_req
+        return {*self._scheduler.collect_inflight_reqs(), *running, *((chunked,) if chunked is not None else ())}
+
+    @property
+    def runs_something(self) -> bool:
+        """Whether a request decodes, or is between two chunks of its prefill. Only within a pass."""
+        decodes = self.running_batch is not None and not self.running_batch.is_empty()
+        return decodes or self.chunked_req is not None
+
+    def admits_nobody(self) -> bool:
+        """Whether SGLang will not look at the queue in the pass under way."""
+        running = self.running_batch
+        assert running is not None
+        full = running.batch_is_full and not running.is_empty() and not self._scheduler.enable_priority_preemption
+        return bool(full and self.chunked_req is None)
+
+    @property
+    def chunked_req(self) -> Req | None:
+        """The request between two chunks of its prefill."""
+        return self._scheduler.chunked_req
+
+    @property
+    def must_become_idle(self) -> bool:
+        """Whether somebody waits for the engine to become idle (flush, weight update)."""
+        return self._scheduler.flush_wrapper._pending is not None
+
+    def answer(self, req: Req) -> None:
+        """Sends a finished request's answer to its client."""
+        self._scheduler.output_streamer.stream_output([req], req.return_logprob)
+
+    def abort_after_chunk(self, req: Req) -> None:
+        """Ends the request between two chunks of its prefill when its chunk has run."""
+        self._scheduler._pending_chunked_abort_req = req
+
+    def finish_forwards(self) -> None:
+        """Takes the results of the forwards under way, as pause_generation does."""
+        scheduler = self._scheduler
+        while scheduler.enable_overlap and scheduler.result_queue:
+            scheduler.process_batch_result(*scheduler.result_queue.popleft())
+
+    def end_chunked(self, message: str) -> None:
+        """Aborts the request between two chunks of its prefill, at once. After `finish_forwards`."""
+        req = self._scheduler.chunked_req
+        prepare_abort(req, message)
+        # Through the module, where our own hook sits.
+        common.release_kv_cache(req, self._scheduler.tree_cache, checkpoint=False)
+        self._scheduler.chunked_req = None
+
+    def forget_last_batch(self) -> None:
+        """Nothing of it runs any more."""
+        self._scheduler.last_batch = None
+
+    def evict(self, num_slots: int) -> None:
+        """Lets the tree evict until so many slots are free, as before an allocation."""
+        common.evict_from_tree_cache(self.tree, num_slots)
+
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+
+TOUCHES = (
+    Touch(f"{_SCHEDULER}.collect_inflight_reqs", "call", "the readers of a context", (), "scheduler"),
+    Touch(f"{_SCHEDULER}.process_batch_result", "call", "takes the result of a forward before a flush", (), "scheduler"),
+    Touch(
+        "sglang.srt.managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper",
+        "read",
+        "_pending: somebody waits for the engine to become idle",
+        (),
+        "scheduler",
+    ),
+    Touch(
+        "sglang.srt.disaggregation.utils.prepare_abort",
+        "call",
+        "ends a job that makes way",
+        ("req", "error_message"),
+        "scheduler",
+    ),
+    Touch(
+        "sglang.srt.mem_cache.common.evict_from_tree_cache",
+        "call",
+        "room for a context's slots",
+        ("tree_cache", "num_tokens"),
+        "scheduler",
+    ),
+)

@@ -1,0 +1,290 @@
+"""The compressions under way: how one begins, goes on from pass to pass, and ends.
+
+Ranks of one tensor-parallel group run this in step. `agree` is a collective: all come to it, or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from obcache_sglang.compress.replay import ReplayPass, ReplayPrompts
+from obcache_sglang.kv.context import Context, ContextState
+from obcache_sglang.scheduler.context_cache import ContextCache
+from obcache_sglang.scheduler.engine_view import EngineView
+from obcache_sglang.scheduler.metrics import Metrics
+from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
+from obcache_sglang.scheduler.room import Room
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+logger = logging.getLogger(__name__)
+
+MAX_REPLAY_FACTOR = 4
+"""Tokens that a replay may read for each token of its context, its prompts included."""
+
+
+class Jobs:
+    """Of one scheduler. agree: whether all ranks say True. secret: what request ids cannot be guessed without."""
+
+    def __init__(
+        self,
+        engine: EngineView,
+        cache: ContextCache,
+        room: Room,
+        metrics: Metrics,
+        *,
+        agree: Callable[[bool], bool],
+        secret: bytes,
+    ) -> None:
+        self.engine = engine
+        self.cache = cache
+        self.room = room
+        self.metrics = metrics
+        self.agree = agree
+        self._secret = secret
+        self._num_jobs = 0
+        self._by_context: dict[str, CompressionJob] = {}
+        self._started_now: list[CompressionJob] = []
+        self._prompts: ReplayPrompts | None = None
+
+    def get(self, context: Context) -> CompressionJob | None:
+        """The job of a context."""
+        return self._by_context.get(context.id)
+
+    def all(self) -> list[CompressionJob]:
+        """Those under way, the longest first."""
+        return list(self._by_context.values())
+
+    # --- beginning --------------------------------------------------------------------------------------------------
+
+    def make(self, like: ContextReq, context: Context) -> tuple[CompressionJob | None, str]:
+        """The compression of a context for `like`, or None and why it cannot be. The caller puts it into the queue."""
+        if context.settings.is_replay and self.engine.tokenizer is None:
+            return None, "no_tokenizer"
+        passes = self._replay_passes(context)
+        if passes is None:
+            return None, "no_room_to_replay"
+        if sum(len(each.tokens) for each in passes) > MAX_REPLAY_FACTOR * context.num_tokens:
+            return None, "replay_too_long"
+        longest = max((len(each.tokens) for each in passes), default=len(context.judges))
+        needed = context.num_tokens + longest + context.num_slots
+        if needed > self.engine.pool_slots:
+            return None, "pool_too_small"
+        self.room.make(needed)
+        job = self._make(context, like, passes)
+        if job.window < context.settings.window:
+            logger.warning(
+                "obcache: context %s keeps %d slots, so its window of %d tokens shrinks to %d",
+                context.id, context.num_slots, context.settings.window, job.window,
+            )  # fmt: skip
+        return job, ""
+
+    def _make(self, context: Context, like: ContextReq | CompressionJob, passes: Sequence[ReplayPass] = ()) -> CompressionJob:
+        self._num_jobs += 1
+        rid = hashlib.blake2b(str(self._num_jobs).encode(), digest_size=16, key=self._secret, person=b"job").hexdigest()
+        job = self._by_context[context.id] = CompressionJob(context, like, rid=rid, passes=passes)
+        context.is_queued = True
+        job.time_stats.set_wait_queue_entry_time()
+        return job
+
+    def _replay_passes(self, context: Context) -> list[ReplayPass] | None:
+        """What method replay reads after the context; None where the model's context length leaves no room for it."""
+        if not context.settings.is_replay:
+            return []
+        if self._prompts is None:
+            self._prompts = ReplayPrompts(self.engine.tokenizer)
+        room = self.engine.context_len - context.num_tokens - self._prompts.num_tokens - 1
+        chunk = min(context.settings.replay_chunk, room)
+        return self._prompts.passes(context.tokens, chunk) if chunk > 0 else None
+
+    def started(self, job: CompressionJob) -> None:
+        """The pass under way starts it: it is not in the queue yet."""
+        self._started_now.append(job)
+
+    def end_pass(self) -> None:
+        """What the pass started is in the queue now, or under way."""
+        self._started_now = []
+
+    # --- under way --------------------------------------------------------------------------------------------------
+
+    def is_alive(self, job: CompressionJob) -> bool:
+        """Whether it is queued or holds KV; else SGLang has dropped it."""
+        return job.kv.holds_kv or any(req is job for req in (*self.engine.queue, *self._started_now))
+
+    def is_awaited(self, job: CompressionJob) -> bool:
+        """Whether a client waits for it, or, where none does, nobody needs the engine idle."""
+        if job.unattended:
+            return not self.engine.must_become_idle
+        return any(isinstance(req, ContextReq) and req.context is job.context for req in self.engine.waiting())
+
+    def end_dead(self) -> None:
+        """Ends those that SGLang has dropped."""
+        for dead in [each for each in self.all() if not self.is_alive(each)]:
+            self.end(dead, completed=False)
+
+    def end_unawaited(self) -> None:
+        """After an abort: ends the jobs nobody waits for any more. One whose last chunk runs is let finish: the work is done."""
+        for job in self.all():
+            if not self.is_alive(job):  # all were aborted, and it with them
+                self.end(job, completed=False)
+                continue
+            if self.is_awaited(job):
+                continue
+            if job is self.engine.chunked_req:
+                self.engine.abort_after_chunk(job)
+            elif not job.kv.holds_kv:
+                self._dequeue(job)
+                self.end(job, completed=False)
+
+    def stop_unattended(self) -> None:
+        """Takes compressions that no client waits for out of the queue; they are due again when they are asked about.
+
+        One whose prefill is under way ends with that.
+        """
+        for job in [req for req in self.engine.queue if isinstance(req, CompressionJob) and req.unattended]:
+            self._dequeue(job)
+            self.end(job, completed=False)
+
+    def give_engine_back(self) -> None:
+        """The cache is to be flushed, or weights were changed: a compression that nobody waits for ends at once."""
+        self.stop_unattended()
+        jobs = [job for job in self.all() if job.unattended]
+        if not jobs or any(req not in jobs and not req.finished() for req in {*self.engine.in_flight(), *self.engine.waiting()}):
+            return
+        # The forward under way ends, and its result is taken, before anything is given back.
+        self.engine.finish_forwards()
+        job = self.engine.chunked_req
+        if isinstance(job, CompressionJob) and job.unattended:
+            self.engine.end_chunked("the cache is flushed")
+        self.stop_unattended()
+        self.engine.forget_last_batch()
+
+    def reserve(self, batch: ScheduleBatch) -> None:
+        """Reserves the slots of jobs whose last chunk is in this batch, after the batch's own allocation."""
+        for req in batch.reqs:
+            if not isinstance(req, CompressionJob) or not req.is_final or req.extend_end != len(req.origin_input_ids):
+                continue
+            if self.get(req.context) is not req:
+                req.error = "replaced"  # a second node of the same context would free the first one's slots
+                continue
+            slots = None
+            try:
+                slots = self.cache.reserve(req.context)
+            except Exception:
+                logger.exception("obcache: no slots for context %s", req.context.id)
+            # Every rank takes part, also one whose scoring has failed in an earlier chunk.
+            if self.agree(slots is not None and req.error is None):
+                req.slots = slots
+                continue
+            req.error = req.error or "no_slots"
+            try:
+                self.discard(req.context)
+                # Where another rank has evicted for it and this one has not: their trees must stay equal.
+                self.engine.evict(req.context.num_slots)
+            except Exception:
+                logger.exception("obcache: taking back the slots of context %s", req.context.id)
+
+    def release(self, job: CompressionJob, *, checkpoint: bool) -> None:
+        """It gives its KV back: it ends, or starts over after retraction."""
+        if job.finished():
+            self.end(job, completed=checkpoint and not isinstance(job.finished_reason, FINISH_ABORT))
+            return
+        if self.get(job.context) is job:
+            self.discard(job.context)
+        job.reset()
+
+    # --- ending -----------------------------------------------------------------------------------------------------
+
+    def end(self, job: CompressionJob, *, completed: bool) -> None:
+        """Publishes what a job made, or takes it back and lets its questions be served exactly.
+
+        completed: its prefill ran to the end (else it was aborted: its questions may compress again).
+        """
+        context = job.context
+        if self.get(context) is not job:
+            return  # another one has taken its place
+        del self._by_context[context.id]
+        context.is_queued = False
+        done = False
+        try:
+            done = completed and self._go_on_or_publish(job)
+        except Exception:
+            job.error = job.error or "error"
+            logger.exception("obcache: the end of the compression of context %s", context.id)
+        if completed and job.error is not None:
+            job.skip_radix_cache_insert = job.replay is not None  # what was computed of the context is worth caching exactly
+            for req in self.engine.queue:
+                if isinstance(req, ContextReq) and req.context is context:
+                    req.exact_reason = job.error
+        if not done:
+            self.discard(context)
+        if completed:
+            self._count(job, published=done and job.is_final)
+
+    def _go_on_or_publish(self, job: CompressionJob) -> bool:
+        """What follows a prefill of a job that ran to the end; False where nothing does, with the reason in `job.error` if it failed.
+
+        All ranks come to the votes: nothing that could raise on one of them alone stands before.
+        """
+        context = job.context
+        if not job.is_final:
+            if not self.is_awaited(job):  # its client left while this pass ran
+                return False
+            if self.agree(job.error is None):
+                # First in the queue: the next pass finds the context's exact KV still there.
+                self.engine.queue.insert(0, self._make(context, job))
+                return True
+            job.error = job.error or "error"
+        kept = job.compression.kept
+        if job.slots is not None:
+            scored = job.error is None and kept is not None
+            if not self.agree(scored):
+                job.error = job.error or ("error" if scored else "not_scored")
+        if job.error is not None:
+            return False
+        assert kept is not None
+        self.cache.publish(context, kept)
+        return True
+
+    def _count(self, job: CompressionJob, *, published: bool) -> None:
+        """Metrics and log of a prefill that ran to the end. Whatever fails here on one rank changes no decision."""
+        context = job.context
+        try:
+            if job.replay is not None:
+                self.metrics.replayed(len(job.replay.tokens), time.perf_counter() - job.pass_started_at)
+            if job.error is not None:
+                logger.warning("obcache: context %s is served exactly: %s", context.id, job.error)
+            if not published:
+                return
+            context.seconds = time.perf_counter() - job.started_at
+            context.scoring_seconds = job.scoring_seconds
+            context.job_cached_tokens = job.context_cached_tokens
+            self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
+            self.metrics.set_gauges(self.cache)
+            logger.info(
+                "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
+                context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
+                context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
+            )  # fmt: skip
+        except Exception:
+            logger.exception("obcache: counting context %s", context.id)
+
+    def discard(self, context: Context) -> None:
+        """Takes the slots back that were reserved for a context."""
+        if context.state is ContextState.COMPRESSING:
+            self.cache.withdraw(context)
+
+    def discard_orphans(self) -> None:
+        """Takes back what jobs have left that failed to end."""
+        for context in [each for each in self.cache if each.state is ContextState.COMPRESSING and not each.is_queued]:
+            self.cache.withdraw(context)
+
+    def _dequeue(self, job: CompressionJob) -> None:
+        self.engine.queue = [req for req in self.engine.queue if req is not job]

@@ -1,0 +1,178 @@
+"""What SGLang's scheduler is to our manager, on SGLang's own radix tree, allocator and pools, without a model."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+from obcache_sglang.kv.cells import KeptTokens
+from obcache_sglang.kv.context import Context
+from obcache_sglang.messages import Plan
+from obcache_sglang.scheduler.engine_view import EngineView
+from obcache_sglang.scheduler.manager import CompressionManager
+from obcache_sglang.scheduler.metrics import Metrics
+from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
+from obcache_sglang.settings import CompressionSettings, ServerSettings
+
+KEPT = KeptTokens(torch.arange(20), torch.tensor([0, 20]))
+HALF = CompressionSettings.resolve({"compression_ratio": 0.5, "budget": "uniform"})
+
+
+def make_tree(size: int) -> UnifiedRadixCache:
+    """SGLang's tree over a pool of `size` slots, one layer of one head."""
+    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device="cpu"))
+    pools = {"device": "cpu", "enable_memory_saver": False}
+    kv_pool = MHATokenToKVPool(size=size, page_size=1, dtype=torch.float32, head_num=1, head_dim=8, layer_num=1, **pools)
+    return UnifiedRadixCache(
+        params=CacheInitParams(
+            req_to_token_pool=ReqToTokenPool(size=4, max_context_len=size, **pools),
+            token_to_kv_pool_allocator=TokenToKVPoolAllocator(
+                size=size, dtype=torch.float32, device="cpu", kvcache=kv_pool, need_sort=False
+            ),
+            page_size=1,
+            disable=False,
+            tree_components=(ComponentType.FULL,),
+            enable_kv_cache_events=True,
+        )
+    )
+
+
+class Engine(EngineView):
+    """The view of a scheduler that has no model: a test makes its forwards."""
+
+    def __init__(self, size: int = 200) -> None:
+        tree = make_tree(size)
+        self._held: dict[Req, torch.Tensor] = {}
+        self.running: list[Req] = []
+        self.answered: list[Req] = []
+        super().__init__(
+            SimpleNamespace(
+                tree_cache=tree,
+                token_to_kv_pool_allocator=tree.token_to_kv_pool_allocator,
+                max_total_num_tokens=size,
+                model_config=SimpleNamespace(context_len=size),
+                tokenizer=None,
+                waiting_queue=[],
+                grammar_manager=SimpleNamespace(grammar_queue=[]),
+                collect_inflight_reqs=lambda: {*self.running, *self._held},
+                chunked_req=None,
+                flush_wrapper=SimpleNamespace(_pending=None),
+                output_streamer=SimpleNamespace(stream_output=lambda reqs, return_logprob: self.answered.extend(reqs)),
+                enable_priority_preemption=False,
+                enable_overlap=False,
+            )
+        )
+
+    def running_batch_now(self) -> Any:
+        """SGLang's running batch, as far as it is read."""
+        return SimpleNamespace(reqs=self.running, is_empty=lambda: not self.running, batch_is_full=False)
+
+    def take(self, req: Req) -> None:
+        """SGLang admits a request: it gets slots for what the tree does not hold of its prompt."""
+        self.queue = [each for each in self.queue if each is not req]
+        req.init_next_round_input(self.tree)
+        needed = len(req.origin_input_ids) - req.prefix_len
+        if self.free_slots() < needed:
+            self.evict(needed)
+        slots = self.tree.token_to_kv_pool_allocator.alloc(needed)
+        assert slots is not None, "the test's pool is too small"
+        self._held[req] = slots
+        req.kv.req_pool_idx = 0
+        req.kv.kv_allocated_len = len(req.origin_input_ids)
+
+    def give_back(self, req: Req) -> None:
+        self.tree.token_to_kv_pool_allocator.free(self._held.pop(req))
+        req.kv.req_pool_idx = None
+
+
+class Driven:
+    """A manager, and the engine whose steps a test takes."""
+
+    def __init__(self, size: int = 200, agree: Any = bool, **settings: Any) -> None:
+        self.engine = Engine(size)
+        self.now = 1000.0
+        given = {"min_tokens": 4, "compression_ratio": 0.5, "method": "tova", **settings}
+        self.manager = CompressionManager(
+            self.engine,
+            ServerSettings.resolve(given),
+            Metrics.create(False, {}),
+            uneven_refusal=None,
+            agree=agree,
+            clock=lambda: self.now,
+            secret=b"of the test",
+        )
+
+    def ask(self, context: array[int], question: int = 7, **plan: Any) -> ContextReq:
+        """A question of one token on a context arrives."""
+        fields = {
+            "rid": f"question-{question}",
+            "origin_input_text": "",
+            "origin_input_ids": context + array("q", [question]),
+            "sampling_params": SamplingParams(max_new_tokens=4),
+        }
+        wish = Plan(len(context), self.manager.settings.compression, now=self.now, **plan)
+        req = self.manager.create_request(fields, wish.to_dict())
+        self.engine.queue.append(req)
+        return req
+
+    def step(self) -> list[Req]:
+        """One scheduling pass; what SGLang could admit, of which it admits nothing."""
+        admitted: list[Req] = []
+
+        def pick(running_batch: Any) -> tuple[None, Any]:
+            admitted.extend(self.engine.queue)
+            return None, running_batch
+
+        self.manager.schedule(pick, self.engine.running_batch_now())
+        return admitted
+
+    def forward(self, job: CompressionJob, kept: KeptTokens | None = KEPT) -> None:
+        """The job's prefill, in one chunk, up to its end."""
+        self.engine.take(job)
+        job.extend_end = len(job.origin_input_ids)
+        self.manager.jobs.reserve(SimpleNamespace(reqs=[job]))
+        job.compression.kept = kept if job.slots is not None else None
+
+    def end(self, req: Req, reason: Any = None) -> None:
+        """A request is done, or aborted, and gives its KV back."""
+        req.finished_reason = reason or FINISH_LENGTH(length=0)
+        self.manager.before_release(req, checkpoint=not isinstance(reason, FINISH_ABORT))
+        self.engine.give_back(req)
+
+    def compress(self, context: array[int]) -> Context:
+        """A context that is compressed for a question, which then leaves."""
+        req = self.ask(context)
+        (job,) = [each for each in self.step() if isinstance(each, CompressionJob)]
+        self.forward(job)
+        self.end(job)
+        self.step()
+        self.engine.queue.remove(req)
+        assert req.context is not None
+        return req.context
+
+    def evict_all(self) -> None:
+        self.tree_evict(self.engine.pool_slots)
+
+    def tree_evict(self, num_slots: int) -> None:
+        self.engine.tree.evict(EvictParams(num_tokens=num_slots))
+
+    def accounts(self) -> tuple[int, int, int]:
+        """Slots (free, evictable, locked); what requests hold is none of these."""
+        tree = self.engine.tree
+        return self.engine.free_slots(), tree.evictable_size(), tree.protected_size()
+
+    def matched(self, context: Context) -> int:
+        """Slots of the context that the tree holds."""
+        return self.engine.tree.match_prefix(MatchPrefixParams(key=self.manager.cache.key(context))).device_prefix_len
