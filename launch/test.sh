@@ -24,7 +24,13 @@ python launch/model.py --dtype float32
 python launch/model.py --dtype bfloat16
 echo "== pytest: tests with servers; all others at the same time, their results follow"
 others="$(mktemp)"
-python -m pytest tests/unit tests/contract -m "$markers" --durations=5 >"$others" 2>&1 &
+{
+    failed=0
+    python -m pytest tests/contract tests/unit -m "$markers" --durations=5 || failed=$?
+    # By themselves: Triton's interpreter is chosen for a whole process.
+    python -m pytest tests/kernels -m "$markers" --durations=5 || failed=$?
+    exit "$failed"
+} >"$others" 2>&1 &
 others_pid=$!
 trap 'kill "$others_pid" 2>/dev/null || true; rm -f "$others"' EXIT
 status=0

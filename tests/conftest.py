@@ -19,3 +19,11 @@ def model_dir() -> Path:
 def model_dir_bf16() -> Path:
     """The same model in bfloat16, as a user would serve it."""
     return ensure_model("bfloat16")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders say what their tests need."""
+    for item in items:
+        for folder, marker in (("serving", "server"), ("kernels", "gpu")):
+            if folder in item.path.parts:
+                item.add_marker(marker)

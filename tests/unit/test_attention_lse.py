@@ -24,7 +24,8 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
 from obcache_sglang.gpu.attention_lse import leave_lse
-from tests.unit.interpreter import DEVICE
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 HEADS, KV_HEADS, HEAD_DIM, SCALE = 6, 2, 64, 0.125
 TOKENS = 40

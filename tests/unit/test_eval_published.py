@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from obcache_sglang.eval import tasks
 from obcache_sglang.eval.datasets import PUBLIC_SETS, load
 from obcache_sglang.eval.metrics import METRICS
 from obcache_sglang.eval.samples import Sample
-from obcache_sglang.eval.tasks import TASKS, generate
+from obcache_sglang.eval.tasks import TASKS, generate, ruler
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "fixtures" / "published.json").read_text(encoding="utf-8"))
 RULER, LONGBENCH = PUBLISHED["ruler"], PUBLISHED["longbench"]
@@ -33,7 +32,7 @@ def tokenizer(model_dir_bf16: Path) -> Any:
 
 def test_all_eleven_synthetic_tasks_are_compared() -> None:
     assert len(RULER) == 11 and set(RULER) <= set(TASKS)
-    assert set(tasks._RULER_DIFFERENCES) == set(RULER)
+    assert set(ruler.DIFFERENCES) == set(RULER)
 
 
 def prompt(sample: Sample) -> str:
@@ -82,8 +81,8 @@ def test_needles_are_rulers(task: str) -> None:
 
 
 def test_parameters_of_the_other_tasks_are_rulers(tokenizer: Any) -> None:
-    assert (RULER["vt"]["arguments"], tasks._VT_HOPS) == ({"num_chains": 1, "num_hops": 4}, 4)
-    assert RULER["cwe"]["arguments"] == {"freq_cw": 30, "freq_ucw": 3, "num_cw": tasks._CWE_COMMON}
+    assert (RULER["vt"]["arguments"], ruler._VT_HOPS) == ({"num_chains": 1, "num_hops": 4}, 4)
+    assert RULER["cwe"]["arguments"] == {"freq_cw": 30, "freq_ucw": 3, "num_cw": ruler._CWE_COMMON}
     assert RULER["fwe"]["arguments"] == {"alpha": 2.0}  # pi**2 / 6 is zeta(2)
     listing = generate("cwe", tokenizer, 5000, 0, 0)
     words = listing.context.split("that appear most often.\n")[-1].split()[1::2]

@@ -15,10 +15,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from obcache_sglang.errors import ConfigError
-from obcache_sglang.eval import prose, tasks
+from obcache_sglang.eval import prose
 from obcache_sglang.eval.metrics import METRICS
 from obcache_sglang.eval.samples import Sample
-from obcache_sglang.eval.tasks import CONTINUATION_TOKENS, MAX_FACTS, MULTI_QUESTION_TASKS, TASKS, generate
+from obcache_sglang.eval.tasks import CONTINUATION_TOKENS, MAX_FACTS, MULTI_QUESTION_TASKS, TASKS, fit, generate
 
 # Of 1000 tokens, seed 7, index 3. A change here changes every figure that was measured with the task: say so where it is made.
 FINGERPRINTS: dict[str, str] = {
@@ -278,5 +278,5 @@ def test_continuations_go_on_when_prose_is_used_up(tokenizer: Any) -> None:
 
 def test_prose_goes_round(tokenizer: Any) -> None:
     """Contexts longer than all prose begin it again."""
-    words = tasks._prose(len(prose.words()) - 2, 5)
+    words = fit._prose(len(prose.words()) - 2, 5)
     assert " ".join(words).split() == [*prose.words()[-2:], *prose.words()[:3]]

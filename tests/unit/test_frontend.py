@@ -14,6 +14,7 @@ from obcache_sglang.frontend.hooks import GUARD_TOUCHES
 from obcache_sglang.frontend.marker import register_marker
 from obcache_sglang.frontend.openai_reports import with_report
 from obcache_sglang.frontend.wish import REQUEST_KEYS, make_plan, parse_wish, split_marker
+from obcache_sglang.kv.context import ContextState
 from obcache_sglang.plugin import CLI_TOUCHES, register
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.settings import SETTINGS_ENV, settings_from_python
@@ -459,7 +460,8 @@ def test_metrics_count_once_for_status_and_prometheus():
     metrics.reused(100)
     metrics.replayed(300, 1.5)
     metrics.exact("session")
-    metrics.resident(1, 70)
+    resident = [SimpleNamespace(state=state, position_offset=70) for state in (ContextState.RESIDENT, ContextState.ABSENT)]
+    assert metrics.set_gauges(resident) == resident[:1]
     metrics.pass_decided(0.25)
     assert metrics.to_dict() == {
         "compressions": 1,
