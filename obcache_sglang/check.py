@@ -1,20 +1,26 @@
 """`python -m obcache_sglang.check`: does this installation fit the SGLang it finds, and can this machine serve?
 
-Prints every SGLang name the package touches, what it is for and whether it is there; versions; whether SGLang will load the
-plugin; and the device it would serve on. Exit code 0 if all is well, 1 if not. `--flags` prints the command-line flags
+Prints the verdict and what is wrong first; then versions, whether SGLang will load the plugin, the device it would serve on, and
+every SGLang name the package touches. Exit code 0 if all is well, 1 if not. `--flags` prints the command-line flags
 instead: `sglang serve --help` answers before it loads plugins, so they are not in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
 import os
 import sys
+import textwrap
+from contextlib import redirect_stdout
 from importlib.metadata import entry_points, version
 
 from obcache_sglang import __version__
 from obcache_sglang.host import TESTED_SGLANG, check_host, installed_sglang
 from obcache_sglang.settings import add_cli_flags
+
+_WIDTH = 80
 
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "obcache"
 PLATFORM_GROUP, PLATFORM_NAME = "sglang.srt.platforms", "obcache_cpu"
@@ -29,13 +35,19 @@ def main(argv: list[str] | None = None) -> int:
         add_cli_flags(flags)
         print(flags.format_help())
         return 0
-    checks = (_check_versions, _check_entry_points, _check_table, _check_device)
-    # A list, so that all of them print.
-    problems = [problem for check in checks for problem in check()]
-    print()
+    checks = (_check_versions, _check_entry_points, _check_device, _check_table)
+    report = io.StringIO()
+    with redirect_stdout(report):
+        # A list, so that all of them print.
+        problems = [problem for check in checks for problem in check()]
+    print(
+        "OK: this machine can serve with --obcache."
+        if not problems
+        else f"Not OK: {len(problems)} problem{'s' * (len(problems) > 1)}."
+    )
     for problem in problems:
-        print(f"PROBLEM: {problem}")
-    print("OK: this machine can serve with --obcache." if not problems else f"Not OK: {len(problems)} problems.")
+        print(textwrap.fill(f"PROBLEM: {problem}", _WIDTH, break_on_hyphens=False))
+    print(f"\n{report.getvalue().strip()}")
     return 1 if problems else 0
 
 
@@ -67,15 +79,24 @@ def _check_entry_points() -> list[str]:
 
 
 def _check_table() -> list[str]:
-    states = check_host()
-    width = max(len(state.touch.target) for state in states)
-    print(f"\n{len(states)} SGLang names:")
-    for state in states:
-        touch = state.touch
-        verdict = "found" if state.ok else "MISSING" if not state.found else f"LACKS {', '.join(state.missing_parameters)}"
-        print(f"  {touch.target:{width}}  {touch.kind:8}  {verdict:6}  {touch.why}")
+    states = sorted(check_host(), key=lambda state: state.touch.target)
+    print(f"\n{len(states)} SGLang names, by module: what we do with each, and why")
+    for module, group in itertools.groupby(states, key=lambda state: _module_of(state.touch.target)):
+        print(f"\n{module}")
+        for state in group:
+            touch = state.touch
+            verdict = "ok" if state.ok else "MISSING" if not state.found else f"LACKS {', '.join(state.missing_parameters)}"
+            print(f"  {verdict}  {touch.kind}  {touch.target.removeprefix(module + '.')}")
+            print(textwrap.fill(touch.why, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
     missing = [state.touch.target for state in states if not state.ok]
     return [f"this SGLang lacks what we rely on: {', '.join(missing)}."] if missing else []
+
+
+def _module_of(target: str) -> str:
+    """The module of a dotted name: what comes before its first capital letter, or before its last part."""
+    parts = target.split(".")
+    classes = [index for index, part in enumerate(parts) if part[0].isupper()]
+    return ".".join(parts[: classes[0] if classes else len(parts) - 1])
 
 
 def _check_device() -> list[str]:

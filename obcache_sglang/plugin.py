@@ -14,19 +14,28 @@ What must stop the server raises SystemExit where SGLang would swallow an Except
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import multiprocessing
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from obcache_sglang import __version__
 from obcache_sglang.compress.head_profile import AUTO, HeadProfile
 from obcache_sglang.errors import ConfigError, HostError
 from obcache_sglang.frontend.hooks import GUARD_TOUCHES
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
-from obcache_sglang.settings import SETTINGS_ENV, ServerSettings, add_cli_flags, publish, published_settings, settings_from_cli
+from obcache_sglang.settings import (
+    OPTIONS,
+    SETTINGS_ENV,
+    ServerSettings,
+    add_cli_flags,
+    publish,
+    published_settings,
+    settings_from_cli,
+)
 from obcache_sglang.support import check_supported
 
 logger = logging.getLogger(__name__)
@@ -127,8 +136,18 @@ def _apply(touches: Iterable[Touch]) -> None:
 
 
 def _add_flags(result: None, parser: argparse.ArgumentParser) -> None:
-    """After ServerArgs.add_cli_args: SGLang's parser also gets our flags."""
+    """After ServerArgs.add_cli_args: SGLang's parser also gets our flags, and suggests one for a misspelt one."""
     add_cli_flags(parser)
+    plain = parser.error
+
+    def error(message: str) -> NoReturn:
+        flags = [option.flag for option in OPTIONS.values()]
+        wrong = [each for word in message.split() if (each := word.partition("=")[0]).startswith("--obcache")]
+        near = [match for each in wrong for match in difflib.get_close_matches(each, flags, n=1)]
+        hint = f". Did you mean {', '.join(near)}? `python -m obcache_sglang.check --flags` lists them all" if near else ""
+        plain(message + hint)
+
+    parser.error = error  # type: ignore[method-assign]
 
 
 def _take_settings(server_args: Any, cls: type, args: argparse.Namespace) -> None:

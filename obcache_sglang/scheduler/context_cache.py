@@ -19,7 +19,7 @@ import heapq
 import json
 from array import array
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,13 +62,21 @@ class ContextCache:
     """The contexts of one scheduler, least recently used first, and their nodes in its radix tree.
 
     secret: of this server, 0 to 64 bytes, the same on every rank; context ids and virtual ids cannot be guessed without it.
+    on_evicted: called when a resident context is found gone.
     """
 
-    def __init__(self, tree_cache: UnifiedRadixCache, max_contexts: int, secret: bytes = b"") -> None:
+    def __init__(
+        self,
+        tree_cache: UnifiedRadixCache,
+        max_contexts: int,
+        secret: bytes = b"",
+        on_evicted: Callable[[], None] = lambda: None,
+    ) -> None:
         self.tree = tree_cache
         self.allocator = tree_cache.token_to_kv_pool_allocator
         self.page_size: int = tree_cache.page_size
         self.max_contexts = max_contexts
+        self.on_evicted = on_evicted
         self._secret = secret
         self._contexts: OrderedDict[str, Context] = OrderedDict()
         self._deleting: dict[str, Context] = {}
@@ -153,6 +161,7 @@ class ContextCache:
         if self._holds_node(context):
             return True
         self._mark_absent(context)
+        self.on_evicted()
         return False
 
     def _holds_node(self, context: Context) -> bool:

@@ -69,7 +69,7 @@ class CompressionManager:
         self.metrics = metrics
         self.uneven_refusal = uneven_refusal
         self.clock = clock
-        self.cache = ContextCache(engine.tree, settings.max_contexts, secret)
+        self.cache = ContextCache(engine.tree, settings.max_contexts, secret, on_evicted=metrics.evicted)
         self.room = Room(engine, self.cache, settings.max_pinned_slots)
         self.jobs = Jobs(engine, self.cache, self.room, metrics, agree=agree, secret=secret)
         self._deferred: dict[str, tuple[Context, ContextReq]] = {}
@@ -160,11 +160,13 @@ class CompressionManager:
         queue = self.engine.queue
         order: list[Req] = []
         admitted: list[Req] = []
+        num_held = 0
         unattended_wait = not self._engine_is_idle() and not self.room.is_tight
         for req in queue:
             if isinstance(req, ContextReq):
                 verdict, job = self._resolve_contained(req)
                 req.decided = verdict is Verdict.ADMIT
+                num_held += self._count_wait(req, held=verdict is Verdict.HOLD)
                 if job is not None:
                     self.jobs.started(job)
                     order.append(job)
@@ -176,7 +178,17 @@ class CompressionManager:
             elif not (isinstance(req, CompressionJob) and req.unattended and unattended_wait):
                 admitted.append(req)
             order.append(req)
+        self.metrics.waiting(num_held)
         return order, admitted
+
+    def _count_wait(self, req: ContextReq, *, held: bool) -> bool:
+        """Keeps account of how long a request waits for compressions. Returns held."""
+        if held:
+            req.held_since = req.held_since or time.perf_counter()
+        elif req.held_since is not None:
+            self.metrics.waited(time.perf_counter() - req.held_since)
+            req.held_since = None
+        return held
 
     def _is_admitted_exactly(self, req: Req) -> bool:
         if not isinstance(req, ContextReq):
@@ -312,6 +324,7 @@ class CompressionManager:
             compressed_now = req.compressions_started > 0
             if req.plan.pin:
                 self.room.pin(context)
+                self.metrics.set_gauges(self.cache)
             if req.plan.ttl_seconds is not None:
                 self._set_ttl(context, req.plan.ttl_seconds, made_now=compressed_now)
             if not compressed_now:
@@ -342,6 +355,7 @@ class CompressionManager:
         batch, running_batch = result
         if asked and batch is None and self.engine.queue and running_batch.is_empty():
             self.room.release_a_pin()
+            self.metrics.set_gauges(self.cache)
 
     def _start_job(self, req: ContextReq, context: Context) -> tuple[Verdict, CompressionJob | None]:
         if req.compressions_started >= MAX_COMPRESSIONS_PER_REQUEST:

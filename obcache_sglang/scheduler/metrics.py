@@ -24,6 +24,9 @@ class Metrics:
         self._replay_seconds = 0.0
         self._schedule_seconds = 0.0
         self._contexts = 0
+        self._pinned = 0
+        self._waiting = 0
+        self._waiting_seconds = 0.0
         self._slots_saved_now = 0
 
     @classmethod
@@ -68,25 +71,57 @@ class Metrics:
         if self._prometheus:
             self._prometheus.exact.labels(reason=reason).inc()
 
+    def evicted(self) -> None:
+        """The tree has evicted a resident context; noticed when the context is looked for."""
+        self._totals["evictions"] += 1
+        if self._prometheus:
+            self._prometheus.evictions.inc()
+
+    def waiting(self, requests: int) -> None:
+        """So many requests wait for a compression now."""
+        self._waiting = requests
+        if self._prometheus:
+            self._prometheus.waiting.set(requests)
+
+    def waited(self, seconds: float) -> None:
+        """A request that waited for a compression is served now."""
+        self._waiting_seconds += seconds
+        if self._prometheus:
+            self._prometheus.waiting_seconds.observe(seconds)
+
     def set_gauges(self, contexts: Iterable[Context]) -> list[Context]:
         """What is resident now: contexts, and the KV slots their exact caches would hold more. Returns the resident ones."""
         resident = [context for context in contexts if context.state is ContextState.RESIDENT]
         self._contexts = len(resident)
+        self._pinned = sum(context.pinned for context in resident)
         self._slots_saved_now = sum(context.position_offset for context in resident)
         if self._prometheus:
             self._prometheus.contexts.set(self._contexts)
+            self._prometheus.pinned.set(self._pinned)
             self._prometheus.slots_saved_now.set(self._slots_saved_now)
         return resident
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for `GET /obcache/status`."""
-        names = ("compressions", "reuses", "context_tokens", "slots_saved", "tokens_saved", "replayed_tokens", "schedule_passes")
+        names = (
+            "compressions",
+            "reuses",
+            "context_tokens",
+            "slots_saved",
+            "tokens_saved",
+            "replayed_tokens",
+            "schedule_passes",
+            "evictions",
+        )
         return {name: self._totals[name] for name in names} | {
             "compression_seconds": self._seconds,
             "replay_seconds": self._replay_seconds,
             "schedule_seconds": self._schedule_seconds,
             "exact": dict(self._exact),
             "contexts": self._contexts,
+            "pinned": self._pinned,
+            "waiting": self._waiting,
+            "waiting_seconds": self._waiting_seconds,
             "slots_saved_now": self._slots_saved_now,
         }
 
@@ -111,15 +146,19 @@ class _Prometheus:
         self.tokens_saved = counter("tokens_saved_total", "Prompt tokens not prefilled again thanks to a compressed context.")
         self.slots_saved = counter("slots_saved_total", "KV slots given back by compressions.")
         self.contexts = gauge("contexts", "Compressed contexts resident now.")
+        self.pinned = gauge("pinned_contexts", "Compressed contexts that are pinned now.")
+        self.waiting = gauge("waiting_requests", "Requests that wait for a compression now.")
+        self.evictions = counter("evictions_total", "Compressed contexts that were evicted to make room.")
         self.slots_saved_now = gauge(
             "resident_slots_saved", "KV slots that the resident contexts hold less than their exact caches would."
         )
-        self.seconds = Histogram(
-            "sglang:obcache_compression_seconds",
-            "Seconds from the start of a compression job to its publication.",
-            labelnames=names,
-            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
-        ).labels(**labels)
+
+        def histogram(name: str, text: str) -> Any:
+            buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+            return Histogram(f"sglang:obcache_{name}", text, labelnames=names, buckets=buckets).labels(**labels)
+
+        self.seconds = histogram("compression_seconds", "Seconds from the start of a compression job to its publication.")
+        self.waiting_seconds = histogram("waiting_seconds", "Seconds that requests waited for a compression.")
         exact = PrometheusCounter(
             "sglang:obcache_exact_total",
             "Requests that asked for compression and were served with the exact cache, by reason.",

@@ -48,6 +48,8 @@ class ContextReq(Req):
         """How the client may name its context from now on."""
         self.decided = False
         """Whether the manager has decided on it since it was queued."""
+        self.held_since: float | None = None
+        """When it began to wait for a compression, of `time.perf_counter`; None while it does not."""
         self.position_offset = 0
         self.real_ids: array[int] | None = None
         self.compressions_started = 0

@@ -119,6 +119,13 @@ def refused(*flags):
 
 assert "--obcache-compression-ratio=1.2 is outside [0, 1)" in refused("--obcache", "--obcache-compression-ratio", "1.2")
 assert "given without --obcache" in refused("--obcache-method", "h2o")
+import contextlib, io
+said = io.StringIO()
+with contextlib.redirect_stderr(said):
+    refused("--obcache", "--obcache-compresion-ratio", "0.5")
+    refused("--obcache", "--no-such-flag")
+assert "Did you mean --obcache-compression-ratio?" in said.getvalue(), said.getvalue()
+assert said.getvalue().count("Did you mean") == 1
 both = refused("--obcache", "--pp-size", "2", "--disable-radix-cache")
 assert "leave out --disable-radix-cache" in both and "use --tp-size" in both
 assert "leave out --tokenizer-worker-num" in refused("--obcache", "--tokenizer-worker-num", "2")
@@ -188,21 +195,32 @@ def test_check_says_ok_here(capsys, monkeypatch):
     monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
     assert check.main([]) == 0
     output = capsys.readouterr().out
-    assert "OK: this machine can serve" in output
-    for touch in host_table():
-        assert touch.target in output
+    assert output.startswith("OK: this machine can serve")
+    assert max(map(len, output.splitlines())) <= 80
+    module = ""
+    named = set()
+    for line in output.splitlines():
+        if line.startswith("sglang."):
+            module = line
+        elif line.startswith("  ok"):
+            named.add(f"{module}.{line.split()[-1]}")
+    assert {touch.target for touch in host_table()} <= named
 
 
 @pytest.mark.parametrize("name", ["SGLANG_PLUGINS", "SGLANG_PLATFORM"])
 def test_check_says_when_the_plugin_is_excluded(capsys, monkeypatch, name):
     monkeypatch.setenv(name, "something_else")
     assert check.main([]) == 1
-    assert f"{name}=something_else excludes" in capsys.readouterr().out
+    verdict, problem, *_ = capsys.readouterr().out.splitlines()
+    assert (verdict, problem.startswith(f"PROBLEM: {name}=something_else excludes")) == ("Not OK: 1 problem.", True)
 
 
-def test_check_prints_the_flags(capsys):
+def test_check_prints_the_flags(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert check.main(["--flags"]) == 0
-    assert "--obcache-compression-ratio" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "--obcache-compression-ratio" in output
+    assert max(map(len, output.splitlines())) <= 80
 
 
 def test_hooks_of_this_process_are_untouched():

@@ -97,7 +97,9 @@ def test_flags_exist(text: Path) -> None:
 def metric_names() -> set[str]:
     """Of all that is counted for Prometheus, without its prefix."""
     source = Path(metrics.__file__).read_text(encoding="utf-8")
-    return set(re.findall(r'(?:counter|gauge)\(\s*"(\w+)"', source)) | set(re.findall(r'"sglang:obcache_(\w+)"', source))
+    return set(re.findall(r'(?:counter|gauge|histogram)\(\s*"(\w+)"', source)) | set(
+        re.findall(r'"sglang:obcache_(\w+)"', source)
+    ) - {"{name"}
 
 
 @pytest.mark.parametrize("text", [*TEXTS, DEPLOY / "dashboard.json"], ids=name_of)

@@ -460,7 +460,12 @@ def test_metrics_count_once_for_status_and_prometheus():
     metrics.reused(100)
     metrics.replayed(300, 1.5)
     metrics.exact("session")
-    resident = [SimpleNamespace(state=state, position_offset=70) for state in (ContextState.RESIDENT, ContextState.ABSENT)]
+    metrics.evicted()
+    metrics.waiting(3)
+    metrics.waited(1.25)
+    resident = [
+        SimpleNamespace(state=state, position_offset=70, pinned=True) for state in (ContextState.RESIDENT, ContextState.ABSENT)
+    ]
     assert metrics.set_gauges(resident) == resident[:1]
     metrics.pass_decided(0.25)
     assert metrics.to_dict() == {
@@ -476,6 +481,10 @@ def test_metrics_count_once_for_status_and_prometheus():
         "compression_seconds": 0.5,
         "exact": {"session": 1},
         "contexts": 1,
+        "pinned": 1,
+        "evictions": 1,
+        "waiting": 3,
+        "waiting_seconds": 1.25,
         "slots_saved_now": 70,
     }
     assert REGISTRY.get_sample_value("sglang:obcache_reuses_total", labels) == 2
