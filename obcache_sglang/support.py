@@ -133,7 +133,7 @@ def check_supported(server: ServerSettings, server_args: Any, model_config: Any 
     problems += unsupported_features(server_args, model_config)
     if server.decode_graphs == "on" and getattr(server_args, "enable_dp_attention", False):
         problems.append(
-            "--obcache-decode-graphs on: graphs for heads of different length do not know of DP attention, which pads batches over ranks: "
+            "--obcache-decode-graphs on: graphs for per-head budgets do not work with DP attention, which pads batches over ranks: "
             "leave out one of them"
         )
     if problems:

@@ -26,7 +26,7 @@ TOUCHES = (
     use(
         "sglang.kernels.ops.attention.decode_attention.decode_attention_fwd",
         "call",
-        "decode over heads of different length on GPUs",
+        "decode over per-head budgets on GPUs",
         (
             "q",
             "k_buffer",
@@ -43,7 +43,7 @@ TOUCHES = (
     use(
         "sglang.kernels.ops.attention.extend_attention.extend_attention_fwd_unified",
         "call",
-        "prefill over heads of different length on GPUs",
+        "prefill over per-head budgets on GPUs",
         ("q", "o", "k_buffer", "v_buffer", "k_scale", "v_scale", "qo_indptr", "kv_indptr", "kv_indices", "prefix_lens"),
     ),
     use(

@@ -1,4 +1,4 @@
-"""Attention over heads of different length with FlashInfer's paged wrapper: pages of one row, one KV head.
+"""Attention over per-head budgets with FlashInfer's paged wrapper: pages of one row, one KV head.
 
 FlashInfer plans on the host, and heads have other lengths in each layer: a layer has a wrapper and a plan of its own. A single
 wrapper planned again for each layer would be cheaper in memory, and wrong: a plan is copied to the device from a pinned buffer of

@@ -1,4 +1,4 @@
-"""Attention over heads of different length: each KV head of each request is a sequence of its own.
+"""Attention over per-head budgets: each KV head of each request is a sequence of its own.
 
 A backend lives as long as the server: `TritonHeads` (obcache_sglang.gpu.triton_heads) or `FlashInferHeads`. Each forward pass
 takes a `HeadStep` from it, whose `attend` is called once per layer when the K and V of the new tokens are in the pool.

@@ -1,4 +1,4 @@
-"""Decode batches with heads of different length in CUDA graphs.
+"""Decode batches with per-head budgets in CUDA graphs.
 
 SGLang's own decode graphs read one length for all heads. A second set of them, captured by SGLang's runner with this attention
 backend in the place of its own, reads each request through head tables; ordinary requests are ones whose heads have no cells.
@@ -32,7 +32,7 @@ POOLS_PER_BATCH = 2
 
 
 class HeadGraphBackend(AttentionBackend):
-    """Attention of all requests of a decode batch over heads of different length; only within graphs."""
+    """Attention of all requests of a decode batch over per-head budgets; only within graphs."""
 
     needs_cpu_seq_lens = False
 
@@ -103,7 +103,7 @@ class HeadGraphBackend(AttentionBackend):
 
 
 class HeadGraphs:
-    """Decode graphs for batches with uneven contexts, beside those that SGLang captured."""
+    """Decode graphs for batches with contexts with per-head budgets, beside those that SGLang captured."""
 
     def __init__(self, plan: BatchContexts, backend: HeadGraphBackend, beside: Any, runner: Any) -> None:
         """backend: the attention in them. beside: SGLang's own runner, whose batches they take over; runner: that which has ours."""

@@ -1,4 +1,4 @@
-"""Requests behind contexts with heads of different length, beside any of SGLang's attention backends.
+"""Requests behind contexts with per-head budgets, beside any of SGLang's attention backends.
 
 The backend computes a batch as it always does, and knows nothing of such contexts: what it computed for the requests behind one
 is replaced. Batches without such a request take the backend's own path alone; decode batches of nothing else skip it.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class HeadOverlay:
-    """For one model. heads: attention over heads of different length in its pool, whose `KVSpace` is plan.space."""
+    """For one model. heads: attention over per-head budgets in its pool, whose `KVSpace` is plan.space."""
 
     def __init__(self, plan: BatchContexts, heads: TritonHeads | FlashInferHeads) -> None:
         self.plan = plan
@@ -37,7 +37,7 @@ class HeadOverlay:
         self._rows = torch.empty(0, dtype=torch.int64)
 
     def over(self, attention_forward: Callable[..., Any]) -> Callable[..., Any]:
-        """An attention backend's `forward`, which also reads uneven contexts."""
+        """An attention backend's `forward`, which also reads contexts with per-head budgets."""
 
         def forward(
             q: torch.Tensor,

@@ -1,4 +1,4 @@
-"""Attention over heads of different length with SGLang's Triton kernels.
+"""Attention over per-head budgets with SGLang's Triton kernels.
 
 Shapes depend on what the host knows alone, and nothing is copied to the host: a step, made and used, can be captured in a CUDA
 graph. Its tensors must then outlive the graph, and a replay reads the tensors of its `HeadBatch` anew.

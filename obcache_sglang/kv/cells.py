@@ -1,4 +1,4 @@
-"""Where the K and V of a compressed context lie when its heads keep different numbers of tokens.
+"""Where the K and V of a compressed context lie with a per-head budget.
 
 A context of M slots has M * num_layers * num_kv_heads *cells*, each of which holds the K and the V of one kept token of one KV
 head of one layer. Its kept tokens are ordered layer by layer, head by head, and the cells are numbered in lane-major order:

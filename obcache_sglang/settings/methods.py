@@ -50,13 +50,13 @@ class Method:
 METHODS: dict[str, Method] = {
     "snapkv": Method(
         "window",
-        "its last ones, scores smoothed over neighbours",
+        "the last ones, with scores smoothed over neighbours",
         {"score": "obcache-k", "pooling": "average", "kernel_size": KERNEL_SIZE},
     ),
-    "h2o": Method("window", "its last ones or all", {"score": "obcache-k"}, takes_every_query=True),
+    "h2o": Method("window", "the last ones, or all", {"score": "obcache-k"}, takes_every_query=True),
     "tova": Method(
         "window",
-        "its last one, one choice for all heads",
+        "the last one; all heads of a layer keep the same tokens",
         {"window": 1},
         with_budget={"uniform": {"heads": "shared"}},
         window=1,
@@ -64,7 +64,7 @@ METHODS: dict[str, Method] = {
     ),
     "replay": Method(
         "replay",
-        "the model re-reads the context, once more the work of its prefill, and those queries score",
+        "the model reads the context again, and those queries score; costs one to three prefills more",
         {"window": EVERY_QUERY, "budget": "global"},
         with_budget={"global": {"recent_tokens": REPLAY_RECENT_TOKENS}},
         window=EVERY_QUERY,
@@ -72,9 +72,11 @@ METHODS: dict[str, Method] = {
         takes_every_query=True,
     ),
     "streaming": Method(
-        "nobody", "first and last tokens, a sanity floor", position_scores="obcache_sglang.compress.ranking:latest_first"
+        "nobody",
+        "no query; the first and last tokens are kept; a sanity floor",
+        position_scores="obcache_sglang.compress.ranking:latest_first",
     ),
-    "random": Method("nobody", "a sanity floor", position_scores="obcache_sglang.compress.ranking:random_scores"),
+    "random": Method("nobody", "no query; a sanity floor", position_scores="obcache_sglang.compress.ranking:random_scores"),
 }
 
 

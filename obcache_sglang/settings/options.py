@@ -146,109 +146,127 @@ COMPRESSION_OPTIONS = (
     Option(
         "compression_ratio",
         _ratio,
-        "Fraction of a context's KV pairs that is removed, in [0, 1): 0.7 keeps 30 %%. Default: 0.7.",
+        "Fraction of a context's KV pairs that is removed, in [0, 1). 0.7 keeps 30 %%. Default: 0.7.",
         _number,
         "RATIO",
     ),
     Option(
         "method",
         _one_of(METHODS),
-        "Which queries score a context's tokens. snapkv: its last ones, scores smoothed over neighbours; h2o: its last ones or all; "
-        "tova: its last one, one choice for all heads; replay: the model re-reads the context, once more the work of its prefill, and "
-        "those queries score; streaming (first and last tokens) and random are sanity floors. Default: tova (presets kvpress and paper: snapkv).",
+        "Which queries score a context's tokens. "
+        + " ".join(f"{name}: {method.summary}." for name, method in METHODS.items())
+        + " Default: tova (presets kvpress and paper: snapkv).",
         metavar="|".join(METHODS),
     ),
     Option(
         "score",
         _one_of(SCORES),
-        "How a query scores a token: its attention weight, or the attention output error of removing its value, key or both "
-        "(OBCache, arXiv 2510.07651). Default: obcache-v (snapkv, h2o: obcache-k; preset kvzip: attention).",
+        (
+            "How a query scores a token. attention: its attention weight. obcache-v, obcache-k, obcache-kv: the error of the "
+            "attention output when its value, its key, or both are removed (OBCache, arXiv 2510.07651). Default: obcache-v "
+            "(snapkv, h2o: obcache-k; preset kvzip: attention)."
+        ),
         metavar="|".join(SCORES),
     ),
     Option(
         "preset",
         _one_of(PRESETS),
-        "Defaults of the settings below. kvpress: exactly KVPress's semantics, no protected sinks; paper: snapkv with window 16 and "
-        "max pooling over 7; kvzip: KVPress's KVzip (method replay, score attention, budget global). Default: default.",
+        (
+            "Defaults of the settings below. kvpress: KVPress's semantics; no sinks are protected. paper: snapkv with window "
+            "16 and max pooling over 7. kvzip: KVPress's KVzip (method replay, score attention, budget global). Default: "
+            "default."
+        ),
         metavar="|".join(PRESETS),
     ),
     Option(
         "window",
         _whole_number("the number of last context queries that score", all_word=True),
-        "Number of last context tokens whose queries score, and which are kept; all: every query of the context (h2o only). "
-        "Default: 64 (tova: 1; preset paper: 16; none for replay).",
+        (
+            "Number of last context tokens whose queries score; these tokens are kept. all: every query of the context (h2o "
+            "only). Default: 64 (tova: 1; preset paper: 16; none for replay)."
+        ),
         _number,
         "TOKENS|all",
     ),
     Option(
         "pooling",
         _one_of(POOLINGS),
-        "Smoothing of scores over neighbouring positions. Default: average for snapkv (preset paper: max), else none.",
+        "How scores are smoothed over neighbouring positions. Default: average for snapkv (preset paper: max), else none.",
         metavar="|".join(POOLINGS),
     ),
     Option(
         "kernel_size",
         _whole_number("the number of neighbouring positions pooled", odd=True),
-        "Positions pooled together, an odd number. Default: 5 (preset paper: 7).",
+        "Number of positions pooled together; odd. Default: 5 (preset paper: 7).",
         _number,
         "POSITIONS",
     ),
     Option(
         "sink_tokens",
         _whole_number("the number of first tokens that are always kept"),
-        "First tokens of a context that are always kept (attention sinks). Default: 4 (preset kvpress: 0).",
+        "Number of first tokens of a context that are always kept (attention sinks). Default: 4 (preset kvpress: 0).",
         _number,
         "TOKENS",
     ),
     Option(
         "recent_tokens",
         _whole_number("the number of last tokens that are always kept"),
-        f"Last tokens of a context that are always kept, where the window is shorter. Default: {REPLAY_RECENT_TOKENS} for replay with budget "
-        "global (preset kvzip: 0), else 0.",
+        (
+            "Number of last tokens of a context that are always kept, if more than the window. Default: "
+            f"{REPLAY_RECENT_TOKENS} for replay with budget global (preset kvzip: 0), else 0."
+        ),
         _number,
         "TOKENS",
     ),
     Option(
         "heads",
         _one_of(HEADS),
-        "per-head: each KV head keeps its own tokens; shared: the KV heads of a layer keep the same ones. "
-        "Default: per-head (tova with budget uniform: shared).",
+        (
+            "per-head: each KV head keeps its own tokens. shared: the KV heads of a layer keep the same tokens. Default: "
+            "per-head (tova with budget uniform: shared)."
+        ),
         metavar="|".join(HEADS),
     ),
     Option(
         "max_kept_tokens",
         _whole_number("the most tokens kept per KV head of one context", optional=True),
-        "Upper bound of the tokens kept per KV head of one context, beside the ratio. Default: none.",
+        "Upper bound of kept tokens per KV head and context, in addition to the ratio. Default: none.",
         _number,
         "TOKENS",
     ),
     Option(
         "budget",
         _one_of(BUDGETS),
-        "How the kept tokens are divided, the same number in all. uniform: evenly over all heads of all layers; adakv: each layer's "
-        "over its heads; global: over all heads of all layers; profile: as --obcache-head-profile says. Default: adakv for snapkv and h2o (presets kvpress and paper, "
-        "heads=shared: uniform), global for replay, else uniform; where the server has a profile, profile for all but replay.",
+        (
+            "How a context's kept tokens are shared between heads; the total is the same. uniform: equal. adakv: within each "
+            "layer. global: across all layers. profile: from --obcache-head-profile. Default: depends on the method "
+            "(docs/options.md)."
+        ),
         metavar="|".join(BUDGETS),
     ),
     Option(
         "adakv_safeguard",
         _share,
-        "budget adakv: part of an even share that each head keeps whatever the other heads score, in [0, 1]. Default: 0.2.",
+        (
+            "For budget adakv: part of an equal share that each head keeps whatever the other heads score, in [0, 1]. "
+            "Default: 0.2."
+        ),
         _number,
         "SHARE",
     ),
     Option(
         "normalization",
         _one_of(NORMALIZATIONS),
-        "budget global: layer divides each query's obcache scores by the squared norm of what the layer's attention gives there, both behind "
-        "the output projection, so that layers and heads can be compared, and divides a replay's budget, whatever its score, by errors "
-        "measured so (preset kvzip: by scores alone); none keeps the highest raw scores of all. Default: layer.",
+        (
+            "For budget global. layer: each query's errors are divided by the squared norm of what its layer's attention "
+            "adds, so that layers and heads can be compared. none: raw scores are compared. Default: layer."
+        ),
         metavar="|".join(NORMALIZATIONS),
     ),
     Option(
         "replay_chunk",
         _whole_number("the number of context tokens that one replay pass re-reads"),
-        "method replay: context tokens that one pass re-reads. Default: 2048.",
+        "For method replay: number of context tokens that one pass reads again. Default: 2048.",
         _number,
         "TOKENS",
     ),
@@ -258,32 +276,38 @@ SERVER_OPTIONS = (
     Option(
         "mode",
         _one_of(MODES),
-        "marked: a prompt says where its context ends (marker or context_len), any other is untouched; prompt: the context is all of every "
-        "prompt but its last token (query-aware, not shared). Default: marked.",
+        (
+            "marked: a prompt says where its context ends (marker or context_len); other prompts are untouched. prompt: all "
+            "of a prompt but its last token is its context; compressed for this prompt only. Default: marked."
+        ),
         metavar="|".join(MODES),
         per_request=False,
     ),
     Option(
         "head_profile",
         _text,
-        "Divides the kept tokens over heads as a replay would, without one (budget profile, the default then). auto: the served model's, "
-        "measured before the server starts for the first time (minutes); FILE: of python -m obcache_sglang.calibrate, or the name of a "
-        "profile that comes with the package.",
+        (
+            "Shares kept tokens between heads as a replay would, without one (budget profile becomes the default). auto: "
+            "measure the served model before its first start; takes minutes. FILE: made by python -m "
+            "obcache_sglang.calibrate, or the name of a profile in the package."
+        ),
         metavar="auto|FILE",
         per_request=False,
     ),
     Option(
         "when",
         _one_of(WHENS),
-        "first: the first question on a context compresses it, and waits for that; idle: questions are served exactly at first, and "
-        "their contexts compressed when the engine is idle or the pool gets tight. Default: first.",
+        (
+            "first: the first question about a context waits for its compression. idle: questions are served exactly until "
+            "the engine is idle or the pool is tight; then their contexts are compressed. Default: first."
+        ),
         metavar="|".join(WHENS),
         per_request=False,
     ),
     Option(
         "min_tokens",
         _whole_number("the length in tokens from which contexts are compressed"),
-        "Contexts of fewer tokens are served exactly. Default: 256.",
+        "Shorter contexts are served exactly. Default: 256.",
         _number,
         "TOKENS",
         per_request=False,
@@ -291,7 +315,7 @@ SERVER_OPTIONS = (
     Option(
         "marker",
         _marker,
-        "Text that ends a context inside a prompt; the model never sees it. Default: <|obcache|>.",
+        "Text that ends a context in a prompt. The model never reads it. Default: <|obcache|>.",
         metavar="TEXT",
         per_request=False,
     ),
@@ -306,7 +330,7 @@ SERVER_OPTIONS = (
     Option(
         "max_pinned_slots",
         _whole_number("the number of KV slots that pinned contexts may hold together", optional=True),
-        "KV slots that pinned contexts may hold together. Default: half of the pool.",
+        "KV slots that all pinned contexts may hold together. Default: half of the pool.",
         _number,
         "SLOTS",
         per_request=False,
@@ -314,23 +338,24 @@ SERVER_OPTIONS = (
     Option(
         "head_attention",
         _one_of(HEAD_ATTENTIONS),
-        "Kernels for heads of different length (budgets adakv and global) on GPUs; flashinfer plans on the host, layer by layer. "
-        "Default: triton.",
+        "Kernels for contexts with per-head budgets on GPUs. flashinfer plans every layer on the host. Default: triton.",
         metavar="|".join(HEAD_ATTENTIONS),
         per_request=False,
     ),
     Option(
         "decode_graphs",
         _one_of(DECODE_GRAPHS),
-        "A second set of CUDA graphs, captured at start-up, for decode batches with heads of different length, which without it run "
-        "eagerly, several times slower. auto: where the server's budget is not uniform. Default: auto.",
+        (
+            "CUDA graphs for decode batches with per-head budgets, captured at start-up. Without them such batches run "
+            "eagerly and several times slower. auto: on if the server's own budget is not uniform. Default: auto."
+        ),
         metavar="|".join(DECODE_GRAPHS),
         per_request=False,
     ),
     Option(
         "allow_untested_sglang",
         _switch,
-        "Start on another SGLang release than the one this package was tested with.",
+        "Start on an SGLang release that this package was not tested with.",
         per_request=False,
     ),
 )

@@ -208,7 +208,7 @@ class ServerSettings:
     marker: the text that ends a context.
     max_contexts: contexts remembered at once.
     max_pinned_slots: KV slots that pinned contexts may hold together; None for half of the pool.
-    head_attention: whose kernels attend heads of different length on GPUs.
+    head_attention: whose kernels attend per-head budgets on GPUs.
     decode_graphs: `on`: decode batches with such heads run in CUDA graphs, of which a second set is captured at start-up; `auto`:
         on where the server's own budget makes such heads.
     allow_untested_sglang: start on another SGLang release than the tested one.
@@ -244,7 +244,7 @@ class ServerSettings:
 
     @property
     def captures_decode_graphs(self) -> bool:
-        """Whether decode graphs for heads of different length are wanted."""
+        """Whether decode graphs for per-head budgets are wanted."""
         if self.decode_graphs == "auto":
             return self.compression.budget != "uniform" and self.head_attention == "triton"
         return self.decode_graphs == "on"
