@@ -73,7 +73,8 @@ def attend(
     v: torch.Tensor,
 ) -> torch.Tensor:
     backend.init_forward_metadata(batch)
-    return backend.forward(q, k, v, layer, batch)
+    output: torch.Tensor = backend.forward(q, k, v, layer, batch)
+    return output
 
 
 def milliseconds(call: Callable[[], object]) -> float:

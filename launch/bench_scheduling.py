@@ -63,7 +63,9 @@ def measure(server: Server, texts: list[str], waiting: int, seconds: float) -> f
         time.sleep(seconds)
         after: dict[str, Any] = server.get("/obcache/status")["counters"]
         server.request("POST", "/abort_request", json={"abort_all": True})
-    return (after["schedule_seconds"] - before["schedule_seconds"]) / (after["schedule_passes"] - before["schedule_passes"])
+    return float(
+        (after["schedule_seconds"] - before["schedule_seconds"]) / (after["schedule_passes"] - before["schedule_passes"])
+    )
 
 
 if __name__ == "__main__":

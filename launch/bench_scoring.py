@@ -120,14 +120,14 @@ def peak_bytes(run: Callable[[], None]) -> int:
     """The most memory that the tensors made by `run` held at once."""
     with _LiveTensors() as live:
         run()
-    return live.peak
+    return int(live.peak)
 
 
 class _LiveTensors(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, for as long as they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: set[int] = set()
 

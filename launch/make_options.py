@@ -9,7 +9,16 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from obcache_sglang.settings import BOUNDS, COMPRESSION_OPTIONS, SERVER_OPTIONS, Option
+from obcache_sglang.settings import (
+    BOUNDS,
+    COMPRESSION_OPTIONS,
+    EVERY_QUERY,
+    METHODS,
+    PRESETS,
+    SERVER_OPTIONS,
+    CompressionSettings,
+    Option,
+)
 
 PAGE = Path(__file__).parent.parent / "obcache_sglang" / "docs" / "options.md"
 
@@ -30,6 +39,15 @@ These settings are part of a context's identity: the same text with other settin
 `custom_params["obcache"]`, and so may the body of `POST /obcache/compress`. A request that names another method or preset than the server's
 starts from that one's own window, pooling, heads and last tokens.
 """
+
+_DEFAULTS = """
+## What each method and preset decides
+
+Settings that are not given, from the tables in `obcache_sglang/settings/methods.py`. On a server with a head profile the budget of every method
+but replay is `profile`, and heads are `per-head`.
+"""
+
+_DECIDED = ("score", "window", "pooling", "kernel_size", "sink_tokens", "recent_tokens", "heads", "budget")
 
 _SERVER = """
 ## How the server offers it
@@ -58,8 +76,29 @@ def make_page() -> str:
     bounds = ["", "| key | lowest | highest | why no more |", "|---|---|---|---|"]
     bounds += [f"| `{name}` | {lowest:,} | {highest:,} | {reason} |" for name, (lowest, highest, reason) in BOUNDS.items()]
     return "\n".join(
-        [_HEAD + _PER_REQUEST, *_table(COMPRESSION_OPTIONS), _SERVER, *_table(SERVER_OPTIONS), _BOUNDS[:-1], *bounds, ""]
+        [
+            _HEAD + _PER_REQUEST,
+            *_table(COMPRESSION_OPTIONS),
+            _DEFAULTS,
+            *_defaults(),
+            _SERVER,
+            *_table(SERVER_OPTIONS),
+            _BOUNDS[:-1],
+            *bounds,
+            "",
+        ]
     )
+
+
+def _defaults() -> list[str]:
+    rows = [(f"method `{name}`", {"method": name}) for name in METHODS]
+    rows += [(f"preset `{name}`", {"preset": name}) for name in PRESETS if name != "default"]
+    table = [f"| | {' | '.join(f'`{name}`' for name in _DECIDED)} |", "|---" * (len(_DECIDED) + 1) + "|"]
+    for label, given in rows:
+        settings = CompressionSettings.resolve(given)
+        values = ["all" if (value := getattr(settings, name)) == EVERY_QUERY and name == "window" else value for name in _DECIDED]
+        table.append(f"| {label} | {' | '.join(map(str, values))} |")
+    return table
 
 
 def _table(options: Iterable[Option]) -> list[str]:
@@ -68,7 +107,9 @@ def _table(options: Iterable[Option]) -> list[str]:
 
 def _row(option: Option) -> str:
     # argparse wants percent signs twice.
-    effect, _, default = option.help.replace("%%", "%").partition("Default: ")
+    # The page has a table of what the method decides.
+    help_text = option.help.replace("%%", "%").replace("(docs/options.md)", "(below)")
+    effect, _, default = help_text.partition("Default: ")
     default = default.strip().removesuffix(".") or "off"
     values = "switch" if option.metavar is None else f"`{option.metavar}`"
     # The marker would be read as HTML.

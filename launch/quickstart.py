@@ -145,8 +145,8 @@ def ask(server: Server, prompt: str, *, compressed: bool) -> Answer:
     }
     start = time.perf_counter()
     seconds, last = 0.0, {}
-    for last in server.stream("/generate", body):
-        seconds = seconds or time.perf_counter() - start
+    for event in server.stream("/generate", body):
+        seconds, last = seconds or time.perf_counter() - start, event
     return Answer(last["text"].strip(), seconds, last["meta_info"])
 
 

@@ -68,7 +68,8 @@ class Engine(SGLangEngine):
         return self._run(service.status(self.tokenizer_manager))
 
     def _run(self, call: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(call)
+        result: T = self.loop.run_until_complete(call)
+        return result
 
     def _serving_chat(self) -> Any:
         return self.tokenizer_manager.serving_chat_class(self.tokenizer_manager, self.template_manager)

@@ -34,11 +34,11 @@ _LATENCY_TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e_latency": 
 
 EXPLANATIONS = (
     "Closed loop: each client sends its next question when it has its answer, so that questions/s is what an arm can do. An open loop's "
-    + "fixed rate would leave one arm idle and let another's queue grow without end.",
+    "fixed rate would leave one arm idle and let another's queue grow without end.",
     "Arms take turns within each round, in another order each round, from an empty cache; an unmeasured warm-up comes first.",
     "Numbers are medians over rounds, right is their mean. Ratios are pair by pair: with the fastest stock arm in the same round.",
     "TTFT, TPOT, ITL and E2E are sglang.bench_serving's, by its definitions: time to the first token, time per output token after it, "
-    + "gaps between tokens, and the whole answer.",
+    "gaps between tokens, and the whole answer.",
     "prefilled: prompt tokens not found in the cache, and those re-read by replay. slots/document: KV slots that one document holds.",
     "resident: documents in the pool after the round. right: answers that begin as the document says.",
 )

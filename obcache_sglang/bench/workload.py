@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from obcache_sglang.errors import ConfigError
-from obcache_sglang.eval.run import Prompts
+from obcache_sglang.eval.prompts import Prompts
 from obcache_sglang.eval.samples import Question, Sample
 from obcache_sglang.eval.tasks import generate
 

@@ -78,7 +78,8 @@ def _recorded_name(config: PreTrainedConfig) -> str | None:
         recorded, _ = PreTrainedConfig.get_config_dict(config.name_or_path)
     except (OSError, ValueError):  # the model has no config.json: one GGUF file, or made in memory
         return None
-    return recorded.get("_name_or_path") or recorded.get("_model_name_or_path")
+    name: str | None = recorded.get("_name_or_path") or recorded.get("_model_name_or_path")
+    return name
 
 
 @dataclass(frozen=True)

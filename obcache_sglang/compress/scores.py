@@ -241,7 +241,8 @@ def relative_error_weights(o: torch.Tensor, head_gains: torch.Tensor | None = No
     """
     squares = torch.linalg.vector_norm(o, dim=-1, dtype=torch.float32).square_()
     gains = squares.new_ones(o.shape[1]) if head_gains is None else head_gains
-    return gains / (squares @ gains).clamp_min_(torch.finfo(torch.float32).tiny)[:, None]
+    weights: torch.Tensor = gains / (squares @ gains).clamp_min_(torch.finfo(torch.float32).tiny)[:, None]
+    return weights
 
 
 def weighted_lse(lse: torch.Tensor, query_weights: torch.Tensor | None, base: str = "e") -> torch.Tensor:

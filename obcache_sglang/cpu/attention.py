@@ -136,7 +136,8 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         written to the pool when save_kv_cache. Returns an array like q.
         """
         if not _is_decoder_self_attention(layer):
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+            inherited: torch.Tensor = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+            return inherited
         self._save(k, v, layer, forward_batch, save_kv_cache)
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         outputs = torch.empty_like(queries)
@@ -166,7 +167,8 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
     ) -> torch.Tensor:
         """Attention of one new token per request; shapes as in forward_extend with one row per request."""
         if not _is_decoder_self_attention(layer):
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+            output: torch.Tensor = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+            return output
         self._save(k, v, layer, forward_batch, save_kv_cache)
         # A lone query sees every key, so the query heads of a KV head can stand as its rows.
         queries = q.view(-1, layer.tp_k_head_num, layer.tp_q_head_num // layer.tp_k_head_num, layer.qk_head_dim)

@@ -152,7 +152,7 @@ async def get_context(
     asked = _asked(tokenizer_manager, context_id, name, caller)
     found = _found(await control.call(tokenizer_manager, {"op": "get", **asked}), asked)
     rank, answer = found[0]
-    context = answer["context"] | {"dp_ranks": [rank for rank, _ in found]}
+    context: dict[str, Any] = answer["context"] | {"dp_ranks": [rank for rank, _ in found]}
     counts = context["kept_per_head"]
     if positions and counts is not None:
         packed = []

@@ -181,10 +181,10 @@ class ContextCache:
         leaves the pool as it was.
         """
         evict_from_tree_cache(self.tree, context.num_slots)
-        slots = self.allocator.alloc(context.num_slots)
-        if slots is None:
+        allocated = self.allocator.alloc(context.num_slots)
+        if allocated is None:
             return None
-        slots = slots.to(torch.int64)
+        slots: torch.Tensor = allocated.to(torch.int64)
         try:
             context.virtual_ids = self._unused_ids(context)
             self.tree.insert(InsertParams(key=self.key(context), value=slots))
@@ -371,7 +371,7 @@ class ContextCache:
         # Locking an unlocked path shrinks what is evictable; a node that a request holds shrinks nothing.
         if not unlocked:
             return False
-        return self.tree._drop_subtree_no_host(node, {ComponentType.FULL: 0})
+        return bool(self.tree._drop_subtree_no_host(node, {ComponentType.FULL: 0}))
 
     def _mark_absent(self, context: Context) -> None:
         context.state = ContextState.ABSENT

@@ -109,7 +109,8 @@ class ContextReq(Req):
 
     def suffix_ids(self) -> array[int]:
         """All tokens behind the context that are known by now."""
-        return self.prompt_suffix_ids() + self.output_ids
+        known: array[int] = self.prompt_suffix_ids() + self.output_ids
+        return known
 
     def serve_exact(self, reason: str) -> None:
         """From now on the request is an ordinary one, and says why."""
@@ -161,7 +162,7 @@ class JobId(str):
     __slots__ = ()
 
     def startswith(self, prefix: Any, *bounds: Any) -> bool:
-        return prefix == str(self)
+        return bool(prefix == str(self))
 
 
 class CompressionJob(Req):
@@ -268,7 +269,7 @@ class CompressionJob(Req):
         return 0 if settings.window == EVERY_QUERY else max(0, num_tokens + len(self.context.judges) - self.window)
 
     def _compute_max_prefix_len(self, input_len: int) -> int:
-        return min(super()._compute_max_prefix_len(input_len), self.first_scoring_position)
+        return min(int(super()._compute_max_prefix_len(input_len)), self.first_scoring_position)
 
 
 @contextmanager

@@ -213,7 +213,7 @@ def test_engine_settings_are_checked_like_flags():
     assert settings_from_python(False) is None
     assert settings_from_python(True) == ServerSettings()
     assert settings_from_python({"compression_ratio": 0.5}).compression.compression_ratio == 0.5
-    with pytest.raises(ConfigError, match="obcache={'ratio': 0.5} is not a setting; the settings are compression_ratio"):
+    with pytest.raises(ConfigError, match=r"obcache=\{'ratio': 0\.5\} is not a setting; the settings are compression_ratio"):
         settings_from_python({"ratio": 0.5})
     with pytest.raises(ConfigError, match="is not True, False or a dict"):
         settings_from_python("yes")

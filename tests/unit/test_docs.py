@@ -124,7 +124,7 @@ def test_every_file_is_on_its_map(folder: str) -> None:
     page = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     mapped = set(re.findall(r"`([\w./-]+)`", page))
     # launch/deploy has a map of its own; the pages of results are linked, not listed.
-    mapped |= {link for link in re.findall(r"\]\(([^)]+)\)", page)}
+    mapped |= set(re.findall(r"\]\(([^)]+)\)", page))
     missing = []
     for path in sorted((ROOT / folder).rglob("*")):
         name = str(path.relative_to(ROOT / folder))

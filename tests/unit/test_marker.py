@@ -125,7 +125,8 @@ def test_the_marker_as_ordinary_tokens_is_found_or_refused(frontend: Frontend) -
         try:
             plan = prepare(frontend, list(joined)).plan
         except RequestError as error:
-            assert "ordinary tokens" in str(error)
+            if "ordinary tokens" not in str(error):
+                raise
             continue
         assert plan is not None, (left, right)
         assert plan.context_len == len(ids)

@@ -207,7 +207,7 @@ def test_models_of_one_shape_are_told_by_the_name_in_their_config(profile: HeadP
         configs[directory] = AutoConfig.from_pretrained(tmp_path / directory)
     measured = replace(profile, model=ModelIdentity.of(configs["base"]))
     measured.check_model(configs["moved"])
-    with pytest.raises(HostError, match="the same shape, but another name in its config.json"):
+    with pytest.raises(HostError, match=r"the same shape, but another name in its config\.json"):
         measured.check_model(configs["chat"])
 
 
@@ -375,7 +375,7 @@ def test_auto_that_fails_stops_the_server_with_the_reason(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = settings_from_python({"head_profile": AUTO})
     assert settings is not None
-    with pytest.raises(HostError, match="could not be measured here, see above. Measure it where the model fits"):
+    with pytest.raises(HostError, match=r"could not be measured here, see above\. Measure it where the model fits"):
         plugin.with_head_profile(settings, str(renamed_model(model_dir, tmp_path / "model", weights=False)))
     with pytest.raises(HostError, match=f"head-profile auto: .*{tmp_path / 'nowhere'}"):
         plugin.with_head_profile(settings, str(tmp_path / "nowhere"))

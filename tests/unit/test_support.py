@@ -103,5 +103,5 @@ def test_decode_graphs_do_not_go_with_dp_attention(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
     arguments = ServerArgs(model_path=str(tmp_path), enable_dp_attention=True)
     check_supported(ServerSettings(), arguments)
-    with pytest.raises(HostError, match="--obcache-decode-graphs on: .*DP attention"):
+    with pytest.raises(HostError, match=r"--obcache-decode-graphs on: .*DP attention"):
         check_supported(replace(ServerSettings(), decode_graphs="on"), arguments)
