@@ -106,7 +106,7 @@ def test_what_stands_before_the_marker_goes_along_to_be_compared_with_the_contex
 
 
 def test_without_a_document_before_it_the_marker_is_refused(frontend: Frontend) -> None:
-    for prompt, words in ((TEXT + " And then?", "no context before it"), (TEXT, "")):
+    for prompt, words in ((TEXT + " And then?", "no context before it"), (TEXT, "no context before it|empty")):
         with pytest.raises(RequestError, match=words):
             prepare(frontend, prompt)
     with pytest.raises(RequestError, match="put the marker"):
