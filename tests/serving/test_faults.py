@@ -186,8 +186,8 @@ BESIDE = {
 """What is called only after another defect, and which."""
 
 
-USUAL = ("schedule", "_resolve", "create_request", "before_release", "client_view", "reserve", "_plan", "keep")
-"""Faults of every run, one of each kind of hook; the others take ten minutes more."""
+USUAL = ("schedule", "create_request", "reserve", "keep")
+"""Faults of every run; the others take twenty minutes more."""
 
 
 @pytest.mark.parametrize(
