@@ -17,15 +17,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 echo "== ruff"
 ruff check .
 ruff format --check .
-echo "== mypy"
-mypy obcache_sglang launch
 echo "== models"
 python launch/model.py --dtype float32
 python launch/model.py --dtype bfloat16
-echo "== pytest: tests with servers; all others at the same time, their results follow"
+echo "== pytest: tests with servers; mypy and all others at the same time, their results follow"
 others="$(mktemp)"
 {
     failed=0
+    echo "== mypy"
+    mypy obcache_sglang launch || failed=$?
     python -m pytest tests/contract tests/unit -m "$markers" --durations=5 || failed=$?
     # By themselves: Triton's interpreter is chosen for a whole process.
     python -m pytest tests/kernels -m "$markers" --durations=5 || failed=$?
