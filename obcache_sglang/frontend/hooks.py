@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from obcache_sglang.errors import HostError, RequestError, shown
@@ -158,6 +159,15 @@ def _check_texts(request: Any) -> None:
             check_unicode(name, value)
 
 
+def _check_embeddings(request: Any) -> None:
+    """Raises RequestError for embeddings that are none: SGLang's scheduler ends on a value of another type, as JSON has only such."""
+    value = getattr(request, "positional_embed_overrides", None)
+    if value is not None and not isinstance(value, PositionalEmbeds):
+        raise RequestError(
+            f"positional_embed_overrides={shown(value)} is not allowed: they are tensors, which only Python can give."
+        )
+
+
 def check_unicode(name: str, text: str) -> None:
     """Raises RequestError where a text holds half of a surrogate pair."""
     try:
@@ -229,6 +239,7 @@ def _validate(original: Callable[..., None], tokenizer_manager: Any, obj: Any, i
         original(tokenizer_manager, obj, input_ids)
         return
     _check_texts(obj)
+    _check_embeddings(obj)
     if not isinstance(obj, GenerateReqInput):
         if input_ids is not None:
             check_ids(input_ids, frontend.vocab_size)
@@ -423,6 +434,13 @@ TOUCHES = (
             "session_id",
             "input_embeds",
         ),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.managers.embed_types.PositionalEmbeds",
+        "read",
+        "the only type of positional_embed_overrides that its scheduler survives",
+        (),
         "tokenizer",
     ),
     Touch(

@@ -52,6 +52,13 @@ def test_a_prompt_of_nothing_but_the_marker_is_refused(server: Server, text: str
     assert server.request("GET", "/health").status_code == 200
 
 
+@pytest.mark.parametrize("value", ["x", {"a": 1}, 0, False, ""])
+def test_embeddings_that_are_none_do_not_end_the_server(server: Server, value: object) -> None:
+    """SGLang's scheduler calls a method of whatever it is given (found by `tests.fuzz --seed 2`)."""
+    refused(server, "/generate", {"text": "The", "positional_embed_overrides": value}, "positional_embed_overrides")
+    assert server.request("GET", "/health").status_code == 200
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
