@@ -8,17 +8,15 @@ is served as if this package were not there, but for requests that rely on compr
 from __future__ import annotations
 
 import logging
-from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from obcache_sglang.errors import HostError, RequestError, shown
+from obcache_sglang.errors import HostError, RequestError
+from obcache_sglang.frontend.checks import check_embeddings, check_ids, check_texts
 from obcache_sglang.frontend.control import ExpiryTimer
 from obcache_sglang.frontend.marker import Marker
 from obcache_sglang.frontend.wish import make_plan, parse_wish, split_marker
@@ -127,53 +125,11 @@ class Frontend:
         return prepared
 
 
-def check_ids(token_ids: Sequence[int], vocab_size: int | None) -> None:
-    """Raises RequestError for what is no token id of the model: virtual ids of contexts must not come from outside.
-
-    vocab_size: None to check only that they are whole numbers.
-    """
-    try:
-        ids = np.frombuffer(array("q", token_ids), dtype=np.int64)
-    except (TypeError, OverflowError):
-        wrong = next(i for i in token_ids if not isinstance(i, int) or not -(1 << 63) <= i < 1 << 63)
-        raise RequestError(f"{shown(wrong)} among the token ids of the prompt is not a token id.") from None
-    if vocab_size is None or len(ids) == 0:
-        return
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(outside):
-        raise RequestError(f"Token id {outside[0]} is outside [0, {vocab_size}), the vocabulary of the model.")
-
-
 def _own_params(request: Any) -> Any:
     """custom_params["obcache"] of a request, None where it has none."""
     params = request.sampling_params
     custom_params = params.get("custom_params") if isinstance(params, dict) else None
     return custom_params.get(KEY) if isinstance(custom_params, dict) else None
-
-
-def _check_texts(request: Any) -> None:
-    """Raises RequestError for texts that are not Unicode: halves of surrogate pairs cannot be encoded on the way to the scheduler."""
-    for name in ("rid", "cache_salt", "extra_key", "session_id"):
-        value = getattr(request, name, None)
-        if isinstance(value, str):
-            check_unicode(name, value)
-
-
-def _check_embeddings(request: Any) -> None:
-    """Raises RequestError for embeddings that are none: SGLang's scheduler ends on a value of another type, as JSON has only such."""
-    value = getattr(request, "positional_embed_overrides", None)
-    if value is not None and not isinstance(value, PositionalEmbeds):
-        raise RequestError(
-            f"positional_embed_overrides={shown(value)} is not allowed: they are tensors, which only Python can give."
-        )
-
-
-def check_unicode(name: str, text: str) -> None:
-    """Raises RequestError where a text holds half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{name} is not Unicode text: it holds half of a surrogate pair at {error.start}.") from error
 
 
 def _exact_reason(request: Any) -> str | None:
@@ -238,8 +194,8 @@ def _validate(original: Callable[..., None], tokenizer_manager: Any, obj: Any, i
         _refuse_without_compression(obj, getattr(tokenizer_manager, _REFUSED_MARKER, None))
         original(tokenizer_manager, obj, input_ids)
         return
-    _check_texts(obj)
-    _check_embeddings(obj)
+    check_texts(obj)
+    check_embeddings(obj)
     if not isinstance(obj, GenerateReqInput):
         if input_ids is not None:
             check_ids(input_ids, frontend.vocab_size)
@@ -434,13 +390,6 @@ TOUCHES = (
             "session_id",
             "input_embeds",
         ),
-        "tokenizer",
-    ),
-    Touch(
-        "sglang.srt.managers.embed_types.PositionalEmbeds",
-        "read",
-        "the only type of positional_embed_overrides that its scheduler survives",
-        (),
         "tokenizer",
     ),
     Touch(

@@ -20,7 +20,8 @@ import numpy as np
 from obcache_sglang import __version__
 from obcache_sglang.errors import ContextNotFound, ObcacheError, RequestError, shown
 from obcache_sglang.frontend import control
-from obcache_sglang.frontend.hooks import ACTION, Frontend, check_unicode
+from obcache_sglang.frontend.checks import check_unicode
+from obcache_sglang.frontend.hooks import ACTION, Frontend
 from obcache_sglang.frontend.wish import REQUEST_KEYS
 from obcache_sglang.host import Touch, TouchState, check_host, installed_sglang
 from obcache_sglang.messages import KEY

@@ -1,0 +1,53 @@
+"""Values of requests that SGLang would pass on, and that must not reach its scheduler."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from obcache_sglang.errors import RequestError, shown
+
+
+def check_ids(token_ids: Sequence[int], vocab_size: int | None) -> None:
+    """Raises RequestError for what is no token id of the model: virtual ids of contexts must not come from outside.
+
+    vocab_size: None to check only that they are whole numbers.
+    """
+    try:
+        ids = np.frombuffer(array("q", token_ids), dtype=np.int64)
+    except (TypeError, OverflowError):
+        wrong = next(i for i in token_ids if not isinstance(i, int) or not -(1 << 63) <= i < 1 << 63)
+        raise RequestError(f"{shown(wrong)} among the token ids of the prompt is not a token id.") from None
+    if vocab_size is None or len(ids) == 0:
+        return
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(outside):
+        raise RequestError(f"Token id {outside[0]} is outside [0, {vocab_size}), the vocabulary of the model.")
+
+
+def check_texts(request: Any) -> None:
+    """Raises RequestError for texts that are not Unicode: halves of surrogate pairs cannot be encoded on the way to the scheduler."""
+    for name in ("rid", "cache_salt", "extra_key", "session_id"):
+        value = getattr(request, name, None)
+        if isinstance(value, str):
+            check_unicode(name, value)
+
+
+def check_embeddings(request: Any) -> None:
+    """Raises RequestError for embeddings that JSON can hold: they are none, and SGLang's scheduler ends on them."""
+    value = getattr(request, "positional_embed_overrides", None)
+    if isinstance(value, str | int | float | list | dict):
+        raise RequestError(
+            f"positional_embed_overrides={shown(value)} is not allowed: they are tensors, which only Python can give."
+        )
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Raises RequestError where a text holds half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} is not Unicode text: it holds half of a surrogate pair at {error.start}.") from error
