@@ -10,7 +10,7 @@ import json
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from obcache_sglang.settings.values import CompressionSettings
@@ -55,7 +55,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, as `custom_params` carries it."""
-        values = {**vars(self), "before": list(self.before), "settings": asdict(self.settings)}
+        values = {**vars(self), "before": list(self.before), "settings": self.settings.to_dict()}
         del values["judges"]
         return values
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -15,24 +16,12 @@ import torch
 from obcache_sglang.compress.measured_errors import divide_by_errors
 from obcache_sglang.compress.ranking import keep_across_heads, keep_counts, keep_per_head
 
+Division = tuple[torch.Tensor, torch.Tensor]
+"""What the next heads keep, in the order of all heads of all layers: positions [kept tokens] int32, head by head and ascending in each,
+and offsets [heads + 1] int64: head i's are ``positions[offsets[i]:offsets[i + 1]]``."""
 
-@dataclass(frozen=True)
-class Division:
-    """What some heads keep.
-
-    positions: [kept tokens] int32, head by head, ascending in each. offsets: [heads + 1] int64: head i's are
-    ``positions[offsets[i]:offsets[i + 1]]``. first_head: of all heads of all layers, the first of them; first_cell: of the context's
-    cells (`kv.cells`), the first of theirs.
-    """
-
-    positions: torch.Tensor
-    offsets: torch.Tensor
-    first_head: int
-    first_cell: int
-
-
-Measure = Callable[[torch.Tensor], torch.Tensor]
-"""The errors [num_kv_heads, numbers] float32 of a layer's heads, for each number of kept tokens, given their ranks."""
+Measure = Callable[[torch.Tensor, list[int]], torch.Tensor]
+"""The errors [num_kv_heads, len(numbers)] float32 of a layer's heads, given their ranks and the numbers of kept tokens."""
 
 
 class Budget(Protocol):
@@ -45,49 +34,37 @@ class Budget(Protocol):
         """
 
 
-@dataclass
+@dataclass(frozen=True)
 class Uniform:
     """Every head keeps num_slots tokens."""
 
     num_slots: int
-    _heads: int = 0
 
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division:
         positions = keep_per_head(ranked, self.num_slots)
         offsets = torch.arange(len(positions) + 1, device=positions.device) * self.num_slots
-        first = self._heads
-        self._heads += len(ranked)
-        return Division(positions.reshape(-1).to(torch.int32), offsets, first, first * self.num_slots)
+        return positions.reshape(-1).to(torch.int32), offsets
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdaKV:
     """The heads of a layer share its cells (AdaKV, arXiv 2407.11550). safe_per_head: what each keeps whatever others score."""
 
     num_slots: int
     safe_per_head: int
-    _heads: int = 0
 
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division:
-        chosen = keep_across_heads(ranked, self.num_slots * len(ranked), safe_per_head=self.safe_per_head)
-        first = self._heads
-        self._heads += len(ranked)
-        return Division(*chosen, first, first * self.num_slots)
+        return keep_across_heads(ranked, self.num_slots * len(ranked), safe_per_head=self.safe_per_head)
 
 
-@dataclass
 class Profile:
     """What each head keeps is known beforehand. counts: of all heads of all layers, [num_layers * num_kv_heads]."""
 
-    counts: list[int]
-    _heads: int = 0
+    def __init__(self, counts: list[int]) -> None:
+        self._counts = iter(counts)
 
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division:
-        first = self._heads
-        self._heads += len(ranked)
-        chosen = keep_counts(ranked, self.counts[first : self._heads])
-        # A layer's cells begin where those of the layers before end.
-        return Division(*chosen, first, sum(self.counts[:first]))
+        return keep_counts(ranked, list(islice(self._counts, len(ranked))))
 
 
 class Global:
@@ -104,10 +81,10 @@ class Global:
             return None
         everything = torch.cat(self._ranked)
         self._ranked = []
-        return Division(*self._choose(everything), 0, 0)
+        return self._choose(everything)
 
-    def _choose(self, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """ranked: [num_layers * num_kv_heads, context_len]. Positions and offsets of all of them."""
+    def _choose(self, ranked: torch.Tensor) -> Division:
+        """What all heads keep. ranked: [num_layers * num_kv_heads, context_len]."""
         return keep_across_heads(ranked, self.num_slots * len(ranked))
 
 
@@ -123,9 +100,9 @@ class MeasuredGlobal(Global):
         self._errors: list[torch.Tensor] = []
 
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division | None:
-        self._errors.append(measure(ranked))
+        self._errors.append(measure(ranked, self.numbers))
         return super().divide(ranked, measure)
 
-    def _choose(self, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _choose(self, ranked: torch.Tensor) -> Division:
         errors, self._errors = torch.cat(self._errors), []
         return keep_counts(ranked, divide_by_errors(errors, self.numbers, self.num_slots * len(ranked)))

@@ -126,6 +126,10 @@ class Compression:
         self.kept: KeptTokens | None = None
 
     @property
+    def _num_divided_heads(self) -> int:
+        return sum(len(offsets) - 1 for _, offsets in self._divisions)
+
+    @property
     def reads_queries(self) -> bool:
         """Whether the queries of this pass score."""
         return self.context.settings.own_queries_score or self.replay is not None
@@ -176,8 +180,8 @@ class Compression:
             shrink_window=settings.shrinks_window,
         )
 
-        def measure(ranked: torch.Tensor) -> torch.Tensor:
-            return self._measured_errors(compressor, rows, ranked, layer)
+        def measure(ranked: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+            return self._measured_errors(compressor, rows, ranked, numbers, layer)
 
         if self._budget is None:
             self._budget = compressor.budget(context)
@@ -186,7 +190,7 @@ class Compression:
             return
         self._copy(compressor, rows, division, layer, slots)
         self._divisions.append(division)
-        if sum(len(each.offsets) - 1 for each in self._divisions) == layer.tp_k_head_num * compressor.kv_pool.layer_num:
+        if self._num_divided_heads == layer.tp_k_head_num * compressor.kv_pool.layer_num:
             self.kept = self._kept(compressor, slots)
 
     def _queries(
@@ -257,14 +261,14 @@ class Compression:
         self._samples.setdefault(layer.layer_id, []).append(sample)
 
     def _measured_errors(
-        self, compressor: Compressor, rows: ScoringRows, ranked: torch.Tensor, layer: RadixAttention
+        self, compressor: Compressor, rows: ScoringRows, ranked: torch.Tensor, numbers: list[int], layer: RadixAttention
     ) -> torch.Tensor:
         """What this layer's heads lose for each number of kept tokens, as `pruning_errors`. ranked: [num_kv_heads, L] float32."""
         samples = [*self._earlier_samples.get(layer.layer_id, ()), *self._samples.get(layer.layer_id, ())]
         return pruning_errors(
             SampledQueries.joined(samples),
             comparable(ranked).argsort(dim=-1, descending=True, stable=True),
-            kept_numbers(fewest_kept(self.context), self.context.num_tokens),
+            numbers,
             compressor.kv_pool.get_key_buffer(layer.layer_id),
             compressor.kv_pool.get_value_buffer(layer.layer_id),
             rows.slots[: self.context.num_tokens],
@@ -273,26 +277,22 @@ class Compression:
     def _copy(
         self, compressor: Compressor, rows: ScoringRows, division: Division, layer: RadixAttention, slots: torch.Tensor
     ) -> None:
-        """Copies what some heads keep to the context's slots."""
+        """Copies what the next heads keep to the context's slots, after what is there."""
+        positions, offsets = division
         if self.context.is_uneven:
             assert compressor.space is not None
+            first_cell = sum(len(each) for each, _ in self._divisions)
             copy_cells(
-                compressor.space,
-                rows.slots,
-                division.positions,
-                division.offsets,
-                slots,
-                first_head=division.first_head,
-                first_cell=division.first_cell,
+                compressor.space, rows.slots, positions, offsets, slots, first_head=self._num_divided_heads, first_cell=first_cell
             )
             return
         # Each goes to a slot's own layer and lane, where any attention backend finds it.
-        pool, positions = compressor.kv_pool, division.positions.view(layer.tp_k_head_num, -1).to(torch.int64)
+        pool, positions = compressor.kv_pool, positions.view(layer.tp_k_head_num, -1)
         for buffer in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)):
             copy_tokens(buffer, rows.slots, positions, slots)
 
     def _kept(self, compressor: Compressor, slots: torch.Tensor) -> KeptTokens:
-        kept = KeptTokens.of_layers([(each.positions, each.offsets) for each in self._divisions])
+        kept = KeptTokens.of_layers(self._divisions)
         space = compressor.space
         # GPU kernels find the rows by themselves.
         if self.context.is_uneven and space is not None and space.k.device.type == "cpu":

@@ -11,7 +11,7 @@ def copy_tokens(buffer: torch.Tensor, sources: torch.Tensor, positions: torch.Te
     """Copies K or V of one layer where all heads keep as many tokens: each stays in its layer and lane.
 
     buffer: [pool slots, num_kv_heads, head_dim], whose row `slots[m]` becomes, in lane h, row `sources[positions[h, m]]`.
-    sources: [tokens] int64, where the context was computed. positions: [num_kv_heads, M] int64. slots: [M] int64, the context's.
+    sources: [tokens] int64, where the context was computed. positions: [num_kv_heads, M] int32 or int64. slots: [M] int64, the context's.
     """
     num_heads, num_slots = positions.shape
     lanes = torch.arange(num_heads, device=positions.device)

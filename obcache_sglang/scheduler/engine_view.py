@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.disaggregation.utils import prepare_abort
 from sglang.srt.mem_cache import common
 
-from obcache_sglang.host import Touch
+from obcache_sglang.host import use
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -117,27 +117,23 @@ class EngineView:
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 TOUCHES = (
-    Touch(f"{_SCHEDULER}.collect_inflight_reqs", "call", "the readers of a context", (), "scheduler"),
-    Touch(f"{_SCHEDULER}.process_batch_result", "call", "takes the result of a forward before a flush", (), "scheduler"),
-    Touch(
+    use(f"{_SCHEDULER}.collect_inflight_reqs", "call", "the readers of a context"),
+    use(f"{_SCHEDULER}.process_batch_result", "call", "takes the result of a forward before a flush"),
+    use(
         "sglang.srt.managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper",
         "read",
         "_pending: somebody waits for the engine to become idle",
-        (),
-        "scheduler",
     ),
-    Touch(
+    use(
         "sglang.srt.disaggregation.utils.prepare_abort",
         "call",
         "ends a job that makes way",
         ("req", "error_message"),
-        "scheduler",
     ),
-    Touch(
+    use(
         "sglang.srt.mem_cache.common.evict_from_tree_cache",
         "call",
         "room for a context's slots",
         ("tree_cache", "num_tokens"),
-        "scheduler",
     ),
 )

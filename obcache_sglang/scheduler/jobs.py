@@ -283,8 +283,8 @@ class Jobs:
 
     def discard_orphans(self) -> None:
         """Takes back what jobs have left that failed to end."""
-        for context in [each for each in self.cache if each.state is ContextState.COMPRESSING and not each.is_queued]:
-            self.cache.withdraw(context)
+        for context in [each for each in self.cache if not each.is_queued]:
+            self.discard(context)
 
     def _dequeue(self, job: CompressionJob) -> None:
         self.engine.queue = [req for req in self.engine.queue if req is not job]

@@ -79,6 +79,8 @@ class Metrics:
 
     def waiting(self, requests: int) -> None:
         """So many requests wait for a compression now."""
+        if requests == self._waiting:  # as in most passes
+            return
         self._waiting = requests
         if self._prometheus:
             self._prometheus.waiting.set(requests)
