@@ -64,6 +64,7 @@ async def compress_progress(
     request = _compress_request(tokenizer_manager, serving_chat, body)
     rid = uuid.uuid4().hex
     task = asyncio.ensure_future(_compress(tokenizer_manager, request, rid, http_request))
+    reached: dict[int, dict[str, int]] = {}
     shown = None
     try:
         while not (await asyncio.wait({task}, timeout=_PROGRESS_SECONDS))[0]:
@@ -71,7 +72,12 @@ async def compress_progress(
             if http_request is not None and await http_request.is_disconnected():
                 return
             answers = await control.call(tokenizer_manager, {"op": "progress", "rid": rid})
-            counted = _summed([_checked(answer) for _, answer in answers])
+            for rank, answer in answers:
+                now = _checked(answer)
+                # A rank whose job has ended counts it no more, a moment before its answer is here: what it had reached stays.
+                if rank not in reached or now["of"] > 0:
+                    reached[rank] = now
+            counted = _summed(list(reached.values()))
             if counted != shown and not task.done():
                 yield {"progress": counted}
             shown = counted

@@ -450,6 +450,37 @@ def test_counters_of_ranks_add_up():
     assert service._summed(ranks) == {"reuses": 3, "exact": {"session": 3, "no_slots": 1}}
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_progress_never_goes_back_when_a_job_has_ended_before_its_answer_is_here(monkeypatch, ranks):
+    looks = [(0, 0), (512, 900), (900, 900), (0, 0)]
+    step = 0
+
+    async def call(_, operation):
+        nonlocal step
+        tokens, total = looks[min(step, 3)]
+        # The second rank reads as the first one, and is still at it when that has ended.
+        late = looks[min(step, 2)]
+        step += 1
+        answers = [(0, {"ok": True, "tokens": tokens, "of": total}), (1, {"ok": True, "tokens": late[0], "of": late[1]})]
+        return answers[:ranks]
+
+    async def compress(*_):
+        while step < len(looks):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        return {"status": "compressed"}
+
+    async def shown():
+        return [step async for step in service.compress_progress(None, lambda: None, {"text": "a context"})]
+
+    monkeypatch.setattr(service, "_PROGRESS_SECONDS", 0.001)
+    monkeypatch.setattr(service.control, "call", call)
+    monkeypatch.setattr(service, "_compress", compress)
+    *steps, made = asyncio.run(shown())
+    assert made == {"status": "compressed"}
+    assert [step["progress"]["tokens"] for step in steps] == [0, 512 * ranks, 900 * ranks]
+
+
 def test_metrics_count_once_for_status_and_prometheus():
     from prometheus_client import REGISTRY
 
