@@ -106,9 +106,16 @@ def serve(
     `sglang.launch_server`, with its flags. Raises RuntimeError with the end of the log when the server exits or does not become
     healthy in `START_TIMEOUT_SECONDS`.
     """
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", module, "--model-path", str(model), "--port", str(port), *flags]
     command += shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
+    with running(command, port, log_file, env) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], port: int, log_file: Path, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """As `serve`, for any command that answers `GET /health` on `port`: a router, say."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with _signals_unwind():
         with log_file.open("wb") as log:
@@ -148,7 +155,8 @@ def _signals_unwind() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,132 @@
+"""Two replicas after SGLang's own router (`sglang-router`, policy cache_aware): one reads each document, and no answer misses its document."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obcache_sglang.local_server import Server, free_port, running, serve
+from tests.serving.client import MARKER, QUESTIONS, compressions, document, flush, generate, report, tokenizer
+from tests.serving.conftest import COMMON, STRICT, checked
+from tests.serving.test_lifetimes import wait_for
+
+pytestmark = pytest.mark.long
+
+L = 160
+TOPICS = ("assignment", "exceptions", "formatstrings", "class")
+FLAGS = ("--max-total-tokens", "6000", "--obcache", "--obcache-min-tokens", "32", "--obcache-compression-ratio", "0.5")
+
+
+@dataclass
+class Replicas:
+    router: Server
+    replicas: list[Server]
+
+    def compressions(self) -> list[int]:
+        return [compressions(each) for each in self.replicas]
+
+
+@pytest.fixture(scope="module")
+def behind(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
+    folder = tmp_path_factory.mktemp("router")
+    with ExitStack() as stack:
+        replicas = [
+            stack.enter_context(serve(model_dir, folder / f"replica{number}", (*COMMON, *FLAGS), STRICT)) for number in range(2)
+        ]
+        port = free_port()
+        command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--policy", "cache_aware", "--worker-urls", *(each.url for each in replicas)]
+        # A replica that has ended is found out by the first request or by this check.
+        command += ["--health-check-interval-secs", "2", "--prometheus-port", str(free_port())]
+        router = stack.enter_context(running(command, port, folder / "router"))
+        wait_for(lambda: router.request("GET", "/v1/models").status_code == 200, 60)
+        yield Replicas(router, replicas)
+        for each in replicas[1:]:  # a test ends the first one
+            for _ in checked(each):
+                pass
+
+
+def texts(model_dir: Path) -> list[str]:
+    words = tokenizer(model_dir)
+    return [words.decode(document(model_dir, L, topic)) for topic in TOPICS]
+
+
+def test_each_document_is_compressed_by_one_replica(behind: Replicas, model_dir: Path) -> None:
+    before = behind.compressions()
+    for text in texts(model_dir):
+        reports = [report(generate(behind.router, text + MARKER + asked)) for asked in QUESTIONS]
+        assert [each["status"] for each in reports] == ["compressed", "reused", "reused"]
+        assert len({each["context_id"] for each in reports}) == 1
+    after = behind.compressions()
+    assert sum(after) - sum(before) == len(TOPICS)
+
+
+def test_answers_are_those_of_a_replica_that_is_asked_itself(behind: Replicas, model_dir: Path) -> None:
+    text = texts(model_dir)[0]
+    for asked in QUESTIONS:
+        answers = [generate(each, text + MARKER + asked)["output_ids"] for each in (behind.router, *behind.replicas)]
+        assert answers[0] == answers[1] == answers[2]
+
+
+def completion(text: str) -> tuple[str, dict[str, Any]]:
+    return "/v1/completions", {"model": "default", "prompt": text, "max_tokens": 4, "temperature": 0}
+
+
+def chat(text: str) -> tuple[str, dict[str, Any]]:
+    return "/v1/chat/completions", {
+        "model": "default",
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": 4,
+        "temperature": 0,
+    }
+
+
+def native(text: str) -> tuple[str, dict[str, Any]]:
+    return "/generate", {"text": text, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+
+
+@pytest.mark.parametrize("endpoint", [completion, chat])
+def test_openai_endpoints_go_through(behind: Replicas, model_dir: Path, endpoint: Any) -> None:
+    text = texts(model_dir)[1]
+    answers = [behind.router.post(*endpoint(text + MARKER + asked)) for asked in QUESTIONS]
+    statuses = [each["metadata"]["obcache"]["status"] for each in answers]
+    assert set(statuses) <= {"compressed", "reused"}
+    assert statuses[1:] == ["reused", "reused"]
+
+
+@pytest.mark.parametrize("endpoint", [completion, chat, native])
+def test_a_context_id_gives_its_document_or_an_error(behind: Replicas, model_dir: Path, endpoint: Any) -> None:
+    """The router drops `custom_params` of chat and of /generate: what is left is a marker without a document."""
+    text = texts(model_dir)[2]
+    for each in behind.replicas:
+        flush(each)
+    identity = behind.replicas[0].post("/obcache/compress", {"text": text})["id"]
+    path, body = endpoint(MARKER + QUESTIONS[0])
+    wish = {"custom_params": {"obcache": {"context_id": identity}}}
+    nested = {"sampling_params": {**body["sampling_params"], **wish}} if path == "/generate" else wish
+    for _ in range(4):
+        answer = behind.router.request("POST", path, json={**body, **nested})
+        if answer.status_code == 200:
+            meta = answer.json()["meta_info"] if path == "/generate" else answer.json()["metadata"]
+            assert meta["obcache"]["context_tokens"] == len(tokenizer(model_dir)(text)["input_ids"])
+        else:
+            assert answer.status_code in (400, 404), answer.text
+            assert "context" in answer.text
+
+
+def test_a_replica_that_ends_loses_no_later_answer(behind: Replicas, model_dir: Path) -> None:
+    """The last test of this module: one replica is gone afterwards."""
+    wanted = [generate(behind.replicas[1], text + MARKER + QUESTIONS[0])["output_ids"] for text in texts(model_dir)]
+    behind.replicas[0].process.kill()
+    behind.replicas[0].process.wait()
+    for turn in range(2):
+        for text, output_ids in zip(texts(model_dir), wanted, strict=True):
+            answer = generate(behind.router, text + MARKER + QUESTIONS[0])
+            assert answer["output_ids"] == output_ids, turn
+            assert report(answer)["status"] in ("compressed", "reused")
