@@ -11,6 +11,8 @@ Messages say what was given, what is allowed and what to do.
 
 from __future__ import annotations
 
+from starlette.exceptions import HTTPException
+
 
 def shown(value: object) -> str:
     """A client's value for a message: of any size and kind, at most 200 characters."""
@@ -33,12 +35,17 @@ class HostError(ObcacheError, RuntimeError):
     """The SGLang, model or server option at hand cannot be served with compression."""
 
 
-class RequestError(ObcacheError, ValueError):
-    """One request is wrong. status_code: what HTTP clients get."""
+class RequestError(ObcacheError, ValueError, HTTPException):
+    """One request is wrong. status_code: what HTTP clients get.
+
+    A ValueError, as SGLang raises for wrong requests; and an HTTPException, since some endpoints (Ollama's) let a ValueError out as a 500.
+    """
 
     def __init__(self, message: str, status_code: int = 400) -> None:
-        super().__init__(message)
-        self.status_code = status_code
+        HTTPException.__init__(self, status_code, message)
+
+    def __str__(self) -> str:  # not HTTPException's, which begins with the status
+        return self.detail
 
 
 class ContextNotFound(RequestError):

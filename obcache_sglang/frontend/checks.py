@@ -14,8 +14,10 @@ from obcache_sglang.errors import RequestError, shown
 def check_ids(token_ids: Sequence[int], vocab_size: int | None) -> None:
     """Raises RequestError for what is no token id of the model: virtual ids of contexts must not come from outside.
 
-    vocab_size: None to check only that they are whole numbers.
+    token_ids: as a client sent them, so it may be anything. vocab_size: None to check only that they are whole numbers.
     """
+    if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes):
+        raise RequestError(f"{shown(token_ids)} is not a list of token ids.")
     try:
         ids = np.frombuffer(array("q", token_ids), dtype=np.int64)
     except (TypeError, OverflowError):

@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from obcache_sglang.errors import HostError, RequestError
+from obcache_sglang.errors import HostError, RequestError, shown
 from obcache_sglang.frontend.checks import check_embeddings, check_ids, check_texts
 from obcache_sglang.frontend.control import ExpiryTimer
 from obcache_sglang.frontend.marker import Marker
@@ -80,10 +80,13 @@ class Frontend:
         wish = parse_wish(_own_params(request))
         action: Action = getattr(request, ACTION, "ask")
         before: tuple[int, ...] = ()
-        if marker_position is not None and action == "ask" and list(sent_ids[:marker_position]) == self._lead:
-            sent_ids = sent_ids if wish.context_id is None else sent_ids[marker_position:]
-            marker_position = 0
-        elif wish.context_id is not None:
+        if self.marker is not None and marker_position is not None and action == "ask":
+            in_front = sent_ids[:marker_position]
+            if wish.context_id is None and self.marker.stands_first(in_front):
+                marker_position = 0  # no context: `make_plan` says so
+            elif wish.context_id is not None and list(in_front) == list(self.marker.lead):
+                sent_ids, marker_position = sent_ids[marker_position:], 0
+        if wish.context_id is not None:
             if marker_position is None and self.marker is not None:
                 raise RequestError(
                     f'custom_params["{KEY}"]["context_id"] stands for a document: put the marker where that would stand, before the '
@@ -109,10 +112,6 @@ class Frontend:
             plan = _with_logprobs(request, plan, asked=wish.asked or marker_position is not None)
         return _Prepared(given_ids, sent_ids, plan)
 
-    @property
-    def _lead(self) -> list[int]:
-        return [] if self.marker is None else list(self.marker.lead)
-
     def hold(self, prepared: _Prepared) -> None:
         """Keeps a prepared prompt for `take`; SGLang awaits nothing in between."""
         self._prepared = prepared
@@ -126,9 +125,11 @@ class Frontend:
 
 
 def _own_params(request: Any) -> Any:
-    """custom_params["obcache"] of a request, None where it has none."""
+    """custom_params["obcache"] of a request, None where it has none. Raises RequestError for custom_params that are no object."""
     params = request.sampling_params
     custom_params = params.get("custom_params") if isinstance(params, dict) else None
+    if custom_params and not isinstance(custom_params, dict):
+        raise RequestError(f"custom_params={shown(custom_params)} is not an object.")
     return custom_params.get(KEY) if isinstance(custom_params, dict) else None
 
 
@@ -266,7 +267,7 @@ def _create(
     if prepared.plan is not None:
         params.custom_params = {**(params.custom_params or {}), KEY: prepared.plan.to_dict()}
         setattr(obj, _PLAN, prepared.plan)
-    elif params.custom_params and KEY in params.custom_params:
+    elif isinstance(params.custom_params, dict) and KEY in params.custom_params:
         params.custom_params = {key: value for key, value in params.custom_params.items() if key != KEY} or None
     return tokenized
 

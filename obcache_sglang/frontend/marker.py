@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from obcache_sglang.errors import HostError, RequestError
@@ -23,6 +24,8 @@ class Marker:
 
     token_id: its special token. lead: what the tokenizer puts in front of any text (begin-of-text). plain: its text as ordinary tokens,
     as clients send it that tokenize for themselves; middle: the part of these that does not depend on what stands beside the marker.
+    opening: the chat template's words between an answer and the next user's text, and opening_tokens, at least as many as they have;
+    empty without a template that marks turns.
     """
 
     text: str
@@ -31,6 +34,8 @@ class Marker:
     lead: array[int]
     plain: array[int]
     middle: array[int]
+    opening: str = ""
+    opening_tokens: int = 0
 
     @classmethod
     def register(cls, tokenizer: Any, text: str) -> Marker:
@@ -38,15 +43,30 @@ class Marker:
         plain = _plain(tokenizer, text)
         token_id = register_marker(tokenizer, text)
         with_lead = list(tokenizer(text)["input_ids"])
-        return cls(
-            text, tokenizer, token_id, array("q", with_lead[: with_lead.index(token_id)]), plain, _middle(tokenizer, plain)
-        )
+        lead = array("q", with_lead[: with_lead.index(token_id)])
+        opening = _opening(tokenizer, text)
+        length = len(tokenizer(opening, add_special_tokens=False)["input_ids"]) + _NEIGHBOURS
+        return cls(text, tokenizer, token_id, lead, plain, _middle(tokenizer, plain), opening, length)
 
     @classmethod
     def unregistered(cls, tokenizer: Any, text: str) -> Marker:
         """Of a server without compression: text like any other."""
         plain = _plain(tokenizer, text)
         return cls(text, tokenizer, None, array("q"), plain, _middle(tokenizer, plain))
+
+    def stands_first(self, before: Sequence[int]) -> bool:
+        """Whether the marker begins its prompt, or the first user's turn in it: no document is in front of it.
+
+        After earlier turns it may stand first: they are the context. before: the tokens in front of the marker.
+        """
+        ids = list(before)
+        if ids == list(self.lead):
+            return True
+        # As text: what stands beside the template's words may be one token with them.
+        end = self.tokenizer.decode(ids[-self.opening_tokens :], skip_special_tokens=False)
+        if not self.opening or not end.rstrip().endswith(self.opening):
+            return False
+        return bool(self.tokenizer.decode(ids, skip_special_tokens=False).count(self.opening) == 1)
 
     def is_plain_in(self, token_ids: Sequence[int]) -> bool:
         """Whether the marker's text stands among ordinary tokens, joined with its neighbours or not."""
@@ -88,6 +108,23 @@ def _plain(tokenizer: Any, text: str) -> array[int]:
     # Once it is registered, only splitting special tokens gives the ordinary ones.
     more = {"split_special_tokens": True} if text in tokenizer.get_added_vocab() else {}
     return array("q", tokenizer(text, add_special_tokens=False, **more)["input_ids"])
+
+
+def _opening(tokenizer: Any, text: str) -> str:
+    """What the chat template writes before a user's text, wherever in a conversation, without blanks around it."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": "B"}
+    rendered: list[str] = []
+    for messages in ([question], [{**question, "content": "A"}, answer, question]):
+        try:
+            rendered.append(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).partition(text)[0]
+            )
+        except Exception:  # whatever a model's template makes of such messages
+            return ""
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*(reversed(each) for each in rendered), strict=False)))
+    return rendered[0][len(rendered[0]) - shared :].strip()
 
 
 def _middle(tokenizer: Any, plain: array[int]) -> array[int]:

@@ -118,8 +118,9 @@ def make_plan(
             raise _wrong("context_id", wish.context_id, f"cannot be used with {_NEEDS_WHOLE_PROMPT[exact]}: send the whole text.")
     elif marker_position == 0:
         raise RequestError(
-            "The prompt begins with the context marker: there is no context before it. A question about a context that stands elsewhere "
-            f'names it in custom_params["{KEY}"]["context_id"]; if yours did, something between you and this server drops custom_params.'
+            "The prompt, or the user's message in it, begins with the context marker: there is no context before it. Put the marker where "
+            "the context ends, at the end of the system message if that is it. A question about a context that stands elsewhere names it in "
+            f'custom_params["{KEY}"]["context_id"]; if yours did, something between you and this server drops custom_params.'
         )
     bounded = marker_position is not None or wish.context_len is not None or wish.context_id is not None
     whole_prompt = mode == "prompt" and action == "ask" and not bounded

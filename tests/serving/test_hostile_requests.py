@@ -59,6 +59,30 @@ def test_embeddings_that_are_none_do_not_end_the_server(server: Server, value: o
     assert server.request("GET", "/health").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat"])
+def test_ollamas_endpoints_say_what_is_wrong(server: Server, path: str) -> None:
+    """SGLang's handlers of these let a ValueError out, as a 500."""
+    for text, words in ((f"{MARKER}So?", "no context before it"), (f"One.{MARKER}Two.{MARKER}Three.", "2 times")):
+        body = {"prompt": text} if path == "/api/generate" else {"messages": [{"role": "user", "content": text}]}
+        refused = server.request("POST", path, json={"model": "m", "stream": False, "options": {"num_predict": 2}, **body})
+        assert refused.status_code == 400, refused.text
+        assert words in refused.text
+
+
+@pytest.mark.parametrize("value", [True, 7, "obcache", ["obcache"], [["obcache", True]]])
+def test_custom_params_that_are_no_object_are_refused(server: Server, model_dir: Path, value: object) -> None:
+    for text in ("The", tokenizer(model_dir).decode(document(model_dir, 60)) + MARKER + " So"):
+        body = {"text": text, "sampling_params": {"max_new_tokens": 2, "custom_params": value}}
+        refused = server.request("POST", "/generate", json=body)
+        assert refused.status_code == 400, refused.text
+
+
+@pytest.mark.parametrize("ids", [[[1, 2], 5], [[1, 2], None], [[1, 2], "12"], [[1, 2], {"1": 2}], [1, [2]]])
+def test_what_is_no_list_of_token_ids_is_refused(server: Server, ids: object) -> None:
+    refused = server.request("POST", "/generate", json={"input_ids": ids, "sampling_params": {"max_new_tokens": 2}})
+    assert refused.status_code == 400, refused.text
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -42,6 +42,12 @@ def test_a_chat_names_its_context_with_the_marker_where_the_document_stood(serve
     by_id = chat(f"{MARKER} What is it about?", {"context_id": context_id})
     assert by_id["choices"][0]["message"] == by_marker["choices"][0]["message"]
     assert by_id["usage"]["prompt_tokens"] == by_marker["usage"]["prompt_tokens"]
+    # Where `custom_params` are dropped on the way, nothing but the template's words is left of the document.
+    for lost in ([], [{"role": "system", "content": "You are an editor."}]):
+        body = {"model": "m", "messages": [*lost, {"role": "user", "content": f"{MARKER} What is it about?"}], "max_tokens": 2}
+        refused = server.request("POST", "/v1/chat/completions", json=body)
+        assert refused.status_code == 400, refused.text
+        assert "no context before it" in refused.text
     messages = [{"role": "user", "content": f"Another beginning. {MARKER} What is it about?"}]
     body = {"model": "m", "messages": messages, "custom_params": {"obcache": {"context_id": context_id}}}
     refused = server.request("POST", "/v1/chat/completions", json=body)
@@ -93,6 +99,7 @@ def test_a_server_without_compression_refuses_what_relies_on_it(stock_server: Se
         assert refused.status_code == 400 and "started without --obcache" in refused.text
     chat = {"model": "m", "messages": [{"role": "user", "content": f"A document.{MARKER} A question"}]}
     assert stock_server.request("POST", "/v1/chat/completions", json=chat).status_code == 400
+    assert stock_server.request("POST", "/api/chat", json={**chat, "stream": False}).status_code == 400
     assert len(generate(stock_server, "A question about obcache", obcache=False)["output_ids"]) == 8
 
 

@@ -105,6 +105,53 @@ def test_what_stands_before_the_marker_goes_along_to_be_compared_with_the_contex
     assert any(begins)  # where a tokenizer joins the words with the document, the request is refused
 
 
+# ChatML brings a system message of its own where none is given, as SmolLM2's and Qwen2.5's templates do.
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    ),
+    "llama2": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}<<SYS>>{{ m['content'] }}<</SYS>>{% elif m['role'] == 'user' %}"
+        "[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }} {% endif %}{% endfor %}"
+    ),
+}
+SYSTEM = {"role": "system", "content": "You know everything about Geneva."}
+TURN = [{"role": "user", "content": DOCUMENT}, {"role": "assistant", "content": "I see."}]
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_user_turn_that_begins_with_the_marker_has_no_document(kind: str, template: str, model_dir: Any) -> None:
+    """A question by id whose `custom_params` were dropped on the way, by a router say: its context would be the template's words."""
+    tokenizer = KINDS[kind](model_dir)
+    tokenizer.chat_template = TEMPLATES[template]
+    frontend = Frontend(settings_from_python({"min_tokens": 4}), Marker.register(tokenizer, TEXT), vocab_size=len(tokenizer))
+
+    def ask(*messages: dict[str, str], context_id: str | None = None) -> Any:
+        rendered = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return prepare(frontend, list(tokenizer(rendered, add_special_tokens=False)["input_ids"]), context_id)
+
+    for messages in (
+        [user(TEXT + " And then?")],
+        [SYSTEM, user(TEXT + " And then?")],
+        [user(TEXT + " And then?"), *TURN[1:], user("So?")],
+    ):
+        with pytest.raises(RequestError, match="no context before it"):
+            ask(*messages)
+        assert ask(*messages, context_id=SOME_ID).plan.context_id == SOME_ID
+    for messages in (
+        [user(DOCUMENT + TEXT + " And then?")],
+        [{**SYSTEM, "content": SYSTEM["content"] + TEXT}, user("And then?")],
+        [*TURN, user(TEXT + "And then?")],
+    ):
+        assert ask(*messages).plan.context_len > 4
+
+
 def test_without_a_document_before_it_the_marker_is_refused(frontend: Frontend) -> None:
     for prompt, words in ((TEXT + " And then?", "no context before it"), (TEXT, "no context before it|empty")):
         with pytest.raises(RequestError, match=words):
