@@ -31,8 +31,8 @@ from tests.fuzzing.hostile import MARKER, Attempt, Hostile
 from tests.serving.client import document, tokenizer
 from tests.serving.conftest import COMMON, STRICT
 
-ANSWER_SECONDS = 120.0
-"""Nothing that is asked here takes so long, on a busy machine either."""
+ANSWER_SECONDS = 300.0
+"""Nothing that is asked here takes so long, on a machine that is busy with other things too."""
 
 MAX_GROWTH = 400 << 20
 """Bytes by which one process of the server may grow over a run: the allocator's noise, and none of 2,000 requests' own."""

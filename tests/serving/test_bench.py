@@ -13,7 +13,7 @@ from obcache_sglang.bench.kvpress import Kvpress, KvpressArm, ensure_environment
 from obcache_sglang.bench.workload import make_workload
 from tests.serving.client import tokenizer
 
-TOKENS, DOCUMENTS, QUESTIONS, SHARE = 320, 8, 3, 0.53
+TOKENS, DOCUMENTS, QUESTIONS, SHARE = 320, 6, 3, 0.53
 
 
 def measure(model_dir: Path, folder: Path, *more: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def test_two_questions_cause_one_compression(server: Server, command: tuple[str,
     assert compressions(server) == before + 1
 
 
+@pytest.mark.long  # test_programs.py runs a program that does more
 def test_the_offline_engine(model_dir: Path) -> None:
     said = run(sys.executable, EXAMPLES / "offline_engine.py", model_dir)
     assert said.count("reused: ") == 2, said
