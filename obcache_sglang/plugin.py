@@ -142,9 +142,11 @@ def _add_flags(result: None, parser: argparse.ArgumentParser) -> None:
 
     def error(message: str) -> NoReturn:
         flags = [option.flag for option in OPTIONS.values()]
-        wrong = [each for word in message.split() if (each := word.partition("=")[0]).startswith("--obcache")]
+        # argparse also names flags that exist: what it does not know, it lists after these words.
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        wrong = [each for word in unknown if (each := word.partition("=")[0]).startswith("--obcache")]
         near = [match for each in wrong for match in difflib.get_close_matches(each, flags, n=1)]
-        hint = f". Did you mean {', '.join(near)}? `python -m obcache_sglang.check --flags` lists them all" if near else ""
+        hint = f". Did you mean {', '.join(near)}? `python -m obcache_sglang.check --flags` lists all flags" if near else ""
         plain(message + hint)
 
     parser.error = error  # type: ignore[method-assign]
