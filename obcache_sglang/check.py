@@ -1,8 +1,7 @@
 """`python -m obcache_sglang.check`: does this installation fit the SGLang it finds, and can this machine serve?
 
 Prints the verdict and what is wrong first; then versions, whether SGLang will load the plugin, the device it would serve on, and
-every SGLang name the package touches. Exit code 0 if all is well, 1 if not. `--flags` prints the command-line flags
-instead: `sglang serve --help` answers before it loads plugins, so they are not in it.
+every SGLang name the package touches. Exit code 0 if all is well, 1 if not. `--flags` prints the command-line flags instead.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from importlib.metadata import entry_points, version
 
 from obcache_sglang import __version__
 from obcache_sglang.host import TESTED_SGLANG, check_host, installed_sglang
-from obcache_sglang.settings import add_cli_flags
+from obcache_sglang.settings import flags_help
 
 _WIDTH = 80
 
@@ -31,9 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m obcache_sglang.check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--flags", action="store_true", help="print the flags that --obcache adds to `sglang serve`")
     if parser.parse_args(argv).flags:
-        flags = argparse.ArgumentParser(prog="sglang serve", add_help=False)
-        add_cli_flags(flags)
-        print(flags.format_help())
+        print(flags_help(), end="")
         return 0
     checks = (_check_versions, _check_entry_points, _check_device, _check_table)
     report = io.StringIO()

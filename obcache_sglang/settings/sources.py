@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from obcache_sglang.errors import ConfigError, InvalidValue
@@ -33,6 +35,22 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(option.flag, action="store_true", default=None, help=option.help)
         else:
             group.add_argument(option.flag, type=option.cli_type, default=None, metavar=option.metavar, help=option.help)
+
+
+def flags_help() -> str:
+    """The help of our flags alone."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    add_cli_flags(parser)
+    return parser.format_help()
+
+
+def add_flags_to_serve_help(argv: Sequence[str]) -> None:
+    """If `argv` is `sglang serve --help`, prints the help of our flags when this process ends.
+
+    SGLang prints the help of this command before it loads plugins, so its parser does not have our flags.
+    """
+    if argv[1:2] == ["serve"] and Path(argv[0]).name == "sglang" and not {"-h", "--help"}.isdisjoint(argv):
+        atexit.register(print, f"\n{flags_help()}", end="")
 
 
 def settings_from_cli(args: argparse.Namespace) -> ServerSettings | None:
