@@ -73,7 +73,7 @@ def main() -> None:
 
 def make_page() -> str:
     """The page, as Markdown."""
-    bounds = ["", "| key | lowest | highest | why no more |", "|---|---|---|---|"]
+    bounds = ["", "| key | lowest | highest | reason |", "|---|---|---|---|"]
     bounds += [f"| `{name}` | {lowest:,} | {highest:,} | {reason} |" for name, (lowest, highest, reason) in BOUNDS.items()]
     return "\n".join(
         [

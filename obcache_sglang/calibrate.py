@@ -131,13 +131,15 @@ def profile_for(model_name: str) -> Path:
         str(max_tokens),
     ]
     print(
-        f"obcache: measuring the head profile of {model_name}, once (minutes): {shlex.join(command)}", file=sys.stderr, flush=True
+        f"obcache: measuring the head profile of {model_name}, once; this takes minutes: {shlex.join(command)}",
+        file=sys.stderr,
+        flush=True,
     )
     # A process of its own gives all memory back, the GPU's too, before the server takes it.
     if subprocess.run(command, check=False, stdout=sys.stderr).returncode or not partial.exists():
         raise HostError(
-            f"the head profile of {model_name} could not be measured here, see above. Measure it where the model fits into one process, "
-            "`python -m obcache_sglang.calibrate MODEL --output FILE`, and say --obcache-head-profile FILE; or leave it out."
+            f"the head profile of {model_name} could not be measured here, see above. Measure it where the model fits into one process "
+            "(`python -m obcache_sglang.calibrate MODEL --output FILE`) and start with --obcache-head-profile FILE, or without a profile."
         )
     partial.replace(file)
     return file
@@ -156,7 +158,7 @@ def calibrate(
     """
     ratios = sorted(set(ratios))
     if not 0 < ratios[0] <= ratios[-1] < 1:
-        raise ConfigError(f"--ratios {' '.join(map(str, ratios))}: a compression ratio lies between 0 and 1.")
+        raise ConfigError(f"--ratios {' '.join(map(str, ratios))}: compression ratios must be between 0 and 1.")
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     prompts = ReplayPrompts(tokenizer)
     contexts = [_context(tokenizer, prompts, text, max_tokens) for text in texts]
@@ -245,7 +247,9 @@ class Replay:
         """SDPA, after which the queries of a pass score. query, key, value: [1, heads, tokens, head_dim], after RoPE."""
         unsupported = [name for name in ("softcap", "sliding_window") if kwargs.get(name) is not None]
         if unsupported:
-            raise HostError(f"the model's attention has a {' and a '.join(unsupported)}; it cannot be served with --obcache.")
+            raise HostError(
+                f"the model's attention uses {' and '.join(unsupported)}, which --obcache does not support: serve another model."
+            )
         output: torch.Tensor
         output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
         if self._scores is not None:
@@ -300,12 +304,14 @@ def _check_lengths(lengths: Sequence[int], prompts: ReplayPrompts, config: Any) 
     limit = _max_positions(config)
     for number, num_tokens in enumerate(lengths, 1):
         if num_tokens < _MIN_TOKENS:
-            raise ConfigError(f"text {number} has {num_tokens} tokens, which say too little; give at least {_MIN_TOKENS}.")
+            raise ConfigError(
+                f"text {number} has {num_tokens} tokens, too few to measure heads with. Give at least {_MIN_TOKENS}."
+            )
         longest = num_tokens + prompts.num_tokens + min(num_tokens, CompressionSettings.replay_chunk)
         if longest > limit:
             raise ConfigError(
-                f"text {number} has {num_tokens} tokens, and the model re-reads them behind it: {longest} positions of {limit}. "
-                f"Lower --max-tokens by {longest - limit} or more."
+                f"text {number} has {num_tokens} tokens, which the model reads again after the text. That takes {longest} positions, and "
+                f"the model has {limit}. Lower --max-tokens by {longest - limit} or more."
             )
 
 
@@ -313,7 +319,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--text {file}: it is not UTF-8 text ({error}).") from error
+        raise ConfigError(f"--text {file} is not UTF-8 text ({error}).") from error
 
 
 def _command(given: list[str]) -> str:

@@ -53,8 +53,8 @@ def _check_versions() -> list[str]:
     print(", ".join(f"{name} {version(name)}" for name in ("sglang", "torch", "transformers")))
     if installed_sglang() == TESTED_SGLANG:
         return []
-    problem = f"SGLang {installed_sglang()} is installed, this package is tested with {TESTED_SGLANG}"
-    return [f"{problem}: install that, or insist with --obcache-allow-untested-sglang."]
+    problem = f"SGLang {installed_sglang()} is installed, but this package is tested with {TESTED_SGLANG}"
+    return [f"{problem}: install that release, or add --obcache-allow-untested-sglang."]
 
 
 def _check_entry_points() -> list[str]:
@@ -67,7 +67,9 @@ def _check_entry_points() -> list[str]:
             problems.append(f"the entry point {name} of {group} is missing: install the package (pip install obcache-sglang).")
     allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
     if allowed and PLUGIN_NAME not in allowed:
-        problems.append(f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} excludes this plugin: add {PLUGIN_NAME}, or unset it.")
+        problems.append(
+            f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} excludes this plugin: add {PLUGIN_NAME} to it, or unset it."
+        )
     platform = os.environ.get("SGLANG_PLATFORM")
     if platform and platform != PLATFORM_NAME:
         # SGLang skips all plugins of packages that offer another platform, and this package offers one.
@@ -86,7 +88,7 @@ def _check_table() -> list[str]:
             print(f"  {verdict}  {touch.kind}  {touch.target.removeprefix(module + '.')}")
             print(textwrap.fill(touch.why, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
     missing = [state.touch.target for state in states if not state.ok]
-    return [f"this SGLang lacks what we rely on: {', '.join(missing)}."] if missing else []
+    return [f"this SGLang lacks names that we rely on: {', '.join(missing)}."] if missing else []
 
 
 def _module_of(target: str) -> str:

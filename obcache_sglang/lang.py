@@ -22,5 +22,5 @@ def context(text: str, *, marker: str = MARKER) -> str:
     Raises ValueError where `text` holds the marker already.
     """
     if marker in text:
-        raise ValueError(f"The text holds the marker {marker!r} already: a prompt has one context, which ends once.")
+        raise ValueError(f"The text already contains the marker {marker!r}. A prompt has one context: remove the marker.")
     return text + marker

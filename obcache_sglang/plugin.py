@@ -79,8 +79,8 @@ def activate(settings: ServerSettings) -> None:
     )
     if settings.head_profile is None and settings.mode == "marked" and compression.own_queries_score:
         logger.warning(
-            "obcache: %s judges a context by its last queries, which do not know what will be asked: at high ratios details get lost. "
-            "--obcache-head-profile auto, or --obcache-method replay, keeps more of them (README, Limits).",
+            "obcache: method %s scores a context with its own last queries, which do not know the question. At high ratios it loses "
+            "details. --obcache-head-profile auto or --obcache-method replay keeps more of them (see Limits in the README).",
             compression.method,
         )
 
@@ -116,8 +116,8 @@ def apply_hooks(process: Literal["launcher", "scheduler"]) -> None:
     missing = [touch.target for touch in touches if not hook_in_place(touch)]
     if missing:
         raise HostError(
-            f"--obcache was asked for, but {len(missing)} hooks are not in place: {', '.join(missing)}. "
-            "Run `python -m obcache_sglang.check` to see what this SGLang lacks; without --obcache the server starts."
+            f"--obcache cannot be used, since these hooks are not in place: {', '.join(missing)}. "
+            "Run `python -m obcache_sglang.check` to see what this SGLang lacks, or start without --obcache."
         )
 
 
@@ -189,8 +189,8 @@ def _check_after_launch(result: tuple[Any, ...], cls: type, *args: Any, **kwargs
     silent = [rank for rank, info in enumerate(infos) if not info.get("obcache")]
     if silent or not infos:
         raise SystemExit(
-            f"HostError: --obcache was asked for, but the scheduler processes {silent} of {len(infos)} run without it. Their plugins are "
-            "excluded (SGLANG_PLUGINS, SGLANG_PLATFORM) or failed to load: see their log above, and `python -m obcache_sglang.check`."
+            f"HostError: --obcache was given, but scheduler processes {silent} of {len(infos)} run without compression. Their plugin is "
+            "excluded (SGLANG_PLUGINS, SGLANG_PLATFORM) or failed to load. See their log above, and run `python -m obcache_sglang.check`."
         )
 
 

@@ -20,12 +20,12 @@ def check_ids(token_ids: Sequence[int], vocab_size: int | None) -> None:
         ids = np.frombuffer(array("q", token_ids), dtype=np.int64)
     except (TypeError, OverflowError):
         wrong = next(i for i in token_ids if not isinstance(i, int) or not -(1 << 63) <= i < 1 << 63)
-        raise RequestError(f"{shown(wrong)} among the token ids of the prompt is not a token id.") from None
+        raise RequestError(f"{shown(wrong)} in the prompt is not a token id: give whole numbers.") from None
     if vocab_size is None or len(ids) == 0:
         return
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
-        raise RequestError(f"Token id {outside[0]} is outside [0, {vocab_size}), the vocabulary of the model.")
+        raise RequestError(f"Token id {outside[0]} is outside [0, {vocab_size}), the model's vocabulary.")
 
 
 def check_texts(request: Any) -> None:
@@ -41,7 +41,7 @@ def check_embeddings(request: Any) -> None:
     value = getattr(request, "positional_embed_overrides", None)
     if isinstance(value, str | int | float | list | dict):
         raise RequestError(
-            f"positional_embed_overrides={shown(value)} is not allowed: they are tensors, which only Python can give."
+            f"positional_embed_overrides={shown(value)} is not a tensor. Pass tensors, from Python: JSON cannot carry them."
         )
 
 
@@ -50,4 +50,6 @@ def check_unicode(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"{name} is not Unicode text: it holds half of a surrogate pair at {error.start}.") from error
+        raise RequestError(
+            f"{name} is not valid Unicode: it has half of a surrogate pair at position {error.start}. Remove it."
+        ) from error

@@ -74,7 +74,7 @@ class Frontend:
         """
         check_ids(token_ids, None)
         if not isinstance(request.sampling_params, dict | None):
-            raise RequestError("sampling_params of one prompt is not a list: give one object.")
+            raise RequestError("sampling_params is not an object: a request with one prompt takes one object, not a list.")
         given_ids, token_ids = token_ids, token_ids if self.marker is None else self.marker.normalized(token_ids)
         sent_ids, marker_position = split_marker(token_ids, self.marker_id)
         wish = parse_wish(_own_params(request))
@@ -86,15 +86,16 @@ class Frontend:
         elif wish.context_id is not None:
             if marker_position is None and self.marker is not None:
                 raise RequestError(
-                    f'custom_params["{KEY}"]["context_id"] stands for a document: put the marker where that would stand, before the '
-                    f"question (as a token: {self.marker_id}), so that the question cannot be answered without it."
+                    f'custom_params["{KEY}"]["context_id"] is given, but the prompt has no marker: put the marker where the document '
+                    f"would be, before the question (as a token: {self.marker_id}). Without it, the question could be answered without "
+                    "the document."
                 )
             cut = marker_position or 0
             before, marker_position, sent_ids = tuple(sent_ids[:cut]), 0, sent_ids[cut:]
         if action == "compress" and marker_position is not None:
             sent_ids, marker_position = sent_ids[:marker_position], None
         if len(sent_ids) == 0:
-            raise RequestError("The prompt is empty, its context marker aside: send some text beside it.")
+            raise RequestError("The prompt is empty apart from the context marker: send some text.")
         check_ids(sent_ids, self.vocab_size)
         plan = make_plan(
             wish,
@@ -164,8 +165,8 @@ def _with_logprobs(request: Any, plan: Plan, *, asked: bool) -> Plan:
     if not asked:
         return replace(plan, exact="input_logprobs")
     raise RequestError(
-        f"logprob_start_len={start} lies inside the context of {plan.context_len} tokens, whose log-probabilities are not "
-        f'available: give {plan.context_len} or more, or -1 for none, or turn compression off (custom_params={{"{KEY}": false}}).'
+        f"logprob_start_len={start} lies inside the context of {plan.context_len} tokens, whose log-probabilities are not available. "
+        f'Give {plan.context_len} or more, give -1 for none, or turn compression off (custom_params={{"{KEY}": false}}).'
     )
 
 
@@ -223,7 +224,7 @@ def _prepared(frontend: Frontend, request: Any, token_ids: list[int]) -> _Prepar
         check_ids(token_ids, frontend.vocab_size)
         if frontend.settings.mode != "marked" or _own_params(request) not in (None, False) or frontend.marker_id in token_ids:
             raise
-        logger.exception("obcache: a request without a wish goes on as it came")
+        logger.exception("obcache: preparing a request failed; it does not ask for compression, and is passed on unchanged")
         return _Prepared(token_ids, token_ids, None)
 
 
@@ -241,7 +242,7 @@ def _refuse_without_compression(request: Any, marker: Marker | None) -> None:
     if asks:
         raise RequestError(
             f'This server was started without --obcache: the marker {ServerSettings.marker} and custom_params["{KEY}"] have no effect '
-            "here. Start it with --obcache, or leave them out."
+            "here. Start the server with --obcache, or leave them out."
         )
 
 
@@ -310,7 +311,9 @@ def _no_empty_report(
 
 def _refuse_embeds(request: Any) -> None:
     if parse_wish(_own_params(request)).asked:
-        raise RequestError("input_embeds cannot be compressed: a context is known by its tokens; send text or input_ids.")
+        raise RequestError(
+            "input_embeds cannot be compressed, since a context is identified by its tokens. Send text or input_ids."
+        )
 
 
 GUARD_TOUCHES = (

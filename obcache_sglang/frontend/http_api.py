@@ -140,7 +140,7 @@ async def _json_object(request: Request) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The body is not JSON: {error}.") from error
     if not isinstance(body, dict):
-        raise RequestError(f"The body is not a JSON object: its keys are {', '.join(service.COMPRESS_KEYS)}.")
+        raise RequestError(f"The body is not a JSON object. Allowed keys: {', '.join(service.COMPRESS_KEYS)}.")
     return body
 
 

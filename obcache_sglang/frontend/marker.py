@@ -68,7 +68,7 @@ class Marker:
         replaced += ids[last:]
         if self.is_plain_in(replaced):
             raise RequestError(
-                "The prompt holds the context marker as ordinary tokens that are joined with what stands beside them: send text, or put "
+                "The prompt contains the context marker as ordinary tokens that are merged with the text next to it. Send text, or put "
                 f"the token {self.token_id} where the context ends."
             )
         return list(replaced)
@@ -130,7 +130,7 @@ def register_marker(tokenizer: Any, marker: str) -> int:
     if problem is not None:
         raise HostError(
             f"--obcache-marker={marker!r} cannot be used with the tokenizer {type(tokenizer).__name__}: {problem}. "
-            "Choose another marker, or send token ids with context_len and start with --skip-tokenizer-init."
+            "Choose another marker, or start with --skip-tokenizer-init and send token ids with context_len."
         )
     return int(marker_id)
 
@@ -138,17 +138,17 @@ def register_marker(tokenizer: Any, marker: str) -> int:
 def _cut_problem(tokenizer: Any, marker: str, marker_id: int | None) -> str | None:
     """Why text does not split at the marker into the same two halves whatever is on the other side; None if it does."""
     if marker_id is None or marker_id == tokenizer.unk_token_id:
-        return "it did not become a token"
+        return "the tokenizer did not make it a token"
     halves: dict[str, set[tuple[int, ...]]] = {text: set() for text in (*_LEFT, *_RIGHT)}
     for left in _LEFT:
         for right in _RIGHT:
             token_ids = list(tokenizer(left + marker + right)["input_ids"])
             if token_ids.count(marker_id) != 1:
-                return f"a text that holds it once becomes {token_ids.count(marker_id)} marker tokens"
+                return f"a text that contains it once becomes {token_ids.count(marker_id)} marker tokens"
             cut = token_ids.index(marker_id)
             halves[left].add(tuple(token_ids[:cut]))
             halves[right].add(tuple(token_ids[cut + 1 :]))
     for text, seen in halves.items():
         if len(seen) != 1:
-            return f"the text {text!r} becomes different tokens beside it, depending on what is on the other side"
+            return f"the text {text!r} next to it becomes different tokens, depending on the text on the other side"
     return None

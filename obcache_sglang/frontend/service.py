@@ -99,7 +99,7 @@ async def _compress(tokenizer_manager: Any, request: Any, rid: str, http_request
         mine.routed_dp_rank = rank if num_ranks > 1 else None
         answer = await anext(tokenizer_manager.generate_request(mine, http_request))
         if KEY not in answer["meta_info"]:  # an abort of all requests spares nobody
-            raise RequestError("The compression was aborted before it ended.", 409)
+            raise RequestError("The compression was aborted before it finished. Send the request again.", 409)
         report = dict(answer["meta_info"][KEY])
         return {"id": report.pop("context_id"), **report}
 
@@ -128,7 +128,7 @@ class Caller:
             registry = getattr(tokenizer_manager, "lora_registry", None)
             adapter = None if registry is None else registry.get_all_adapters().get(self.lora_path)
             if adapter is None:
-                raise RequestError(f"lora_path={shown(self.lora_path)} is not loaded.")
+                raise RequestError(f"lora_path={shown(self.lora_path)} is not a loaded adapter: load it first, or leave it out.")
             lora_id = adapter.lora_id
         return {"extra_key": self.extra_key, "cache_salt": self.cache_salt, "lora_id": lora_id}
 
@@ -166,7 +166,7 @@ async def get_context(
         for layer in range(len(counts)):
             answers = dict(_found(await control.call(tokenizer_manager, {"op": "positions", "layer": layer, **asked}), asked))
             if rank not in answers or answers[rank]["positions"] is None:
-                raise ContextNotFound("The context was evicted while its positions were read.")
+                raise ContextNotFound("The context was evicted while its positions were being read. Compress it again.")
             packed.append(answers[rank]["positions"])
         context["positions"] = await asyncio.to_thread(_unpacked, packed, counts)
     return context
@@ -206,7 +206,7 @@ async def delete_context(
 
 def _asked(tokenizer_manager: Any, context_id: str | None, name: str | None, caller: Caller) -> dict[str, Any]:
     if (context_id is None) == (name is None):
-        raise RequestError("A context is asked for by its context_id or by its name: give one of them.")
+        raise RequestError("Give either the context_id or the name of the context.")
     return {"context_id": context_id, "name": name, "namespace": caller.namespace(tokenizer_manager)}
 
 
@@ -217,7 +217,7 @@ async def status(tokenizer_manager: Any) -> dict[str, Any]:
     """
     frontend = Frontend.of(tokenizer_manager)
     if frontend is None:
-        raise RequestError("This engine was started without compression: pass obcache=True.")
+        raise RequestError("This engine was started without compression: start it with obcache=True.")
     ranks = [{"dp_rank": rank} | _checked(answer) for rank, answer in await control.call(tokenizer_manager, {"op": "status"})]
     states = [state for state in check_host() if state.touch.is_hook]
     hooks = [
@@ -249,7 +249,7 @@ def _num_ranks() -> int:
 def _checked(answer: Mapping[str, Any]) -> dict[str, Any]:
     """An answer without its envelope. Raises the error it carries."""
     if not answer.get("ok"):
-        message = str(answer.get("error") or "The scheduler does not know this operation: it runs without compression.")
+        message = str(answer.get("error") or "The scheduler does not know this operation, since it runs without compression.")
         status_code = answer.get("status_code", 500)
         raise RequestError(message, status_code) if 400 <= status_code < 500 else ObcacheError(message)
     return {key: value for key, value in answer.items() if key not in ("ok", "status_code", "error", "dp_rank")}
@@ -297,11 +297,11 @@ def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: M
     unknown = [key for key in body if key not in COMPRESS_KEYS]
     if unknown:
         raise RequestError(
-            f"{', '.join(map(shown, unknown[:5]))} in the body of compress is not allowed: keys are {', '.join(COMPRESS_KEYS)}."
+            f"Unknown keys in the body of compress: {', '.join(map(shown, unknown[:5]))}. Allowed keys: {', '.join(COMPRESS_KEYS)}."
         )
     prompts = [key for key in _PROMPT_KEYS if body.get(key) is not None]
     if len(prompts) != 1:
-        raise RequestError(f"compress needs one of {', '.join(_PROMPT_KEYS)}; given: {', '.join(prompts) or 'none'}.")
+        raise RequestError(f"compress needs exactly one of {', '.join(_PROMPT_KEYS)}; given: {', '.join(prompts) or 'none'}.")
     prompt = body[prompts[0]]
     if prompts != ["input_ids"]:
         check_unicode(prompts[0], prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False))
@@ -312,12 +312,12 @@ def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: M
     elif prompts == ["input_ids"] and isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
         request = GenerateReqInput(input_ids=prompt)
     else:
-        allowed = {"text": "a text", "input_ids": "a list of token ids"}[prompts[0]]
-        raise RequestError(f"{prompts[0]} is not {allowed}: compress takes one context, which is not empty.")
+        allowed = {"text": "a non-empty string", "input_ids": "a non-empty list of token ids"}[prompts[0]]
+        raise RequestError(f"{prompts[0]} is not {allowed}: compress takes one context.")
     for name in _REQUEST_FIELDS:
         value = body.get(name)
         if value is not None and not isinstance(value, str):
-            raise RequestError(f"{name}={shown(value)} is not a text: compress takes one context.")
+            raise RequestError(f"{name}={shown(value)} is not a string: compress takes one context.")
         if value is not None:
             setattr(request, name, value)
     options = {key: body[key] for key in _OPTION_KEYS if key in body}
@@ -333,13 +333,13 @@ def _render(tokenizer_manager: Any, serving_chat: Any, body: Mapping[str, Any]) 
 
     frontend = Frontend.of(tokenizer_manager)
     if frontend is None or frontend.marker_id is None:
-        raise RequestError("messages need a tokenizer, and this server was started with --skip-tokenizer-init: send input_ids.")
+        raise RequestError("messages need a tokenizer, but this server was started with --skip-tokenizer-init. Send input_ids.")
     chat = {key: body[key] for key in _CHAT_KEYS if body.get(key) is not None}
     messages = _with_marker(body["messages"], frontend.settings.marker)
     try:
         parsed = ChatCompletionRequest(**{"model": "default", **chat, "messages": messages})
     except ValidationError as error:
-        raise RequestError(f"messages cannot be read as chat messages: {error}") from error
+        raise RequestError(f"messages are not valid chat messages: {error}") from error
     try:
         request, _ = serving_chat._convert_to_internal_request(parsed)
     except Exception as error:  # templates run with what the client sent, and raise anything
@@ -359,7 +359,7 @@ def _with_marker(messages: Any, marker: str) -> Any:
         else:
             last["content"][-1]["text"] += marker
     except (LookupError, TypeError) as error:
-        raise RequestError("messages do not end with a text: put the marker where the context ends.") from error
+        raise RequestError("messages do not end with text: put the marker where the context ends.") from error
     return messages
 
 

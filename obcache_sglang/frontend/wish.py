@@ -53,12 +53,12 @@ def parse_wish(value: object) -> Wish:
         return Wish(asked=value, refused=not value)
     if not isinstance(value, Mapping):
         raise RequestError(
-            f'custom_params["{KEY}"]={shown(value)} is not allowed: give true, false or an object with any of {", ".join(REQUEST_KEYS)}.'
+            f'custom_params["{KEY}"]={shown(value)} is not allowed: give true, false or an object with any of the keys {", ".join(REQUEST_KEYS)}.'
         )
     overrides: dict[str, Any] = {}
     for key, given in value.items():
         if key not in REQUEST_KEYS:
-            raise _wrong(str(key), given, f"is not a key of it: allowed are {', '.join(REQUEST_KEYS)}.")
+            raise _wrong(str(key), given, f"is not a known key. Allowed keys: {', '.join(REQUEST_KEYS)}.")
         if key in _SETTING_KEYS:
             overrides[key] = _checked(key, given)
     return Wish(
@@ -81,7 +81,9 @@ def split_marker(token_ids: Sequence[int], marker_id: int | None) -> tuple[Seque
     if marker_id is None or count == 0:
         return token_ids, None
     if count > 1:
-        raise RequestError(f"The prompt holds the context marker {count} times; it may hold it once, where the context ends.")
+        raise RequestError(
+            f"The prompt contains the context marker {count} times. It may contain it once, where the context ends."
+        )
     position = token_ids.index(marker_id)
     return [*token_ids[:position], *token_ids[position + 1 :]], position
 
@@ -108,18 +110,24 @@ def make_plan(
     if not wish.asked and marker_position is None and mode == "marked" and action == "ask":
         return None
     if wish.context_len is not None and marker_position is not None and wish.context_id is None:
-        raise _wrong("context_len", wish.context_len, "is given beside the marker in the prompt: give one of them.")
+        raise _wrong("context_len", wish.context_len, "cannot be combined with the marker in the prompt: give one of them.")
     if wish.context_id is not None:
         if wish.context_len is not None:
-            raise _wrong("context_id", wish.context_id, "stands for the whole context: leave out context_len.")
+            raise _wrong("context_id", wish.context_id, "names the whole context: leave out context_len.")
         if wish.overrides:
-            raise _wrong("context_id", wish.context_id, f"brings its own settings: leave out {', '.join(wish.overrides)}.")
+            raise _wrong(
+                "context_id",
+                wish.context_id,
+                f"names a context that has its own settings: leave out {', '.join(wish.overrides)}.",
+            )
         if exact in _NEEDS_WHOLE_PROMPT:
-            raise _wrong("context_id", wish.context_id, f"cannot be used with {_NEEDS_WHOLE_PROMPT[exact]}: send the whole text.")
+            raise _wrong(
+                "context_id", wish.context_id, f"cannot be used with {_NEEDS_WHOLE_PROMPT[exact]}: send the whole prompt."
+            )
     elif marker_position == 0:
         raise RequestError(
-            "The prompt begins with the context marker: there is no context before it. A question about a context that stands elsewhere "
-            f'names it in custom_params["{KEY}"]["context_id"]; if yours did, something between you and this server drops custom_params.'
+            "The prompt begins with the context marker: there is no context before it. To ask about a context that was compressed before, "
+            f'name it in custom_params["{KEY}"]["context_id"]. If you did, something between you and this server drops custom_params.'
         )
     bounded = marker_position is not None or wish.context_len is not None or wish.context_id is not None
     whole_prompt = mode == "prompt" and action == "ask" and not bounded
@@ -190,7 +198,9 @@ def _context_id(value: object) -> str | None:
         return None
     if not isinstance(value, str) or not _CONTEXT_ID.fullmatch(value):
         raise _wrong(
-            "context_id", value, "is not the id of a context, 32 hexadecimal digits, as /obcache/compress and answers give it."
+            "context_id",
+            value,
+            "is not the id of a context: give the 32 hexadecimal digits from /obcache/compress or from an answer.",
         )
     return value
 

@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
         {"window": 1},
         with_budget={"uniform": {"heads": "shared"}},
         window=1,
-        window_reason="is not allowed with method tova: it scores with the last query only; set method=snapkv or h2o.",
+        window_reason="cannot be used with method=tova, which scores with the last query only. Remove window, or set method=snapkv or h2o.",
     ),
     "replay": Method(
         "replay",

@@ -59,7 +59,9 @@ def settings_from_cli(args: argparse.Namespace) -> ServerSettings | None:
     if not getattr(args, "obcache", None):
         if given:
             flags = ", ".join(OPTIONS[name].flag for name in given)
-            raise ConfigError(f"{flags} given without --obcache, which turns compression on: add --obcache, or leave it out.")
+            raise ConfigError(
+                f"{flags} given without --obcache, which turns compression on. Add --obcache, or remove these flags."
+            )
         return None
     try:
         return ServerSettings.resolve(given)
@@ -101,7 +103,7 @@ def published_settings() -> ServerSettings | None:
         return ServerSettings.resolve(given)
     except (InvalidValue, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"{SETTINGS_ENV}={text!r} cannot be read ({error}). It is set by --obcache, as a JSON object; unset it."
+            f"{SETTINGS_ENV}={text!r} cannot be read ({error}). It is set by --obcache, as a JSON object. Unset it, and start the server again."
         ) from error
 
 

@@ -75,12 +75,14 @@ class CompressionSettings:
             raise InvalidValue(
                 "preset",
                 self.preset,
-                f"is {', '.join(f'{name}={value}' for name, value in requires.items())}, not "
-                f"{', '.join(getattr(self, name) for name in requires)}; leave these out, or the preset.",
+                f"requires {', '.join(f'{name}={value}' for name, value in requires.items())}, not "
+                f"{', '.join(getattr(self, name) for name in requires)}. Remove these settings, or the preset.",
             )
         if self.window == EVERY_QUERY and not method.takes_every_query:
             raise InvalidValue(
-                "window", "all", f"is for method h2o only; {self.method} needs a number of last queries, 1 or more."
+                "window",
+                "all",
+                f"can be used with method=h2o only. Method {self.method} needs a number of last queries, 1 or more.",
             )
         if method.window is not None and self.window != method.window:
             raise InvalidValue("window", self.window, method.window_reason)
@@ -88,14 +90,14 @@ class CompressionSettings:
             raise InvalidValue(
                 "kernel_size",
                 self.kernel_size,
-                "has no effect without pooling: leave it out, or set pooling=average|max.",
+                "has no effect without pooling. Remove it, or set pooling=average or pooling=max.",
             )
         if self.heads == "shared" and self.budget != "uniform":
             raise InvalidValue(
                 "heads",
                 "shared",
-                f"keeps the same tokens in every head of a layer, so budget={self.budget} could not divide them; "
-                "set budget=uniform, or heads=per-head.",
+                f"keeps the same tokens in every head of a layer, so budget={self.budget} has nothing to divide. "
+                "Set budget=uniform or heads=per-head.",
             )
 
     @classmethod
@@ -232,13 +234,13 @@ class ServerSettings:
         """Raises InvalidValue for settings that exclude each other."""
         if self.when == "idle" and self.mode == "prompt":
             raise InvalidValue(
-                "when", "idle", "has no use in mode prompt, whose contexts have one question each; set when=first."
+                "when", "idle", "has no effect with mode=prompt, where each context has one question. Set when=first."
             )
         if self.decode_graphs == "on" and self.head_attention != "triton":
             raise InvalidValue(
                 "decode_graphs",
                 "on",
-                f"cannot be had with head_attention={self.head_attention}, which plans each step on the host; set triton.",
+                f"cannot be used with head_attention={self.head_attention}, which plans each step on the host. Set head_attention=triton.",
             )
         self._check_budget(self.compression)
 
@@ -254,7 +256,7 @@ class ServerSettings:
             raise InvalidValue(
                 "budget",
                 "profile",
-                "needs a server with a head profile (--obcache-head-profile); choose uniform, adakv or global.",
+                "needs a server started with --obcache-head-profile. Choose uniform, adakv or global.",
             )
         return compression
 
