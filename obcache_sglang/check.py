@@ -1,7 +1,7 @@
 """`python -m obcache_sglang.check`: does this installation fit the SGLang it finds, and can this machine serve?
 
-Prints the verdict and what is wrong first; then versions, whether SGLang will load the plugin, the device it would serve on, and
-every SGLang name the package touches. Exit code 0 if all is well, 1 if not. `--flags` prints the command-line flags instead.
+Prints the verdict and the problems first; then versions, whether SGLang will load the plugin, the device it would serve on, and
+every SGLang name that the package touches. Exit code 0 if all is well, 1 if not. `--flags` prints the command-line flags instead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     checks = (_check_versions, _check_entry_points, _check_device, _check_table)
     report = io.StringIO()
     with redirect_stdout(report):
-        # A list, so that all of them print.
+        # A list, so that every check prints.
         problems = [problem for check in checks for problem in check()]
     print(
         "OK: this machine can serve with --obcache."
@@ -72,7 +72,7 @@ def _check_entry_points() -> list[str]:
         )
     platform = os.environ.get("SGLANG_PLATFORM")
     if platform and platform != PLATFORM_NAME:
-        # SGLang skips all plugins of packages that offer another platform, and this package offers one.
+        # SGLang skips the plugins of every package that offers a platform other than the selected one, and this package offers one.
         problems.append(f"SGLANG_PLATFORM={platform} excludes this package's plugins: unset it.")
     return problems
 

@@ -1,4 +1,4 @@
-"""What compression does not support, and what to change. Checked at start-up: nothing is dropped silently."""
+"""What compression does not support, and what to change. Checked at start-up, so that nothing is ignored silently."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TOUCHES = (
     ),
 )
 
-# Server options (SGLang's field names) that must have the given value, and what to change.
+# Server options (SGLang's field names), the values they may have, and what to change.
 _REQUIRED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("disable_radix_cache", (False,), "compressed contexts live in the radix tree: leave out --disable-radix-cache"),
     (
@@ -122,7 +122,7 @@ _REQUIRED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 def check_supported(server: ServerSettings, server_args: Any, model_config: Any | None = None) -> None:
     """Raises HostError with every reason why this server cannot run with compression, and what to change.
 
-    server_args: SGLang's ServerArgs. model_config: its ModelConfig, or None while the model is not looked at yet.
+    server_args: SGLang's ServerArgs. model_config: SGLang's ModelConfig, or None if the model has not been looked at yet.
     """
     problems = []
     if installed_sglang() != TESTED_SGLANG and not server.allow_untested_sglang:
@@ -190,7 +190,7 @@ def _unsupported_model(model_config: Any) -> list[str]:
 
 def _length_dependent_rope(text_config: Any) -> str | None:
     rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
-    # Per layer type in newer configurations, else one dictionary.
+    # One dictionary per layer type in newer configurations, else a single one.
     for parameters in rope.values() if all(isinstance(value, dict) for value in rope.values()) else (rope,):
         rope_type = parameters.get("rope_type", parameters.get("type"))
         if rope_type in ("dynamic", "longrope", "su"):

@@ -1,4 +1,4 @@
-"""Values of requests that SGLang would pass on, and that must not reach its scheduler."""
+"""Checks of values that SGLang would pass on from a request, but that must not reach its scheduler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from obcache_sglang.errors import RequestError, shown
 
 
 def check_ids(token_ids: Sequence[int], vocab_size: int | None) -> None:
-    """Raises RequestError for what is no token id of the model: virtual ids of contexts must not come from outside.
+    """Raises RequestError for anything that is not a token id of the model: clients must not send the virtual ids of contexts.
 
     vocab_size: None to check only that they are whole numbers.
     """
@@ -29,7 +29,7 @@ def check_ids(token_ids: Sequence[int], vocab_size: int | None) -> None:
 
 
 def check_texts(request: Any) -> None:
-    """Raises RequestError for texts that are not Unicode: halves of surrogate pairs cannot be encoded on the way to the scheduler."""
+    """Raises RequestError for texts that are not valid Unicode: half of a surrogate pair cannot be encoded for the scheduler."""
     for name in ("rid", "cache_salt", "extra_key", "session_id"):
         value = getattr(request, name, None)
         if isinstance(value, str):
@@ -37,7 +37,7 @@ def check_texts(request: Any) -> None:
 
 
 def check_embeddings(request: Any) -> None:
-    """Raises RequestError for embeddings that JSON can hold: they are none, and SGLang's scheduler ends on them."""
+    """Raises RequestError for embeddings that came as JSON: they are not tensors, and would end SGLang's scheduler."""
     value = getattr(request, "positional_embed_overrides", None)
     if isinstance(value, str | int | float | list | dict):
         raise RequestError(
@@ -46,7 +46,7 @@ def check_embeddings(request: Any) -> None:
 
 
 def check_unicode(name: str, text: str) -> None:
-    """Raises RequestError where a text holds half of a surrogate pair."""
+    """Raises RequestError if a text has half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,7 +1,7 @@
-"""What `/obcache/*` and `Engine` offer beside generation: compress ahead, list, look at and delete contexts, status.
+"""What `/obcache/*` and `Engine` offer besides generation: compress ahead, list, look at and delete contexts, status.
 
 Everything here talks to the schedulers through one TokenizerManager; HTTP and Engine only wrap it.
-With data parallelism each rank has its own contexts: every operation goes to all ranks, and answers say which rank they are from.
+With data parallelism each rank has its own contexts: every operation goes to all ranks, and answers name their rank.
 """
 
 from __future__ import annotations
@@ -48,19 +48,20 @@ async def compress_context(
 ) -> dict[str, Any]:
     """Compresses one context ahead of its questions, on every data-parallel rank.
 
-    body: one of `text`, `messages`, `input_ids`; the context ends at the marker, or at the end without one (of the last message).
-        Beside it any of `COMPRESS_KEYS`. http_request: the client's, to stop when it hangs up.
-    Returns the report of a request (`context_tokens`, `kept_tokens`, `status`, `reason`, `seconds`, ...) with the context's `id`,
-    of rank 0, and with several ranks all of them under `ranks`. Raises RequestError.
+    body: one of `text`, `messages`, `input_ids`, and any others of `COMPRESS_KEYS`. The context ends at the marker; without a marker,
+        at the end of the prompt or of the last message.
+    http_request: the client's; the compression stops when the client hangs up.
+    Returns rank 0's report (`context_tokens`, `kept_tokens`, `status`, `reason`, `seconds`, ...) with the context's `id`; with several
+    ranks also all reports, under `ranks`. Raises RequestError.
     """
-    rid = uuid.uuid4().hex  # clients abort by the beginning of an id: nothing in it is known beforehand
+    rid = uuid.uuid4().hex  # clients can abort by the beginning of an id, so nobody may guess it
     return await _compress(tokenizer_manager, _compress_request(tokenizer_manager, serving_chat, body), rid, http_request)
 
 
 async def compress_progress(
     tokenizer_manager: Any, serving_chat: ServingChat, body: Mapping[str, Any], http_request: Any = None
 ) -> AsyncIterator[dict[str, Any]]:
-    """As `compress_context`: yields {"progress": {"tokens": read so far, "of": in all}} as it goes on, and last what that returns."""
+    """As `compress_context`, but yields {"progress": {"tokens": read so far, "of": in all}} meanwhile, and the result last."""
     request = _compress_request(tokenizer_manager, serving_chat, body)
     rid = uuid.uuid4().hex
     task = asyncio.ensure_future(_compress(tokenizer_manager, request, rid, http_request))
@@ -68,13 +69,13 @@ async def compress_progress(
     shown = None
     try:
         while not (await asyncio.wait({task}, timeout=_PROGRESS_SECONDS))[0]:
-            # A stream is not told of a client that hung up, and SGLang itself looks every few seconds only.
+            # A stream is not told that its client hung up, and SGLang itself looks only every few seconds.
             if http_request is not None and await http_request.is_disconnected():
                 return
             answers = await control.call(tokenizer_manager, {"op": "progress", "rid": rid})
             for rank, answer in answers:
                 now = _checked(answer)
-                # A rank whose job has ended counts it no more, a moment before its answer is here: what it had reached stays.
+                # A rank stops counting when its job ends, shortly before its answer arrives: what it had reached stays.
                 if rank not in reached or now["of"] > 0:
                     reached[rank] = now
             counted = _summed(list(reached.values()))
@@ -98,7 +99,7 @@ async def _compress(tokenizer_manager: Any, request: Any, rid: str, http_request
         mine.rid = f"{rid}-{rank}"
         mine.routed_dp_rank = rank if num_ranks > 1 else None
         answer = await anext(tokenizer_manager.generate_request(mine, http_request))
-        if KEY not in answer["meta_info"]:  # an abort of all requests spares nobody
+        if KEY not in answer["meta_info"]:  # somebody aborted all requests
             raise RequestError("The compression was aborted before it finished. Send the request again.", 409)
         report = dict(answer["meta_info"][KEY])
         return {"id": report.pop("context_id"), **report}
@@ -109,9 +110,9 @@ async def _compress(tokenizer_manager: Any, request: Any, rid: str, http_request
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose contexts are meant: those of one namespace, which an ordinary client sees, or all, for an operator.
+    """Whose contexts are meant: those of one namespace, as a client sees them, or all contexts, for an operator.
 
-    extra_key, cache_salt, lora_path: as in the requests that made them.
+    extra_key, cache_salt, lora_path: as in the requests that made the contexts.
     """
 
     extra_key: str | None = None
@@ -120,7 +121,7 @@ class Caller:
     is_operator: bool = False
 
     def namespace(self, tokenizer_manager: Any) -> dict[str, str | None] | None:
-        """For control calls; None for all. Raises RequestError for an adapter that is not loaded."""
+        """The namespace for control calls; None for all. Raises RequestError for an adapter that is not loaded."""
         if self.is_operator:
             return None
         lora_id = None
@@ -138,7 +139,7 @@ ANYBODY = Caller()
 
 
 async def list_contexts(tokenizer_manager: Any, caller: Caller = ANYBODY) -> list[dict[str, Any]]:
-    """The contexts that the caller sees, by `name`, which is not the id that opens one; each with its `dp_rank`."""
+    """The contexts that the caller sees, each with its `dp_rank` and its `name`. A name is not the id that opens a context."""
     answers = await control.call(tokenizer_manager, {"op": "list", "namespace": caller.namespace(tokenizer_manager)})
     return [context | {"dp_rank": rank} for rank, answer in answers for context in _checked(answer)["contexts"]]
 
@@ -151,10 +152,11 @@ async def get_context(
     positions: bool = False,
     caller: Caller = ANYBODY,
 ) -> dict[str, Any]:
-    """One context, from the first rank that has it; `dp_ranks` names all of them. Raises ContextNotFound.
+    """One context, from the first rank that has it; `dp_ranks` names all ranks that do. Raises ContextNotFound.
 
-    Known by its context id, or by the name that lists show. positions: also the kept token positions, `[layer][kv_head][kept]`,
-    ascending; each layer is a call of its own, so that the scheduler is not kept from its work.
+    context_id, name: one of them; the name is what lists show.
+    positions: also return the kept token positions, `[layer][kv_head][kept]`, ascending. Each layer is fetched by its own call, so
+        that the scheduler is not blocked for long.
     """
     asked = _asked(tokenizer_manager, context_id, name, caller)
     found = _found(await control.call(tokenizer_manager, {"op": "get", **asked}), asked)
@@ -173,7 +175,7 @@ async def get_context(
 
 
 def _unpacked(layers: list[bytes], counts: list[list[int]]) -> list[list[list[int]]]:
-    """`[layer][kv_head][kept]` from each layer's positions, int32, head by head, and the heads' counts."""
+    """`[layer][kv_head][kept]`, from the int32 positions of each layer, head by head, and the counts of each layer's heads."""
     return [
         [head.tolist() for head in np.split(np.frombuffer(layer, dtype=np.int32), np.cumsum(of_layer)[:-1])]
         for layer, of_layer in zip(layers, counts, strict=True)
@@ -188,7 +190,7 @@ async def delete_context(
     caller: Caller = ANYBODY,
     wait_seconds: float = DELETE_WAIT_SECONDS,
 ) -> str:
-    """Deletes a context on every rank. Requests that read it finish first; no new one gets it.
+    """Deletes a context on every rank. Requests that read it finish first; no new request gets it.
 
     Returns "deleted", or "deleting" if it still has readers after `wait_seconds`. Raises ContextNotFound.
     """
@@ -264,13 +266,13 @@ def _found(answers: list[tuple[int, dict[str, Any]]], asked: Mapping[str, Any]) 
 
 
 def _in_place(state: TouchState, ranks: list[dict[str, Any]]) -> bool | None:
-    """Whether a hook is called in its process; None where the server has no such process."""
+    """Whether a hook is called in its process; None if the server has no such process."""
     there = all(rank["hooks"].get(state.touch.target) for rank in ranks)
     match state.touch.process:
         case "scheduler":
             return there
         case "controller":
-            # It has no channel of its own; but without this hook the launcher would have refused to serve.
+            # The controller answers no calls; but without this hook the launcher would have refused to serve.
             return True if len(ranks) > 1 else None
         case "all":
             return there and bool(state.in_place)
@@ -327,7 +329,7 @@ def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: M
 
 
 def _render(tokenizer_manager: Any, serving_chat: Any, body: Mapping[str, Any]) -> Any:
-    """Messages to a prompt, by the code of SGLang's chat endpoint, so that a later chat meets the same tokens."""
+    """Renders messages with the code of SGLang's chat endpoint, so that a later chat has the same tokens."""
     from pydantic import ValidationError
     from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 
@@ -342,13 +344,13 @@ def _render(tokenizer_manager: Any, serving_chat: Any, body: Mapping[str, Any]) 
         raise RequestError(f"messages are not valid chat messages: {error}") from error
     try:
         request, _ = serving_chat._convert_to_internal_request(parsed)
-    except Exception as error:  # templates run with what the client sent, and raise anything
+    except Exception as error:  # templates run on the client's input, and may raise anything
         raise RequestError(f"messages cannot be rendered with the chat template: {type(error).__name__}: {error}") from error
     return request
 
 
 def _with_marker(messages: Any, marker: str) -> Any:
-    """`messages` with the marker where the context ends: where the client put it, else at the end of the last message's text."""
+    """`messages` with the marker where the context ends: where the client put it, else at the end of the last message."""
     if marker in json.dumps(messages, ensure_ascii=False):
         return messages
     messages = copy.deepcopy(messages)

@@ -1,6 +1,6 @@
-"""From what a request says about its context to the plan the scheduler follows. No SGLang in here.
+"""From what a request says about its context to the plan that the scheduler follows. Nothing here needs SGLang.
 
-A client sets `custom_params["obcache"]` to false, true or an object (`REQUEST_KEYS`), puts the marker in its text, or both;
+A client sets `custom_params["obcache"]` to false, true or an object (`REQUEST_KEYS`), puts the marker in its text, or both.
 `make_plan` checks all of it and makes a `messages.Plan`.
 """
 
@@ -17,7 +17,7 @@ from obcache_sglang.settings import COMPRESSION_OPTIONS, OPTIONS, ServerSettings
 
 _CONTEXT_ID = re.compile("[0-9a-f]{32}")
 
-# Reasons to serve exactly that count positions in the prompt, or go on from it: a context cannot be put in front of it.
+# Reasons to serve exactly, of requests that count positions in the prompt or continue from it: no context can be put before it.
 _NEEDS_WHOLE_PROMPT = {
     "session": "a session",
     "embedding_overrides": "positional_embed_overrides",
@@ -33,7 +33,7 @@ REQUEST_KEYS = _OWN_KEYS + _SETTING_KEYS
 
 @dataclass(frozen=True)
 class Wish:
-    """What one request asks for, checked value by value. `asked` is False for a request that says nothing."""
+    """What one request asks for, each value checked. `asked` is False for a request that does not ask for compression."""
 
     asked: bool = False
     refused: bool = False
@@ -46,7 +46,7 @@ class Wish:
 
 
 def parse_wish(value: object) -> Wish:
-    """Reads `custom_params["obcache"]`; None where the request has none. Raises RequestError naming key, value and what is allowed."""
+    """Reads `custom_params["obcache"]`, None if the request has none. Raises RequestError with the key, the value and what is allowed."""
     if value is None:
         return Wish()
     if isinstance(value, bool):
@@ -73,7 +73,7 @@ def parse_wish(value: object) -> Wish:
 
 
 def split_marker(token_ids: Sequence[int], marker_id: int | None) -> tuple[Sequence[int], int | None]:
-    """(prompt without the marker, number of tokens before it); (the same object, None) where there is none.
+    """(prompt without the marker, number of tokens before it); (the same object, None) if there is no marker.
 
     Raises RequestError for more than one marker: a prompt has one context.
     """
@@ -100,9 +100,11 @@ def make_plan(
 ) -> Plan | None:
     """The plan of a request, or None for a request that compression leaves alone.
 
-    num_tokens: length of the marker-free prompt. marker_position: tokens before the marker, None without one. With a context id both
-    are of what follows the marker, and `before` holds what stands in front of it.
-    exact: why this request cannot use a compressed context, if the caller found a reason. Raises RequestError.
+    num_tokens: length of the prompt without the marker.
+    marker_position: number of tokens before the marker, None without one.
+    before: with a context id, the tokens before the marker; `num_tokens` and `marker_position` then count only what follows it.
+    exact: why this request cannot use a compressed context, if the caller found a reason.
+    Raises RequestError.
     """
     mode = wish.mode or server.mode
     if wish.refused:
@@ -154,9 +156,9 @@ def make_plan(
 
 
 def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, whole_prompt: bool, action: Action) -> int | None:
-    """Tokens of the context; 0 to look one up; None where the prompt has none (mode prompt, a prompt of one token).
+    """Number of tokens of the context; 0 to look one up; None if the prompt has none (mode prompt, a prompt of one token).
 
-    whole_prompt: it is all of the prompt but its last token.
+    whole_prompt: the context is all of the prompt but its last token.
     """
     if whole_prompt:
         return num_tokens - 1 if num_tokens > 1 else None
@@ -175,7 +177,7 @@ def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, whole_pr
 
 def _wrong(key: str, value: object, reason: str) -> RequestError:
     if key == "context_id" and isinstance(value, str) and _CONTEXT_ID.fullmatch(value):
-        value = value[:8] + "..."  # errors are logged, and a whole id opens its context
+        value = value[:8] + "..."  # errors are logged, and whoever has the whole id can open the context
     return RequestError(f'custom_params["{KEY}"]["{shown(key)[1:-1]}"]={shown(value)} {reason}')
 
 

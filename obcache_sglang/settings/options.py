@@ -1,4 +1,4 @@
-"""The table of options: each setting's command-line flag, check and help, once. A request may override those marked so."""
+"""The table of options: the command-line flag, check and help of each setting, and whether a request may override it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Check = Callable[[str, Any], Any]
 
 @dataclass(frozen=True)
 class Option:
-    """One setting. check(name, value) returns the value to use or raises InvalidValue; per_request: a request may set it."""
+    """One setting. check(name, value) returns the value to use or raises InvalidValue. per_request: whether a request may set it."""
 
     name: str
     check: Check
@@ -133,7 +133,7 @@ def _switch(name: str, value: Any) -> bool:
 
 
 def _number(text: str) -> int | float | str:
-    """A number from the command line; anything else stays text, which the option's check then refuses by name."""
+    """A number from the command line. Anything else stays text, and the option's check refuses it by name."""
     for parse in (int, float):
         try:
             return parse(text)

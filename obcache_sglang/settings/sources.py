@@ -1,4 +1,4 @@
-"""Where a server's settings come from: its command line, Python, and on the way to its other processes the environment."""
+"""Where a server's settings come from: its command line or Python; in its other processes, the environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SECRET_ENV = "OBCACHE_SGLANG_SECRET"
 
 
 def add_cli_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds `--obcache` and `--obcache-*` to `parser`, in a group of their own. All default to None: not given."""
+    """Adds `--obcache` and `--obcache-*` to `parser`, in a group of their own. All default to None, for not given."""
     group = parser.add_argument_group("obcache", "KV-cache compression of shared contexts (package obcache_sglang)")
     group.add_argument(
         "--obcache",
@@ -94,7 +94,7 @@ def publish(settings: ServerSettings) -> None:
 
 
 def published_settings() -> ServerSettings | None:
-    """The settings that a process above published, or None where compression was not asked for. Raises ConfigError."""
+    """The settings that a parent process published, or None if compression was not asked for. Raises ConfigError."""
     text = os.environ.get(SETTINGS_ENV)
     if not text:
         return None
@@ -108,5 +108,5 @@ def published_settings() -> ServerSettings | None:
 
 
 def server_secret() -> bytes:
-    """What context ids cannot be guessed without: 32 random bytes, the same in all processes of a server."""
+    """The secret that context ids are made with: 32 random bytes, the same in all processes of a server."""
     return bytes.fromhex(os.environ[_SECRET_ENV])
