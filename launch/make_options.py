@@ -27,9 +27,9 @@ _HEAD = """\
 
 Made by `python -m launch.make_options`: change an option's help where it is declared, not here.
 
-`--obcache` turns compression on. Every other flag needs it. `sglang serve --help` answers before it loads plugins, so it does not list
-these flags; `python -m obcache_sglang.check --flags` does. `Engine(obcache={...})` takes the same settings, under the keys of the tables.
-A wrong value stops the server, with the reason.
+`--obcache` turns compression on. Every other flag needs it. `sglang serve --help` lists these flags at its end, and
+`python -m sglang.launch_server --help` among SGLang's own; `python -m obcache_sglang.check --flags` lists only them.
+`Engine(obcache={...})` takes the same settings, under the keys of the tables. A wrong value stops the server, with the reason.
 """
 
 _PER_REQUEST = """
@@ -73,7 +73,7 @@ def main() -> None:
 
 def make_page() -> str:
     """The page, as Markdown."""
-    bounds = ["", "| key | lowest | highest | why no more |", "|---|---|---|---|"]
+    bounds = ["", "| key | lowest | highest | reason |", "|---|---|---|---|"]
     bounds += [f"| `{name}` | {lowest:,} | {highest:,} | {reason} |" for name, (lowest, highest, reason) in BOUNDS.items()]
     return "\n".join(
         [

@@ -1,12 +1,13 @@
 """`python -m obcache_sglang.calibrate MODEL --text FILE...`: measures how much each KV head needs, and writes a head profile.
 
-Each text is put into the user's turn of the chat template and scored by replay, as `--obcache-method replay` does it: the model
-re-reads the text, and the queries with which it does score what it reads, divided by the mean squared norm of their layer's outputs
-(not weighted as budget `global` does it: budgets that were measured so kept fewer needles). The highest tokens of all heads of
-all layers are kept, and the share that falls to each head, averaged over the texts, is its share of the profile. No server is
-needed: the model runs in transformers, on the GPU if there is one (in the checkpoint's dtype), else on the CPU (in float32).
+Each text is put into the user's turn of the chat template and scored by replay, as `--obcache-method replay` does: the model reads
+the text again, and the queries of this second reading score its tokens. The scores are divided by the mean squared norm of their layer's
+outputs (not weighted per query, as budget `global` does: profiles that were measured that way kept fewer needles). The tokens with the
+highest scores across all heads and layers are kept. The share that each head gets of them, averaged over the texts, is its share in the
+profile. No server is needed: the model runs in transformers, on the GPU if there is one (in the checkpoint's dtype), else on the CPU
+(in float32).
 
-`--obcache-head-profile auto` calls it before the server starts, once for a model.
+`--obcache-head-profile auto` runs this before the server starts, once per model.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ from obcache_sglang.errors import ConfigError, HostError, ObcacheError
 from obcache_sglang.settings import CompressionSettings
 
 SCORES = ("obcache-v", "attention")
-"""The scores that a profile may be measured with; the key terms of the others mislead under replay."""
+"""The scores that a profile may be measured with. The key terms of the other scores mislead under replay."""
 
 DEFAULT_TOPICS = ("compound", "typesseq", "specialnames")
-"""Chapters of Python's own documentation, which lie in `pydoc_data`: the texts where none are given."""
+"""The default texts: chapters of Python's documentation, from `pydoc_data`."""
 
 DEFAULT_MAX_TOKENS = 4096
 
-# Shorter texts say little about a head, and sinks would be most of what it keeps.
+# Shorter texts say little about a head: most of what it keeps would be sinks.
 _MIN_TOKENS = 128
 _ATTENTION = "obcache_calibrate"
 
@@ -70,16 +71,18 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="texts of the kind to be served (default: chapters of Python's manual)",
+        help="texts like those to be served (default: chapters of Python's manual)",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the profile (default: MODEL.head-profile.json, here)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where to write the profile (default: MODEL.head-profile.json)"
+    )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8, 0.9], help="default: 0.3 0.5 0.7 0.8 0.9")
     parser.add_argument(
         "--max-tokens",
         type=int,
         default=DEFAULT_MAX_TOKENS,
         metavar="N",
-        help=f"of each text, the first N (default: {DEFAULT_MAX_TOKENS})",
+        help=f"tokens read of each text (default: {DEFAULT_MAX_TOKENS})",
     )
     parser.add_argument("--score", choices=SCORES, default=SCORES[0], help="how a query scores a token (default: obcache-v)")
     arguments = parser.parse_args(given)
@@ -102,10 +105,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def profile_for(model_name: str) -> Path:
-    """The file of a model's head profile: one that comes with the package, or was made here before; else it is made (minutes).
+    """The file of a model's head profile: from the package, or made here before. If there is none, makes it, which takes minutes.
 
     model_name: directory or Hugging Face name. Profiles are kept in `$XDG_CACHE_HOME/obcache_sglang`, by default ~/.cache.
-    Raises HostError where it cannot be made, and OSError where transformers cannot load the model's configuration.
+    Raises HostError if it cannot be made, and OSError if transformers cannot load the model's configuration.
     """
     config = AutoConfig.from_pretrained(model_name)
     digest = ModelIdentity.of(config).digest
@@ -118,7 +121,7 @@ def profile_for(model_name: str) -> Path:
         return file
     folder.mkdir(parents=True, exist_ok=True)
     max_tokens = int(min(DEFAULT_MAX_TOKENS, _max_positions(config) // 2 - _MIN_TOKENS))
-    # Complete or absent, also where two servers start at once.
+    # The file is complete or absent, even if two servers start at once.
     partial = file.with_suffix(f".{os.getpid()}")
     command = [
         sys.executable,
@@ -131,13 +134,15 @@ def profile_for(model_name: str) -> Path:
         str(max_tokens),
     ]
     print(
-        f"obcache: measuring the head profile of {model_name}, once (minutes): {shlex.join(command)}", file=sys.stderr, flush=True
+        f"obcache: measuring the head profile of {model_name}, once; this takes minutes: {shlex.join(command)}",
+        file=sys.stderr,
+        flush=True,
     )
-    # A process of its own gives all memory back, the GPU's too, before the server takes it.
+    # In a process of its own: all its memory, the GPU's too, is free again before the server starts.
     if subprocess.run(command, check=False, stdout=sys.stderr).returncode or not partial.exists():
         raise HostError(
-            f"the head profile of {model_name} could not be measured here, see above. Measure it where the model fits into one process, "
-            "`python -m obcache_sglang.calibrate MODEL --output FILE`, and say --obcache-head-profile FILE; or leave it out."
+            f"the head profile of {model_name} could not be measured here, see above. Measure it where the model fits into one process "
+            "(`python -m obcache_sglang.calibrate MODEL --output FILE`) and start with --obcache-head-profile FILE, or without a profile."
         )
     partial.replace(file)
     return file
@@ -148,15 +153,18 @@ def calibrate(
 ) -> HeadProfile:
     """The head profile of a model, from these texts; prints its progress.
 
-    model_name: directory or Hugging Face name. ratios: compression ratios in (0, 1), in any order. max_tokens: read of each text.
-    score: one of `SCORES`. command: how to do it again, for the record.
+    model_name: directory or Hugging Face name.
+    ratios: compression ratios in (0, 1), in any order.
+    max_tokens: read of each text.
+    score: one of `SCORES`.
+    command: how to make the profile again, for the record.
 
-    Memory, beside the model: the KV cache of one text, its scores ([layers, kv_heads, tokens] float32) and the scratch of one
-    layer's attention and scoring. Raises ConfigError, HostError, and OSError where transformers cannot load the model.
+    Memory, in addition to the model: the KV cache of one text, its scores ([layers, kv_heads, tokens] float32) and the scratch of one
+    layer's attention and scoring. Raises ConfigError and HostError; OSError if transformers cannot load the model.
     """
     ratios = sorted(set(ratios))
     if not 0 < ratios[0] <= ratios[-1] < 1:
-        raise ConfigError(f"--ratios {' '.join(map(str, ratios))}: a compression ratio lies between 0 and 1.")
+        raise ConfigError(f"--ratios {' '.join(map(str, ratios))}: compression ratios must be between 0 and 1.")
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     prompts = ReplayPrompts(tokenizer)
     contexts = [_context(tokenizer, prompts, text, max_tokens) for text in texts]
@@ -184,9 +192,9 @@ def calibrate(
 
 
 class Replay:
-    """A model whose attention scores the context before it while it re-reads it.
+    """A model that scores a context while it reads the context again.
 
-    model: of transformers; gets our attention. heads: (layers, KV heads).
+    model: from transformers; its attention is replaced with ours. heads: (layers, KV heads).
     """
 
     def __init__(self, model: Any, score: str) -> None:
@@ -194,7 +202,7 @@ class Replay:
         text = model.config.get_text_config()
         self.heads = (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
         self._settings = CompressionSettings.resolve({"method": "replay", "score": score})
-        # What the passes behind the current context add up: scores [layers, kv_heads, tokens], None while the context itself is
+        # Sums over the passes after the current context: its scores [layers, kv_heads, tokens], None while the context itself is
         # read, and the squared norms of each layer's attention outputs [layers].
         self._scores: torch.Tensor | None = None
         self._output_sq = torch.zeros(text.num_hidden_layers)
@@ -206,9 +214,9 @@ class Replay:
     def score(
         self, context: array[int], prompts: ReplayPrompts, chunk_tokens: int = CompressionSettings.replay_chunk
     ) -> torch.Tensor:
-        """The scores [layers, kv_heads, len(context)] float32 of a context's tokens; obcache ones are normalised per layer.
+        """The scores [layers, kv_heads, len(context)] float32 of a context's tokens; obcache scores are normalised per layer.
 
-        chunk_tokens: that the model reads at a time.
+        chunk_tokens: how many tokens the model reads at a time.
         """
         cache = DynamicCache(config=self.model.config)
         for first in range(0, len(context), chunk_tokens):
@@ -228,7 +236,7 @@ class Replay:
         return scores
 
     def _read(self, tokens: array[int], cache: DynamicCache) -> None:
-        # Without the output layer, whose logits of all tokens would need more memory than all else.
+        # Without the output layer: the logits of all tokens would need more memory than everything else.
         self.model.base_model(input_ids=torch.tensor([tokens], device=self.model.device), past_key_values=cache, use_cache=True)
 
     def _attention(
@@ -242,10 +250,12 @@ class Replay:
         scaling: float,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """SDPA, after which the queries of a pass score. query, key, value: [1, heads, tokens, head_dim], after RoPE."""
+        """SDPA; in a pass after the context, its queries then score. query, key, value: [1, heads, tokens, head_dim], after RoPE."""
         unsupported = [name for name in ("softcap", "sliding_window") if kwargs.get(name) is not None]
         if unsupported:
-            raise HostError(f"the model's attention has a {' and a '.join(unsupported)}; it cannot be served with --obcache.")
+            raise HostError(
+                f"the model's attention uses {' and '.join(unsupported)}, which --obcache does not support: serve another model."
+            )
         output: torch.Tensor
         output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
         if self._scores is not None:
@@ -265,7 +275,7 @@ class Replay:
 
 
 def _kept_shares(scores: torch.Tensor, ratio: float) -> torch.Tensor:
-    """The share [layers, kv_heads] float64 of the tokens that each head keeps when all heads share 1 - ratio of them.
+    """The share [layers, kv_heads] float64 of the tokens that each head keeps, if 1 - ratio of them is kept across all heads.
 
     scores: [layers, kv_heads, tokens], comparable across layers.
     """
@@ -280,19 +290,19 @@ def _kept_shares(scores: torch.Tensor, ratio: float) -> torch.Tensor:
         kernel_size=settings.kernel_size,
         shrink_window=False,
     )
-    # Of all cells, not of whole slots: then the shares' mean is 1 - ratio for any length.
+    # Counted in cells, not in whole slots: then the mean of the shares is 1 - ratio for any length.
     _, offsets = keep_across_heads(ranked, round(scores.numel() * (1 - ratio)))
     return (offsets.diff().double() / num_tokens).view(heads).cpu()
 
 
 def _context(tokenizer: Any, prompts: ReplayPrompts, text: str, max_tokens: int) -> array[int]:
-    """A text as the model is asked about it: behind the chat template's words before a user's turn, if there is a template."""
+    """A text as in a prompt: after what the chat template puts before a user's turn, if there is a template."""
     ids = tokenizer.encode(text, add_special_tokens=not prompts.before)[:max_tokens]
     return prompts.before + array("q", ids)
 
 
 def _max_positions(config: Any) -> float:
-    """Positions of the model of this configuration; infinite where it names none."""
+    """How many positions this configuration's model has; infinite if it gives no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
@@ -300,12 +310,14 @@ def _check_lengths(lengths: Sequence[int], prompts: ReplayPrompts, config: Any) 
     limit = _max_positions(config)
     for number, num_tokens in enumerate(lengths, 1):
         if num_tokens < _MIN_TOKENS:
-            raise ConfigError(f"text {number} has {num_tokens} tokens, which say too little; give at least {_MIN_TOKENS}.")
+            raise ConfigError(
+                f"text {number} has {num_tokens} tokens, too few to measure heads with. Give at least {_MIN_TOKENS}."
+            )
         longest = num_tokens + prompts.num_tokens + min(num_tokens, CompressionSettings.replay_chunk)
         if longest > limit:
             raise ConfigError(
-                f"text {number} has {num_tokens} tokens, and the model re-reads them behind it: {longest} positions of {limit}. "
-                f"Lower --max-tokens by {longest - limit} or more."
+                f"text {number} has {num_tokens} tokens, which the model reads again after the text. That takes {longest} positions, and "
+                f"the model has {limit}. Lower --max-tokens by {longest - limit} or more."
             )
 
 
@@ -313,11 +325,11 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--text {file}: it is not UTF-8 text ({error}).") from error
+        raise ConfigError(f"--text {file} is not UTF-8 text ({error}).") from error
 
 
 def _command(given: list[str]) -> str:
-    """The command line, with the names of local files in place of their paths: those say nothing on another machine."""
+    """The command line, with names of local files in place of their paths, which mean nothing on another machine."""
     words = [Path(word).name if Path(word).exists() or Path(word).is_absolute() else word for word in given]
     return shlex.join(["python", "-m", "obcache_sglang.calibrate", *words])
 

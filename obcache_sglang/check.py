@@ -1,8 +1,7 @@
 """`python -m obcache_sglang.check`: does this installation fit the SGLang it finds, and can this machine serve?
 
-Prints the verdict and what is wrong first; then versions, whether SGLang will load the plugin, the device it would serve on, and
-every SGLang name the package touches. Exit code 0 if all is well, 1 if not. `--flags` prints the command-line flags
-instead: `sglang serve --help` answers before it loads plugins, so they are not in it.
+Prints the verdict and the problems first; then versions, whether SGLang will load the plugin, the device it would serve on, and
+every SGLang name that the package touches. Exit code 0 if all is well, 1 if not. `--flags` prints the command-line flags instead.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from importlib.metadata import entry_points, version
 
 from obcache_sglang import __version__
 from obcache_sglang.host import TESTED_SGLANG, check_host, installed_sglang
-from obcache_sglang.settings import add_cli_flags
+from obcache_sglang.settings import flags_help
 
 _WIDTH = 80
 
@@ -31,14 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m obcache_sglang.check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--flags", action="store_true", help="print the flags that --obcache adds to `sglang serve`")
     if parser.parse_args(argv).flags:
-        flags = argparse.ArgumentParser(prog="sglang serve", add_help=False)
-        add_cli_flags(flags)
-        print(flags.format_help())
+        print(flags_help(), end="")
         return 0
     checks = (_check_versions, _check_entry_points, _check_device, _check_table)
     report = io.StringIO()
     with redirect_stdout(report):
-        # A list, so that all of them print.
+        # A list, so that every check prints.
         problems = [problem for check in checks for problem in check()]
     print(
         "OK: this machine can serve with --obcache."
@@ -56,8 +53,8 @@ def _check_versions() -> list[str]:
     print(", ".join(f"{name} {version(name)}" for name in ("sglang", "torch", "transformers")))
     if installed_sglang() == TESTED_SGLANG:
         return []
-    problem = f"SGLang {installed_sglang()} is installed, this package is tested with {TESTED_SGLANG}"
-    return [f"{problem}: install that, or insist with --obcache-allow-untested-sglang."]
+    problem = f"SGLang {installed_sglang()} is installed, but this package is tested with {TESTED_SGLANG}"
+    return [f"{problem}: install that release, or add --obcache-allow-untested-sglang."]
 
 
 def _check_entry_points() -> list[str]:
@@ -70,10 +67,12 @@ def _check_entry_points() -> list[str]:
             problems.append(f"the entry point {name} of {group} is missing: install the package (pip install obcache-sglang).")
     allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
     if allowed and PLUGIN_NAME not in allowed:
-        problems.append(f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} excludes this plugin: add {PLUGIN_NAME}, or unset it.")
+        problems.append(
+            f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} excludes this plugin: add {PLUGIN_NAME} to it, or unset it."
+        )
     platform = os.environ.get("SGLANG_PLATFORM")
     if platform and platform != PLATFORM_NAME:
-        # SGLang skips all plugins of packages that offer another platform, and this package offers one.
+        # SGLang skips the plugins of every package that offers a platform other than the selected one, and this package offers one.
         problems.append(f"SGLANG_PLATFORM={platform} excludes this package's plugins: unset it.")
     return problems
 
@@ -89,7 +88,7 @@ def _check_table() -> list[str]:
             print(f"  {verdict}  {touch.kind}  {touch.target.removeprefix(module + '.')}")
             print(textwrap.fill(touch.why, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
     missing = [state.touch.target for state in states if not state.ok]
-    return [f"this SGLang lacks what we rely on: {', '.join(missing)}."] if missing else []
+    return [f"this SGLang lacks names that we rely on: {', '.join(missing)}."] if missing else []
 
 
 def _module_of(target: str) -> str:

@@ -35,7 +35,7 @@ class Engine(SGLangEngine):
         try:
             super().__init__(**kwargs)
         finally:
-            # The children have their settings; another Engine of this process must not inherit them.
+            # The child processes have their settings by now; another Engine of this process must not inherit them.
             plugin.deactivate()
 
     def compress(self, **body: Any) -> dict[str, Any]:
@@ -46,11 +46,11 @@ class Engine(SGLangEngine):
         return self._run(service.compress_context(self.tokenizer_manager, self._serving_chat, body))
 
     def contexts(self, caller: service.Caller = service.ANYBODY) -> list[dict[str, Any]]:
-        """The contexts that the caller sees (`service.Caller(cache_salt="...")`; all with `is_operator=True`), by name."""
+        """The contexts that the caller sees (`service.Caller(cache_salt="...")`; all of them with `is_operator=True`), by name."""
         return self._run(service.list_contexts(self.tokenizer_manager, caller))
 
     def context(self, context_id: str, *, positions: bool = False, caller: service.Caller = service.ANYBODY) -> dict[str, Any]:
-        """One context, with `positions` the kept ones, `[layer][kv_head][kept]`. Raises ContextNotFound."""
+        """One context; if `positions`, with its kept positions, `[layer][kv_head][kept]`. Raises ContextNotFound."""
         return self._run(service.get_context(self.tokenizer_manager, context_id, positions=positions, caller=caller))
 
     def delete_context(

@@ -15,10 +15,10 @@ from starlette.exceptions import HTTPException
 
 
 def shown(value: object) -> str:
-    """A client's value for a message: of any size and kind, at most 200 characters."""
+    """A client's value of any kind and size, in at most 200 characters and three dots, for a message."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # thousands of digits, or of levels
+    except (ValueError, RecursionError):  # thousands of digits or levels
         return f"<{type(value).__name__}>"
     return text if len(text) <= 200 else text[:200] + "..."
 
@@ -56,7 +56,7 @@ class ContextNotFound(RequestError):
 
 
 class InvalidValue(ObcacheError, ValueError):
-    """One setting has a value that is not allowed; whoever knows where it came from turns it into one of the above.
+    """One setting has a value that is not allowed. Whoever knows where the value came from turns it into one of the errors above.
 
     name: the setting; value: as given; reason: continues the sentence "NAME=VALUE ...".
     """

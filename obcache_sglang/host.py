@@ -1,6 +1,6 @@
 """The one table of every SGLang name this package touches, and its comparison with the installed SGLang.
 
-Each module that touches SGLang declares its rows (`Touch`) beside the code that does; this module gathers them.
+Each module that touches SGLang declares its rows (`Touch`) next to that code; this module gathers them.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _DECLARED_IN = (
 
 @dataclass(frozen=True)
 class Touch:
-    """One SGLang name we rely on.
+    """One SGLang name that we rely on.
 
-    target: dotted path. A field that exists only on instances is a row of the class, named in `why`.
+    target: dotted path. For a field that exists only on instances, the class; `why` then names the field.
     kind: before | after | around | replace: a hook of ours sits there (`hook`, applied through SGLang's HookRegistry);
-        call | read: we use it; subclass: a class of ours extends it.
+        call | read: our code uses it; subclass: a class of ours extends it.
     why: one line.
     parameters: names of its parameters that we pass or read by name.
     process: where we touch it. launcher and tokenizer are one process in the servers we support; controller is the
@@ -70,7 +70,7 @@ class Touch:
 
     def __post_init__(self) -> None:
         if (self.kind in HOOK_KINDS) != (self.hook is not None):
-            raise TypeError(f"{self.target}: a hook function belongs to the kinds {sorted(HOOK_KINDS)}, and only to them")
+            raise TypeError(f"{self.target}: the kinds {sorted(HOOK_KINDS)} need a hook function, and no other kind may have one")
 
     @property
     def is_hook(self) -> bool:
@@ -78,7 +78,7 @@ class Touch:
 
 
 def use(target: str, kind: Kind, why: str, parameters: tuple[str, ...] = (), process: Process = "scheduler") -> Touch:
-    """A row without a hook, of the scheduler process unless told."""
+    """A row without a hook, by default of the scheduler process."""
     return Touch(target, kind, why, parameters, process)
 
 
@@ -86,8 +86,8 @@ def use(target: str, kind: Kind, why: str, parameters: tuple[str, ...] = (), pro
 class TouchState:
     """What the installed SGLang has of one row.
 
-    missing_parameters: names in `touch.parameters` that it does not have. in_place: for hooks, whether it is
-    called in this process; None for other kinds.
+    missing_parameters: names in `touch.parameters` that it lacks.
+    in_place: for a hook, whether it is called in this process; None for other kinds.
     """
 
     touch: Touch
@@ -131,8 +131,8 @@ def check_touch(touch: Touch) -> TouchState:
 def hook_in_place(touch: Touch) -> bool:
     """Whether this row's hook is really called in this process.
 
-    Looks at the function itself, along the chain of wrappers that SGLang's HookRegistry builds: its own record says only
-    that a target was patched once, also for a hook registered too late to be part of it.
+    Looks at the function itself, along the chain of wrappers that SGLang's HookRegistry builds. The registry's own record says only
+    that a target was patched once; it says so even if this hook was registered too late.
     """
     try:
         function: Any = pkgutil.resolve_name(touch.target)

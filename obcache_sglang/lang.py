@@ -9,7 +9,7 @@ MARKER = ServerSettings.marker
 
 
 def context(text: str, *, marker: str = MARKER) -> str:
-    """`text` as a context: what comes before and within it is compressed once, what follows is asked about it.
+    """`text` as a context: everything up to its end is compressed once, and what follows is asked about it.
 
         @sgl.function
         def ask(s, document, question):
@@ -18,9 +18,9 @@ def context(text: str, *, marker: str = MARKER) -> str:
 
         ask.run_batch([{"document": document, "question": q} for q in questions])
 
-    The same holds after `s.fork(n)`. A program holds one context, and its marker stands in every prompt the program sends.
-    Raises ValueError where `text` holds the marker already.
+    The same holds after `s.fork(n)`. A program has one context, and every prompt that the program sends contains its marker.
+    Raises ValueError if `text` already contains the marker.
     """
     if marker in text:
-        raise ValueError(f"The text holds the marker {marker!r} already: a prompt has one context, which ends once.")
+        raise ValueError(f"The text already contains the marker {marker!r}. A prompt has one context: remove the marker.")
     return text + marker

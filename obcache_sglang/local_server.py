@@ -1,4 +1,4 @@
-"""Talk to an SGLang server, and run one for the length of a `with` block: evaluation, benchmarks and tests do."""
+"""Talks to an SGLang server, or runs one for the length of a `with` block. For the evaluation, the benchmarks and the tests."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from typing import Any
 
 import requests
 
-# Start-up takes 20 s on an idle machine with two cores; the first one in a new environment, on a busy machine, has been seen
-# to take 4 minutes.
+# Start-up takes 20 s on an idle machine with two cores. The first start in a new environment took 4 minutes on a busy machine.
 START_TIMEOUT_SECONDS = 600
 STOP_TIMEOUT_SECONDS = 30
 REQUEST_TIMEOUT_SECONDS = 300
 FLUSH_TIMEOUT_SECONDS = 60
-# More flags for each server started here, say "--attention-backend triton" to run the tests and benchmarks on a GPU with it.
+# More flags for every server started here, such as "--attention-backend triton" for tests and benchmarks on a GPU.
 FLAGS_VARIABLE = "OBCACHE_SERVER_FLAGS"
 
 
 class Client:
-    """A server at `url`: requests to it."""
+    """Sends requests to a server at `url`."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -63,7 +62,7 @@ class Client:
                 yield event
 
     def flush_cache(self) -> None:
-        """Empties the radix cache, once the server is idle. Raises RuntimeError where it is not in `FLUSH_TIMEOUT_SECONDS`."""
+        """Empties the radix cache once the server is idle. Raises RuntimeError if it is not idle within `FLUSH_TIMEOUT_SECONDS`."""
         self._check(self.request("POST", "/flush_cache", params={"timeout": FLUSH_TIMEOUT_SECONDS}))
 
     @classmethod
@@ -99,12 +98,13 @@ def serve(
     *,
     module: str = "sglang.launch_server",
 ) -> Iterator[Server]:
-    """A server on a free port, ready for requests; its whole process group is gone afterwards, also when this process is terminated.
+    """A server on a free port, ready for requests. Its whole process group is gone afterwards, even if this process is terminated.
 
-    model: a directory, or a name on the Hugging Face Hub. flags: for `python -m sglang.launch_server`; those in the environment
-    variable `FLAGS_VARIABLE` come behind. env: on top of this process's environment. module: started in the place of
-    `sglang.launch_server`, with its flags. Raises RuntimeError with the end of the log when the server exits or does not become
-    healthy in `START_TIMEOUT_SECONDS`.
+    model: a directory, or a name on the Hugging Face Hub.
+    flags: for `python -m sglang.launch_server`; flags in the environment variable `FLAGS_VARIABLE` come after them.
+    env: added to this process's environment.
+    module: started in place of `sglang.launch_server`, with its flags.
+    Raises RuntimeError with the end of the log if the server exits or is not healthy after `START_TIMEOUT_SECONDS`.
     """
     port = free_port()
     command = [sys.executable, "-m", module, "--model-path", str(model), "--port", str(port), *flags]
@@ -137,14 +137,14 @@ def running(command: Sequence[str], port: int, log_file: Path, env: Mapping[str,
 
 @contextlib.contextmanager
 def _signals_unwind() -> Iterator[None]:
-    """SIGTERM and SIGHUP end this process as an exception would, so that what it started ends with it."""
+    """SIGTERM and SIGHUP end this process as an exception would, so that the server it started ends too."""
 
     def unwind(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
     replaced = []
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        # Somebody's own handler stays, and so does nohup's.
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        # Handlers that others have set stay, nohup's too.
         replaced = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
     for number in replaced:
         signal.signal(number, unwind)
@@ -184,7 +184,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_SECONDS)
-    # Whatever of the group outlived it; there is no such group when all ended by themselves.
+    # Ends what is left of the group. If all its processes have ended, there is no such group.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,6 +1,6 @@
-"""All that crosses from the tokenizer process to the schedulers, and the one key under which it does.
+"""Everything that goes from the tokenizer process to the schedulers, and the key under which it goes.
 
-- A request's `Plan`, in `custom_params[KEY]`, where the client's wish was; its report comes back in `meta_info[KEY]`.
+- A request's `Plan`, in `custom_params[KEY]`, in place of the client's wish. Its report comes back in `meta_info[KEY]`.
 - Control calls (list, delete, status ...), in the `rid` of SGLang's GetInternalStateReq.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from obcache_sglang.settings.values import CompressionSettings
 
 KEY = "obcache"
-"""Ours in `custom_params` and `meta_info`."""
+"""Our key in `custom_params` and `meta_info`."""
 
 Action = Literal["ask", "compress"]
 
@@ -27,18 +27,18 @@ _CONTROL_PREFIX = "obcache:"
 class Plan:
     """What the tokenizer process decided about one request.
 
-    context_len: the client's boundary, in tokens of the marker-free prompt; 0: find a resident context, by `context_id` or by the
-        tokens that the prompt starts with.
+    context_len: where the client's context ends, in tokens of the prompt without the marker; 0: find a resident context, by
+        `context_id` or by the tokens that the prompt starts with.
     settings: what decides which tokens are kept.
     action: "ask", or "compress": nothing is generated, only the context is made (`POST /obcache/compress`; prompt = context).
     pin: hold the context's slots.
     ttl_seconds: forget the context after this long; None for as long as there is room.
-    context_id: stands for the context, whose tokens the prompt does not hold.
-    before: tokens that stand in front of that context in the prompt all the same (a chat template's), with which it must begin.
+    context_id: names the context, whose tokens the prompt then does not contain.
+    before: tokens before the marker of a prompt with a context id (a chat template's); the named context must begin with them.
     judged_by_rest: whether the prompt's tokens after the context score it too (mode prompt).
-    exact: why the request is served exactly, where that is known already.
-    now: seconds since the epoch: one clock for all ranks, which have to agree on what has expired.
-    judges: those of a context that was named by its id; set by the scheduler, never sent.
+    exact: why the request is served exactly, if that is known already.
+    now: seconds since the epoch: one clock for all ranks, which must agree on what has expired.
+    judges: the tokens after it that score a context, if the context is named by its id; set by the scheduler, never sent.
     """
 
     context_len: int
@@ -68,13 +68,13 @@ class Plan:
 def control_rid(call: Mapping[str, Any]) -> str:
     """The `rid` that carries a control call.
 
-    call: {"op": ...}, JSON-safe, as `scheduler.control_calls` answers it. A stamp of the time is added: one clock for all ranks.
+    call: {"op": ...}, JSON-safe, as `scheduler.control_calls` answers it. The time is added, so that all ranks have one clock.
     """
     return _CONTROL_PREFIX + json.dumps({**call, "now": time.time()})
 
 
 def control_call(rid: Any) -> dict[str, Any] | None:
-    """The control call that a `rid` carries; None for SGLang's own. Raises ValueError for one that cannot be read."""
+    """The control call that a `rid` carries, or None for SGLang's own. Raises ValueError for a call that cannot be read."""
     if not isinstance(rid, str) or not rid.startswith(_CONTROL_PREFIX):
         return None
     call: dict[str, Any] = json.loads(rid[len(_CONTROL_PREFIX) :])

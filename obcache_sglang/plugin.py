@@ -1,14 +1,15 @@
-"""Entry point of SGLang's plugin system: from `--obcache` to hooks that are in place, or a server that does not start.
+"""Entry point of SGLang's plugin system: with `--obcache`, either all hooks are in place or the server does not start.
 
-SGLang calls `register` in every process of a server (`sglang.srt.plugins.load_plugins`), and goes on without a plugin or
-hook that fails. So activation has two stages, and each is proved:
+SGLang calls `register` in every process of a server (`sglang.srt.plugins.load_plugins`), and goes on if a plugin or a hook fails. So
+activation has two stages, and each is verified:
 
-1. In the launcher `register` adds the command-line flags, and refuses requests that rely on compression. Parsing `--obcache` (or `Engine(obcache=...)`)
-   calls `activate`: the settings go into the environment, the hooks of this process are applied and looked for.
-2. In a child process `register` finds the settings and applies the hooks of that process. Each scheduler reports that it is
-   active when it is ready; the launcher refuses to serve if one does not.
+1. In the launcher, `register` adds the command-line flags, and the hooks that refuse requests which rely on compression. Parsing
+   `--obcache` (or `Engine(obcache=...)`) calls `activate`: it puts the settings into the environment, applies the hooks of this process
+   and checks that they are in place.
+2. In a child process, `register` finds the settings and applies the hooks of that process. Each scheduler reports that it is active
+   when it is ready. The launcher refuses to serve if one does not.
 
-What must stop the server raises SystemExit where SGLang would swallow an Exception.
+Whatever must stop the server raises SystemExit, since SGLang would swallow an Exception.
 """
 
 from __future__ import annotations
@@ -79,23 +80,23 @@ def activate(settings: ServerSettings) -> None:
     )
     if settings.head_profile is None and settings.mode == "marked" and compression.own_queries_score:
         logger.warning(
-            "obcache: %s judges a context by its last queries, which do not know what will be asked: at high ratios details get lost. "
-            "--obcache-head-profile auto, or --obcache-method replay, keeps more of them (README, Limits).",
+            "obcache: method %s scores a context with its own last queries, which do not know the question. At high ratios it loses "
+            "details. --obcache-head-profile auto or --obcache-method replay keeps more of them (see Limits in the README).",
             compression.method,
         )
 
 
 def with_head_profile(settings: ServerSettings, model: str) -> ServerSettings:
-    """The settings with the file of the model's head profile in place of `auto`; measures it if need be.
+    """The settings with the file of the model's head profile in place of `auto`; measures the profile if there is none.
 
-    Raises HostError where that fails, ConfigError for a file that is no head profile.
+    Raises HostError if that fails, and ConfigError for a file that is not a head profile.
     """
     if settings.head_profile is None:
         return settings
     if settings.head_profile != AUTO:
         HeadProfile.load(settings.head_profile)
         return settings
-    # Imports transformers' models, which a launcher has no other use for.
+    # Imports transformers' models, which a launcher does not need otherwise.
     from obcache_sglang.calibrate import profile_for
 
     try:
@@ -105,19 +106,19 @@ def with_head_profile(settings: ServerSettings, model: str) -> ServerSettings:
 
 
 def deactivate() -> None:
-    """Keeps processes started from now on out of it; hooks in this process stay, and pass everything on where nothing is set."""
+    """Turns compression off in processes started from now on. Hooks in this process stay, and do nothing without settings."""
     os.environ.pop(SETTINGS_ENV, None)
 
 
 def apply_hooks(process: Literal["launcher", "scheduler"]) -> None:
-    """Applies the hooks of a `launcher` or a `scheduler` (any child process), and proves it. Raises HostError naming missing ones."""
+    """Applies the hooks of a `launcher` or a `scheduler` (any child process). Raises HostError naming those that are not in place."""
     touches = hook_rows(process)
     _apply(touches)
     missing = [touch.target for touch in touches if not hook_in_place(touch)]
     if missing:
         raise HostError(
-            f"--obcache was asked for, but {len(missing)} hooks are not in place: {', '.join(missing)}. "
-            "Run `python -m obcache_sglang.check` to see what this SGLang lacks; without --obcache the server starts."
+            f"--obcache cannot be used, since these hooks are not in place: {', '.join(missing)}. "
+            "Run `python -m obcache_sglang.check` to see what this SGLang lacks, or start without --obcache."
         )
 
 
@@ -136,22 +137,24 @@ def _apply(touches: Iterable[Touch]) -> None:
 
 
 def _add_flags(result: None, parser: argparse.ArgumentParser) -> None:
-    """After ServerArgs.add_cli_args: SGLang's parser also gets our flags, and suggests one for a misspelt one."""
+    """After ServerArgs.add_cli_args: adds our flags to SGLang's parser, and a suggestion to its error for a misspelt flag."""
     add_cli_flags(parser)
     plain = parser.error
 
     def error(message: str) -> NoReturn:
         flags = [option.flag for option in OPTIONS.values()]
-        wrong = [each for word in message.split() if (each := word.partition("=")[0]).startswith("--obcache")]
+        # argparse also names flags that exist: what it does not know, it lists after these words.
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        wrong = [each for word in unknown if (each := word.partition("=")[0]).startswith("--obcache")]
         near = [match for each in wrong for match in difflib.get_close_matches(each, flags, n=1)]
-        hint = f". Did you mean {', '.join(near)}? `python -m obcache_sglang.check --flags` lists them all" if near else ""
+        hint = f". Did you mean {', '.join(near)}? `python -m obcache_sglang.check --flags` lists all flags" if near else ""
         plain(message + hint)
 
     parser.error = error  # type: ignore[method-assign]
 
 
 def _take_settings(server_args: Any, cls: type, args: argparse.Namespace) -> None:
-    """After ServerArgs.from_cli_args, which drops what it does not know: our flags become settings."""
+    """After ServerArgs.from_cli_args, which drops arguments it does not know: our flags become settings."""
     try:
         settings = settings_from_cli(args)
         if settings is None:
@@ -164,7 +167,7 @@ def _take_settings(server_args: Any, cls: type, args: argparse.Namespace) -> Non
 
 
 def _check_before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Before Engine._launch_scheduler_processes: options are resolved and nothing is spawned; refuse what we do not support."""
+    """Before Engine._launch_scheduler_processes, with options resolved and nothing spawned: refuses what is not supported."""
     settings = published_settings()
     if settings is None:
         return
@@ -180,20 +183,20 @@ def _check_before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any)
 
 
 def _check_after_launch(result: tuple[Any, ...], cls: type, *args: Any, **kwargs: Any) -> None:
-    """After Engine._launch_subprocesses: every scheduler must have said that it runs with compression."""
+    """After Engine._launch_subprocesses: every scheduler must have reported that it runs with compression."""
     if published_settings() is None:
         return
     infos = result[3].scheduler_infos
     silent = [rank for rank, info in enumerate(infos) if not info.get("obcache")]
     if silent or not infos:
         raise SystemExit(
-            f"HostError: --obcache was asked for, but the scheduler processes {silent} of {len(infos)} run without it. Their plugins are "
-            "excluded (SGLANG_PLUGINS, SGLANG_PLATFORM) or failed to load: see their log above, and `python -m obcache_sglang.check`."
+            f"HostError: --obcache was given, but scheduler processes {silent} of {len(infos)} run without compression. Their plugin is "
+            "excluded (SGLANG_PLUGINS, SGLANG_PLATFORM) or failed to load. See their log above, and run `python -m obcache_sglang.check`."
         )
 
 
 def _forward_init_info(result: dict[str, Any], controller: Any) -> None:
-    """After DataParallelController.get_init_info: it answers for its schedulers, so it must answer for this too."""
+    """After DataParallelController.get_init_info: the controller reports for its schedulers, so it must report this too."""
     infos = controller._scheduler_init_infos
     if infos and all(info.get("obcache") for info in infos):
         result["obcache"] = infos[0]["obcache"]

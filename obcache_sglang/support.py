@@ -1,4 +1,4 @@
-"""What compression does not support, and what to change. Checked at start-up: nothing is dropped silently."""
+"""What compression does not support, and what to change. Checked at start-up, so that nothing is ignored silently."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TOUCHES = (
     ),
 )
 
-# Server options (SGLang's field names) that must have the given value, and what to change.
+# Server options (SGLang's field names), the values they may have, and what to change.
 _REQUIRED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("disable_radix_cache", (False,), "compressed contexts live in the radix tree: leave out --disable-radix-cache"),
     (
@@ -52,15 +52,15 @@ _REQUIRED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "hicache_storage_backend",
         (None,),
-        "external KV storage does not know compressed contexts: leave out --hicache-storage-backend",
+        "external KV storage cannot hold compressed contexts: leave out --hicache-storage-backend",
     ),
     (
         "enable_unified_cache_external_linker",
         (False,),
-        "external KV caches do not know compressed contexts: leave it out",
+        "external KV caches cannot hold compressed contexts: leave it out",
     ),
-    ("enable_lmcache", (False,), "LMCache does not know compressed contexts: leave out --enable-lmcache"),
-    ("enable_flexkv", (False,), "FlexKV does not know compressed contexts: leave out --enable-flexkv"),
+    ("enable_lmcache", (False,), "LMCache cannot hold compressed contexts: leave out --enable-lmcache"),
+    ("enable_flexkv", (False,), "FlexKV cannot hold compressed contexts: leave out --enable-flexkv"),
     ("enable_hisparse", (False,), "HiSparse manages the KV pool itself: leave out --enable-hisparse"),
     (
         "enable_unified_memory",
@@ -70,12 +70,12 @@ _REQUIRED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "enable_page_major_kv_layout",
         (False,),
-        "scores read a token-major KV pool: leave out --enable-page-major-kv-layout",
+        "scoring reads a token-major KV pool: leave out --enable-page-major-kv-layout",
     ),
     (
         "enable_kv_cache_sharding",
         (False,),
-        "scores need each rank's whole KV cache: leave out --enable-kv-cache-sharding",
+        "scoring needs the whole KV cache on each rank: leave out --enable-kv-cache-sharding",
     ),
     ("speculative_algorithm", (None,), "draft models have KV caches of their own: leave out --speculative-algorithm"),
     ("disaggregation_mode", ("null",), "prefill and decode must share one KV pool: leave out --disaggregation-mode"),
@@ -84,18 +84,18 @@ _REQUIRED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         ("null", None),
         "draft models have KV caches of their own: leave out --decoupled-spec-role",
     ),
-    ("pp_size", (1,), "a context's layers must be in one scheduler: use --tp-size instead of --pp-size"),
-    ("dcp_size", (1,), "decode-context parallelism splits a sequence's KV over ranks: leave out --dcp-size"),
-    ("attn_cp_size", (1,), "context parallelism splits a prompt over ranks: leave out --attn-cp-size"),
+    ("pp_size", (1,), "all layers of a context must be in one scheduler: use --tp-size instead of --pp-size"),
+    ("dcp_size", (1,), "decode-context parallelism splits the KV of a sequence across ranks: leave out --dcp-size"),
+    ("attn_cp_size", (1,), "context parallelism splits a prompt across ranks: leave out --attn-cp-size"),
     (
         "enable_two_batch_overlap",
         (False,),
-        "it splits batches, in whose halves contexts could not be told apart: leave out --enable-two-batch-overlap",
+        "compressed contexts cannot be told apart in the halves of a split batch: leave out --enable-two-batch-overlap",
     ),
     (
         "enable_session_radix_cache",
         (False,),
-        "radix sessions keep prefixes that compressed contexts are not: leave out --enable-session-radix-cache",
+        "radix sessions cannot keep compressed contexts: leave out --enable-session-radix-cache",
     ),
     ("elastic_ep_backend", (None,), "elastic expert parallelism renames cache namespaces: leave out --elastic-ep-backend"),
     ("enable_pdmux", (False,), "PD multiplexing runs prefill in another stream: leave out --enable-pdmux"),
@@ -122,19 +122,19 @@ _REQUIRED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 def check_supported(server: ServerSettings, server_args: Any, model_config: Any | None = None) -> None:
     """Raises HostError with every reason why this server cannot run with compression, and what to change.
 
-    server_args: SGLang's ServerArgs. model_config: its ModelConfig, or None while the model is not looked at yet.
+    server_args: SGLang's ServerArgs. model_config: SGLang's ModelConfig, or None if the model has not been looked at yet.
     """
     problems = []
     if installed_sglang() != TESTED_SGLANG and not server.allow_untested_sglang:
         problems.append(
-            f"SGLang {installed_sglang()} is installed, this package is tested with {TESTED_SGLANG}: install that, or insist with "
-            "--obcache-allow-untested-sglang"
+            f"SGLang {installed_sglang()} is installed, but this package is tested with {TESTED_SGLANG}: install that release, or "
+            "add --obcache-allow-untested-sglang"
         )
     problems += unsupported_features(server_args, model_config)
     if server.decode_graphs == "on" and getattr(server_args, "enable_dp_attention", False):
         problems.append(
-            "--obcache-decode-graphs on: graphs for per-head budgets do not work with DP attention, which pads batches over ranks: "
-            "leave out one of them"
+            "--obcache-decode-graphs on: CUDA graphs for per-head budgets do not work with DP attention, which pads batches across "
+            "ranks: leave out one of the two"
         )
     if problems:
         raise HostError("--obcache cannot be used here:\n" + "\n".join(f"  - {problem}." for problem in problems))
@@ -174,23 +174,23 @@ def _unsupported_model(model_config: Any) -> list[str]:
             "uses multi-head latent attention (MLA), whose cache holds no keys and values: serve an MHA, GQA or MQA model"
         )
     if model_config.attention_arch == AttentionArch.SSM or mambaish_config(model_config) is not None:
-        problems.append("has state-space or linear-attention layers, whose state cannot be cut: serve a pure attention model")
+        problems.append(
+            "has state-space or linear-attention layers, whose state has no tokens to drop: serve a pure attention model"
+        )
     sliding = model_config.sliding_window_size if getattr(text, "use_sliding_window", True) else None
     layer_types = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
     if model_config.is_hybrid_swa or sliding or layer_types or model_config.attention_chunk_size:
-        problems.append("has sliding-window or chunked attention layers: serve one with full attention in every layer")
+        problems.append("has sliding-window or chunked attention layers: serve a model with full attention in every layer")
     if model_config.model_is_mrope:
-        problems.append("uses M-RoPE, whose positions are not one number per token: serve one with plain RoPE")
+        problems.append("uses M-RoPE, whose positions are not one number per token: serve a model with plain RoPE")
     if (rope_type := _length_dependent_rope(text)) is not None:
-        problems.append(
-            f"uses {rope_type} RoPE, which changes old keys with the length of the prompt: serve one with another RoPE"
-        )
+        problems.append(f"uses {rope_type} RoPE, which changes earlier keys as the prompt grows: serve a model with another RoPE")
     return problems
 
 
 def _length_dependent_rope(text_config: Any) -> str | None:
     rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
-    # Per layer type in newer configurations, else one dictionary.
+    # One dictionary per layer type in newer configurations, else a single one.
     for parameters in rope.values() if all(isinstance(value, dict) for value in rope.values()) else (rope,):
         rope_type = parameters.get("rope_type", parameters.get("type"))
         if rope_type in ("dynamic", "longrope", "su"):

@@ -29,7 +29,9 @@ def head_gains(model: torch.nn.Module, dtype: torch.dtype) -> dict[int, torch.Te
         try:
             gains[attention.layer_id] = _measured(attention, getattr(projection, "base_layer", projection), dtype)
         except Exception:  # whatever it is, scores can do without
-            logger.exception("obcache: the heads of %s and of later layers count alike in scores across layers", name)
+            logger.exception(
+                "obcache: measuring the head gains of %s failed; its heads and those of later layers count equally", name
+            )
             break
     return gains
 

@@ -117,11 +117,11 @@ class HeadProfile:
         if not file.is_file():
             if str(path) not in packaged:
                 raise ConfigError(
-                    f"head profile {path}: there is no such file, and none of this name comes with the package "
+                    f"head profile {path}: there is no such file, and no profile of this name in the package "
                     f"({', '.join(packaged)}). Make one with `python -m obcache_sglang.calibrate MODEL --text FILE...`."
                 )
             file = packaged[str(path)]
-        again = "make it again with `python -m obcache_sglang.calibrate MODEL --text FILE...`."
+        again = "Make it again with `python -m obcache_sglang.calibrate MODEL --text FILE...`."
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             found = values["format"]
@@ -129,8 +129,8 @@ class HeadProfile:
                 return cls(ModelIdentity(**values["model"]), values["ratios"], values["shares"], values["made"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
-            raise ConfigError(f"head profile {file}: {what}; {again}") from error
-        raise ConfigError(f"head profile {file}: its format is {found!r}, this release reads {FORMAT}; {again}")
+            raise ConfigError(f"head profile {file}: {what}. {again}") from error
+        raise ConfigError(f"head profile {file}: its format is {found!r}, but this release reads format {FORMAT}. {again}")
 
     def save(self, path: str | Path) -> None:
         """Writes the profile, shares rounded to four digits. Raises OSError."""
@@ -153,8 +153,8 @@ class HeadProfile:
             differences = ["the same shape, but another name in its config.json"]
         if differences:
             raise HostError(
-                f"the head profile is of another model than the one served: it has {', '.join(differences)}. "
-                "Make one of this model with `python -m obcache_sglang.calibrate MODEL --text FILE...`, or leave the profile out."
+                f"the head profile is for another model than the one served: it has {', '.join(differences)}. "
+                "Make one for this model with `python -m obcache_sglang.calibrate MODEL --text FILE...`, or start without a head profile."
             )
 
     def counts(self, context_len: int, num_slots: int, floor: int = 0, lanes: tuple[int, int] | None = None) -> list[int]:

@@ -24,7 +24,7 @@ def position_scores(method: str, num_kv_heads: int, context_len: int, seed: int,
     """
     name = METHODS[method].position_scores
     if name is None:
-        raise ValueError(f"method {method!r} needs queries")
+        raise ValueError(f"method {method!r} needs queries: positions alone give it no scores")
     scores: torch.Tensor = pkgutil.resolve_name(name)(num_kv_heads, context_len, seed, device)
     return scores
 

@@ -222,7 +222,7 @@ def check_query_weights(query_weights: torch.Tensor | None, q: torch.Tensor, sco
     if query_weights is None:
         return
     if score == "attention":
-        raise ValueError("query_weights are for the obcache scores; attention weights are comparable without them")
+        raise ValueError("query_weights cannot be used with score 'attention', whose weights are comparable without them")
     if query_weights.dtype != torch.float32 or query_weights.shape != q.shape[:2]:
         raise ValueError(
             f"query_weights is {list(query_weights.shape)} {query_weights.dtype}; it must be float32 {list(q.shape[:2])}"

@@ -11,6 +11,7 @@ backend and sampling backend follow from the platform.
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformEnum, SRTPlatform
 
 from obcache_sglang.host import Touch
+from obcache_sglang.settings import add_flags_to_serve_help
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -33,6 +35,8 @@ DEFAULT_RUNNING_REQUESTS = 64
 
 def activate() -> str | None:
     """Entry point of ``sglang.srt.platforms``: the platform's dotted name, or None where SGLang has one of its own."""
+    # The only code of this package that `sglang serve --help` runs: SGLang looks for platforms when it is imported.
+    add_flags_to_serve_help(sys.argv)
     # Asked of SGLang itself: whatever it would pick without us keeps precedence.
     from sglang.srt import platforms
 
@@ -110,6 +114,13 @@ def _create_attention_backend(runner: ModelRunner) -> Any:
 
 
 TOUCHES: tuple[Touch, ...] = (
+    Touch(
+        "sglang.cli.serve.serve",
+        "read",
+        "prints its help before it loads plugins: the platform's entry point adds our flags",
+        ("extra_argv",),
+        "launcher",
+    ),
     Touch("sglang.srt.platforms.cpu.CpuDeviceMixin", "subclass", "device queries of the CPU platform"),
     Touch("sglang.srt.platforms.interface.SRTPlatform", "subclass", "the platform's interface"),
     *(

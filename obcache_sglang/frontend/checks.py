@@ -1,4 +1,4 @@
-"""Values of requests that SGLang would pass on, and that must not reach its scheduler."""
+"""Checks of values that SGLang would pass on from a request, but that must not reach its scheduler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from obcache_sglang.errors import RequestError, shown
 
 
 def check_ids(token_ids: Sequence[int], vocab_size: int | None) -> None:
-    """Raises RequestError for what is no token id of the model: virtual ids of contexts must not come from outside.
+    """Raises RequestError for anything that is not a token id of the model: clients must not send the virtual ids of contexts.
 
     token_ids: as a client sent them, so it may be anything. vocab_size: None to check only that they are whole numbers.
     """
@@ -22,16 +22,16 @@ def check_ids(token_ids: Sequence[int], vocab_size: int | None) -> None:
         ids = np.frombuffer(array("q", token_ids), dtype=np.int64)
     except (TypeError, OverflowError):
         wrong = next(i for i in token_ids if not isinstance(i, int) or not -(1 << 63) <= i < 1 << 63)
-        raise RequestError(f"{shown(wrong)} among the token ids of the prompt is not a token id.") from None
+        raise RequestError(f"{shown(wrong)} in the prompt is not a token id: give whole numbers.") from None
     if vocab_size is None or len(ids) == 0:
         return
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
-        raise RequestError(f"Token id {outside[0]} is outside [0, {vocab_size}), the vocabulary of the model.")
+        raise RequestError(f"Token id {outside[0]} is outside [0, {vocab_size}), the model's vocabulary.")
 
 
 def check_texts(request: Any) -> None:
-    """Raises RequestError for texts that are not Unicode: halves of surrogate pairs cannot be encoded on the way to the scheduler."""
+    """Raises RequestError for texts that are not valid Unicode: half of a surrogate pair cannot be encoded for the scheduler."""
     for name in ("rid", "cache_salt", "extra_key", "session_id"):
         value = getattr(request, name, None)
         if isinstance(value, str):
@@ -39,17 +39,19 @@ def check_texts(request: Any) -> None:
 
 
 def check_embeddings(request: Any) -> None:
-    """Raises RequestError for embeddings that JSON can hold: they are none, and SGLang's scheduler ends on them."""
+    """Raises RequestError for embeddings that came as JSON: they are not tensors, and would end SGLang's scheduler."""
     value = getattr(request, "positional_embed_overrides", None)
     if isinstance(value, str | int | float | list | dict):
         raise RequestError(
-            f"positional_embed_overrides={shown(value)} is not allowed: they are tensors, which only Python can give."
+            f"positional_embed_overrides={shown(value)} is not a tensor. Pass tensors, from Python: JSON cannot carry them."
         )
 
 
 def check_unicode(name: str, text: str) -> None:
-    """Raises RequestError where a text holds half of a surrogate pair."""
+    """Raises RequestError if a text has half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"{name} is not Unicode text: it holds half of a surrogate pair at {error.start}.") from error
+        raise RequestError(
+            f"{name} is not valid Unicode: it has half of a surrogate pair at position {error.start}. Remove it."
+        ) from error

@@ -1,7 +1,7 @@
-"""The channel from the tokenizer process to the schedulers: one operation to every data-parallel rank, one answer from each.
+"""The channel from the tokenizer process to the schedulers: an operation goes to every data-parallel rank, and each answers.
 
-It is SGLang's own: a GetInternalStateReq, whose `rid` carries the operation. A scheduler without our hooks would answer with
-its internal state, which is no answer to us (no `ok`).
+The channel is SGLang's own: the operation travels in the `rid` of a GetInternalStateReq. A scheduler without our hooks answers with
+its internal state, which has no `ok` and so is not taken for an answer.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _background: set[asyncio.Task[Any]] = set()
 
 
 async def call(tokenizer_manager: Any, operation: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    """Sends one operation to every data-parallel rank; (rank, answer) in order of rank.
+    """Sends one operation to every data-parallel rank. Returns (rank, answer) in order of rank.
 
     operation: as in `messages.control_rid`.
-    Answers hold `ok`, and where that is false `status_code` and `error`.
+    Each answer has `ok`; if that is false, it also has `status_code` and `error`.
     """
     tokenizer_manager.auto_create_handle_loop()
     request = GetInternalStateReq(rid=control_rid(operation))
@@ -36,16 +36,16 @@ async def call(tokenizer_manager: Any, operation: dict[str, Any]) -> list[tuple[
 
 
 class ExpiryTimer:
-    """Lets the schedulers delete what has expired, in time: one timer for all contexts of a server.
+    """One timer for all contexts of a server: it makes the schedulers delete expired contexts in time.
 
-    Any request or operation that comes before does so too.
+    Any earlier request or operation makes them do so too.
     """
 
     def __init__(self) -> None:
         self._timer: asyncio.TimerHandle | None = None
 
     def wake_after(self, tokenizer_manager: Any, seconds: float) -> None:
-        """At the latest `seconds` from now. Called from the event loop."""
+        """Wakes the schedulers at the latest `seconds` from now. Called from the event loop."""
         loop = asyncio.get_running_loop()
         due = loop.time() + seconds
         if self._timer is not None and not self._timer.cancelled():

@@ -1,8 +1,8 @@
 """The tokenizer process: markers become boundaries, requests become plans, and reports find their way back.
 
 The hooks sit where every prompt passes, whatever endpoint it came from: `_validate_one_request` (before SGLang checks
-lengths) and `_create_tokenized_object` (what is sent to the scheduler). A TokenizerManager without a `Frontend` of its own
-is served as if this package were not there, but for requests that rely on compression: it refuses them.
+lengths) and `_create_tokenized_object` (what is sent to the scheduler). A TokenizerManager without a `Frontend` works as if this
+package were not installed, with one exception: it refuses requests that rely on compression.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from obcache_sglang.settings import ServerSettings, published_settings
 logger = logging.getLogger(__name__)
 
 _FRONTEND = "obcache_frontend"  # attribute of a TokenizerManager that serves with compression
-_REFUSED_MARKER = "obcache_refused_marker"  # attribute of one that serves without: what it refuses
+_REFUSED_MARKER = "obcache_refused_marker"  # attribute of one that serves without compression: the marker that it refuses
 ACTION = "obcache_action"  # attribute of a GenerateReqInput made by POST /obcache/compress
 _PLAN = "obcache_plan"  # attribute of a GenerateReqInput that was sent with a plan
 
-# A context lives from the last stamp a scheduler saw; its expiry is announced safely after that.
+# Schedulers count a context's lifetime from the last time stamp they saw. The timer wakes them a little after its expiry.
 _EXPIRY_MARGIN_SECONDS = 0.2
 
 
 @dataclass
 class _Prepared:
-    """A prompt between SGLang's length check and its dispatch, recognised by the list object SGLang passes to both."""
+    """A prompt between SGLang's length check and its dispatch, recognised by the list object that SGLang passes to both."""
 
     given_ids: Sequence[int]
     sent_ids: Sequence[int]
@@ -47,7 +47,9 @@ class _Prepared:
 class Frontend:
     """Compression as one TokenizerManager sees it.
 
-    settings: the server's. marker: None where the server has no tokenizer. vocab_size: the model's; ids of prompts are below it.
+    settings: the server's.
+    marker: None if the server has no tokenizer.
+    vocab_size: the model's; token ids in prompts are below it.
     """
 
     def __init__(self, settings: ServerSettings, marker: Marker | None, vocab_size: int) -> None:
@@ -59,7 +61,7 @@ class Frontend:
 
     @staticmethod
     def of(tokenizer_manager: Any) -> Frontend | None:
-        """The Frontend of a TokenizerManager, or None where it serves without compression."""
+        """The Frontend of a TokenizerManager, or None if it serves without compression."""
         return getattr(tokenizer_manager, _FRONTEND, None)
 
     @property
@@ -74,7 +76,7 @@ class Frontend:
         """
         check_ids(token_ids, None)
         if not isinstance(request.sampling_params, dict | None):
-            raise RequestError("sampling_params of one prompt is not a list: give one object.")
+            raise RequestError("sampling_params is not an object: a request with one prompt takes one object, not a list.")
         given_ids, token_ids = token_ids, token_ids if self.marker is None else self.marker.normalized(token_ids)
         sent_ids, marker_position = split_marker(token_ids, self.marker_id)
         wish = parse_wish(_own_params(request))
@@ -89,15 +91,16 @@ class Frontend:
         if wish.context_id is not None:
             if marker_position is None and self.marker is not None:
                 raise RequestError(
-                    f'custom_params["{KEY}"]["context_id"] stands for a document: put the marker where that would stand, before the '
-                    f"question (as a token: {self.marker_id}), so that the question cannot be answered without it."
+                    f'custom_params["{KEY}"]["context_id"] is given, but the prompt has no marker: put the marker where the document '
+                    f"would be, before the question (as a token: {self.marker_id}). Without it, the question could be answered without "
+                    "the document."
                 )
             cut = marker_position or 0
             before, marker_position, sent_ids = tuple(sent_ids[:cut]), 0, sent_ids[cut:]
         if action == "compress" and marker_position is not None:
             sent_ids, marker_position = sent_ids[:marker_position], None
         if len(sent_ids) == 0:
-            raise RequestError("The prompt is empty, its context marker aside: send some text beside it.")
+            raise RequestError("The prompt is empty apart from the context marker: send some text.")
         check_ids(sent_ids, self.vocab_size)
         plan = make_plan(
             wish,
@@ -113,11 +116,11 @@ class Frontend:
         return _Prepared(given_ids, sent_ids, plan)
 
     def hold(self, prepared: _Prepared) -> None:
-        """Keeps a prepared prompt for `take`; SGLang awaits nothing in between."""
+        """Keeps a prepared prompt for `take`. SGLang awaits nothing between the two calls."""
         self._prepared = prepared
 
     def take(self, request: Any, token_ids: Sequence[int]) -> _Prepared:
-        """The prompt that `hold` kept for this list, prepared now if it did not come that way."""
+        """The prompt that `hold` kept for this list; if it kept none, prepares the prompt now."""
         prepared, self._prepared = self._prepared, None
         if prepared is None or prepared.given_ids is not token_ids:
             prepared = self.prepare(request, token_ids)
@@ -125,7 +128,7 @@ class Frontend:
 
 
 def _own_params(request: Any) -> Any:
-    """custom_params["obcache"] of a request, None where it has none. Raises RequestError for custom_params that are no object."""
+    """custom_params["obcache"] of a request, or None. Raises RequestError if custom_params is not an object."""
     params = request.sampling_params
     custom_params = params.get("custom_params") if isinstance(params, dict) else None
     if custom_params and not isinstance(custom_params, dict):
@@ -134,7 +137,7 @@ def _own_params(request: Any) -> Any:
 
 
 def _exact_reason(request: Any) -> str | None:
-    """Why a request cannot use a compressed context: what it does would read the tokens that are not there."""
+    """Why a request cannot use a compressed context: it would read tokens that the context no longer has."""
     params = request.sampling_params or {}
     if request.session_params:
         return "session"
@@ -143,7 +146,7 @@ def _exact_reason(request: Any) -> str | None:
     if request.watermark is not None or params.get("watermark") is not None:
         return "watermark"
     beam_width = params.get("beam_width")
-    if isinstance(beam_width, int | float) and beam_width > 1:  # others are SGLang's to refuse
+    if isinstance(beam_width, int | float) and beam_width > 1:  # SGLang refuses other values
         return "beam_search"
     if request.positional_embed_overrides is not None:
         return "embedding_overrides"
@@ -155,9 +158,9 @@ def _exact_reason(request: Any) -> str | None:
 
 
 def _with_logprobs(request: Any, plan: Plan, *, asked: bool) -> Plan:
-    """The plan of a request that may want input log-probabilities within its context: one that did not ask for a context is served exactly.
+    """The plan of a request that may want input log-probabilities inside its context.
 
-    Raises RequestError for one that did.
+    A request that did not ask for a context is then served exactly. Raises RequestError for one that did.
     """
     start = request.logprob_start_len
     if plan.exact is not None or not request.return_logprob or not 0 <= start < plan.context_len:
@@ -165,8 +168,8 @@ def _with_logprobs(request: Any, plan: Plan, *, asked: bool) -> Plan:
     if not asked:
         return replace(plan, exact="input_logprobs")
     raise RequestError(
-        f"logprob_start_len={start} lies inside the context of {plan.context_len} tokens, whose log-probabilities are not "
-        f'available: give {plan.context_len} or more, or -1 for none, or turn compression off (custom_params={{"{KEY}": false}}).'
+        f"logprob_start_len={start} lies inside the context of {plan.context_len} tokens, whose log-probabilities are not available. "
+        f'Give {plan.context_len} or more, give -1 for none, or turn compression off (custom_params={{"{KEY}": false}}).'
     )
 
 
@@ -215,21 +218,21 @@ def _validate(original: Callable[..., None], tokenizer_manager: Any, obj: Any, i
 
 
 def _prepared(frontend: Frontend, request: Any, token_ids: list[int]) -> _Prepared:
-    """As `Frontend.prepare`, but a defect of ours is no matter of requests that ask for nothing of ours."""
+    """As `Frontend.prepare`, but a defect of ours does not fail requests that do not ask for compression."""
     try:
         return frontend.prepare(request, token_ids)
-    except ValueError:  # wrong requests
+    except ValueError:  # the request is wrong
         raise
     except Exception:
         check_ids(token_ids, frontend.vocab_size)
         if frontend.settings.mode != "marked" or _own_params(request) not in (None, False) or frontend.marker_id in token_ids:
             raise
-        logger.exception("obcache: a request without a wish goes on as it came")
+        logger.exception("obcache: preparing a request failed; it does not ask for compression, and is passed on unchanged")
         return _Prepared(token_ids, token_ids, None)
 
 
 def _refuse_without_compression(request: Any, marker: Marker | None) -> None:
-    """Raises RequestError for a request that relies on compression, on a server without it: the answer would not be the one asked for."""
+    """Raises RequestError for a request that relies on compression, on a server without it: its answer would not be what was asked for."""
     asks = _own_params(request) not in (None, False)
     text, token_ids = getattr(request, "text", None), getattr(request, "input_ids", None)
     if not asks and isinstance(text, str):
@@ -237,12 +240,12 @@ def _refuse_without_compression(request: Any, marker: Marker | None) -> None:
     elif not asks and marker is not None and isinstance(token_ids, list):
         try:
             asks = marker.is_plain_in(token_ids)
-        except (TypeError, OverflowError):  # no token ids: SGLang's to refuse
+        except (TypeError, OverflowError):  # not token ids; SGLang refuses them
             asks = False
     if asks:
         raise RequestError(
             f'This server was started without --obcache: the marker {ServerSettings.marker} and custom_params["{KEY}"] have no effect '
-            "here. Start it with --obcache, or leave them out."
+            "here. Start the server with --obcache, or leave them out."
         )
 
 
@@ -282,8 +285,8 @@ def _report(original: Callable[..., Any], tokenizer_manager: Any, obj: Any, *arg
 
 
 async def _with_report(stream: Any, tokenizer_manager: Any, state: Any, plan: Plan) -> AsyncIterator[dict[str, Any]]:
-    # SGLang collects a request's extra information in lists, one entry per token or one per request, and repeats
-    # them in some chunks of a stream only.
+    # SGLang collects a request's extra information in lists, with one entry per token or per request, and repeats the lists only
+    # in some chunks of a stream.
     async with aclosing(stream):
         async for output in stream:
             reports = state.customized_info_accumulated.get(KEY)
@@ -299,9 +302,9 @@ async def _with_report(stream: Any, tokenizer_manager: Any, state: Any, plan: Pl
 def _no_empty_report(
     result: None, tokenizer_manager: Any, meta_info: dict[str, Any], state: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """After TokenizerManager.update_request_meta_info: a request without a report has none, also beside others that have one.
+    """After TokenizerManager.update_request_meta_info: removes the empty report of a request that has none.
 
-    SGLang fills up what the requests of a batch do not have with empty lists.
+    If one request of a batch has a report, SGLang gives the others empty lists.
     """
     if not state.customized_info_accumulated.get(KEY, True):
         del state.customized_info_accumulated[KEY]
@@ -311,7 +314,9 @@ def _no_empty_report(
 
 def _refuse_embeds(request: Any) -> None:
     if parse_wish(_own_params(request)).asked:
-        raise RequestError("input_embeds cannot be compressed: a context is known by its tokens; send text or input_ids.")
+        raise RequestError(
+            "input_embeds cannot be compressed, since a context is identified by its tokens. Send text or input_ids."
+        )
 
 
 GUARD_TOUCHES = (
@@ -332,7 +337,7 @@ GUARD_TOUCHES = (
         _validate,
     ),
 )
-"""Also where compression is off: a request that relies on it is refused there."""
+"""Hooks that are applied without --obcache too: there, requests that rely on compression are refused."""
 
 TOUCHES = (
     *GUARD_TOUCHES,

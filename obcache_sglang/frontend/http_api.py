@@ -1,10 +1,10 @@
 """The routes under `/obcache` of SGLang's HTTP server.
 
 They are ordinary routes of its app, so they ask for its API keys like its own endpoints do. Who may see what:
-- a context id opens its context: whoever has it may look at the context and delete it, in the namespace it was made in.
-- a name, as lists show it, is for operators: such routes ask for the admin key where one is set, as `/flush_cache` does, and then
-  show all namespaces. Without an admin key they show the caller's own namespace only.
-The namespace is told in the headers `X-Cache-Salt`, `X-Extra-Key` and `X-Lora-Path` (headers, since URLs end up in access logs).
+- A context id opens its context: whoever has it may look at the context and delete it, in the namespace it was made in.
+- A name, as lists show it, is for operators. Routes that list or take names ask for the admin key if one is set, as `/flush_cache`
+  does, and then show all namespaces. Without an admin key they show only the caller's own namespace.
+The namespace is given in the headers `X-Cache-Salt`, `X-Extra-Key` and `X-Lora-Path`, since URLs end up in access logs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _error(error: Exception, status_code: int) -> JSONResponse:
 
 
 def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
-    """The routes, for the TokenizerManager of this server. has_admin_key: whether it tells operators from clients by a key."""
+    """The routes, for the TokenizerManager of this server. has_admin_key: whether operators identify themselves with a key."""
     router = APIRouter(prefix="/obcache", route_class=_Route)
 
     def operator(request: Request) -> service.Caller:
@@ -64,7 +64,7 @@ def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
 
     @router.post("/compress")
     async def compress(request: Request) -> Any:
-        """With `"stream": true` server-sent events: {"progress": ...} as it goes on, then the answer, then [DONE]."""
+        """With `"stream": true` sends server-sent events: {"progress": ...} while it compresses, then the answer, then [DONE]."""
         body = await _json_object(request)
         stream = body.pop("stream", False)
         if not isinstance(stream, bool):
@@ -73,9 +73,9 @@ def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
         if not stream:
             return await service.compress_context(*given)
         answers = service.compress_progress(*given)
-        # Until the first answer errors are still a status of their own.
+        # Before the first answer, an error still has its own status code.
         first = await anext(answers, None)
-        if first is None:  # the client has hung up before there was anything to say
+        if first is None:  # the client hung up before the first answer
             return Response(status_code=499)
         return StreamingResponse(_events(first, answers), media_type="text/event-stream")
 
@@ -108,11 +108,11 @@ def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
 
     async def _shown(**asked: Any) -> Response:
         context = await service.get_context(tokenizer_manager, **asked)
-        # Millions of positions take their time, which other clients need not wait for.
+        # Millions of positions take long to write; other clients need not wait for them.
         return Response(await asyncio.to_thread(json.dumps, context), media_type="application/json")
 
     async def _deleted(asked: dict[str, str], caller: service.Caller, wait_seconds: float) -> Response:
-        """200 once it is gone, 202 if it still has readers after `wait_seconds`."""
+        """200 once the context is gone, 202 if it still has readers after `wait_seconds`."""
         try:
             wait_seconds = check_number("wait_seconds", wait_seconds, "how long to wait for the context's readers")
         except InvalidValue as error:
@@ -128,7 +128,7 @@ async def _events(first: dict[str, Any], others: AsyncIterator[dict[str, Any]]) 
     try:
         async for answer in others:
             yield f"data: {json.dumps(answer)}\n\n"
-    except (ObcacheError, ValueError, HTTPException) as error:  # too late for a status
+    except (ObcacheError, ValueError, HTTPException) as error:  # too late for a status code
         message = error.detail if isinstance(error, HTTPException) else str(error)
         yield f"data: {json.dumps({'error': {'message': message}})}\n\n"
     yield "data: [DONE]\n\n"
@@ -140,7 +140,7 @@ async def _json_object(request: Request) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The body is not JSON: {error}.") from error
     if not isinstance(body, dict):
-        raise RequestError(f"The body is not a JSON object: its keys are {', '.join(service.COMPRESS_KEYS)}.")
+        raise RequestError(f"The body is not a JSON object. Allowed keys: {', '.join(service.COMPRESS_KEYS)}.")
     return body
 
 
@@ -150,7 +150,7 @@ def _caller(request: Request) -> service.Caller:
 
 
 class _IdsShortened(logging.Filter):
-    """Context ids in the access log: whoever has a whole one can read the document."""
+    """Shortens context ids in the access log: whoever has a whole id can read the document."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
@@ -159,11 +159,11 @@ class _IdsShortened(logging.Filter):
 
 
 def _add_routes(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
-    """Before _setup_and_run_http_server: our routes are there before the API key middleware wraps the app."""
+    """Before _setup_and_run_http_server: adds our routes before the API key middleware wraps the app."""
     from sglang.srt.entrypoints.http_server import app
 
     if Frontend.of(tokenizer_manager) is not None:
-        # Not as a router of its own: SGLang's middleware reads who may call a route from the app's own routes.
+        # Not as a separate router: SGLang's middleware reads who may call a route from the app's own routes.
         app.router.routes.extend(make_router(tokenizer_manager, has_admin_key=bool(server_args.admin_api_key)).routes)
         logging.getLogger("uvicorn.access").addFilter(_IdsShortened())
 

@@ -10,22 +10,24 @@ from typing import Any
 
 from obcache_sglang.errors import HostError, RequestError
 
-# Both sides are tried with letters, blanks and line breaks next to the cut, where tokenizers merge or add blanks.
+# Both sides are tried with letters, spaces and line breaks next to the cut, where tokenizers merge or add spaces.
 _LEFT = ("A context ends here.", "line\n\n", "tail ")
 _RIGHT = ("What follows?", "\n\nQuestion: what?", " and so on")
 
-# The marker's text begins and ends within so many tokens of its middle.
+# The marker's text begins and ends within this many tokens of its middle.
 _NEIGHBOURS = 8
 
 
 @dataclass(frozen=True)
 class Marker:
-    """The marker of a server, and the ways in which it comes.
+    """The marker of a server, in the forms in which prompts contain it.
 
-    token_id: its special token. lead: what the tokenizer puts in front of any text (begin-of-text). plain: its text as ordinary tokens,
-    as clients send it that tokenize for themselves; middle: the part of these that does not depend on what stands beside the marker.
-    opening: the chat template's words between an answer and the next user's text, and opening_tokens, at least as many as they have;
-    empty without a template that marks turns.
+    token_id: its special token; None on a server without compression.
+    lead: what the tokenizer puts before any text (begin-of-text).
+    plain: its text as ordinary tokens, as clients send it that tokenize prompts themselves.
+    middle: the part of `plain` that does not depend on the text next to the marker.
+    opening: the chat template's words between an answer and the next user's text; empty if the template does not mark turns.
+    opening_tokens: at least as many tokens as `opening` has.
     """
 
     text: str
@@ -39,7 +41,7 @@ class Marker:
 
     @classmethod
     def register(cls, tokenizer: Any, text: str) -> Marker:
-        """Makes `text` a special token of `tokenizer`, in place. Raises HostError where it does not cut text cleanly."""
+        """Makes `text` a special token of `tokenizer`, in place. Raises HostError if it does not cut text cleanly."""
         plain = _plain(tokenizer, text)
         token_id = register_marker(tokenizer, text)
         with_lead = list(tokenizer(text)["input_ids"])
@@ -50,7 +52,7 @@ class Marker:
 
     @classmethod
     def unregistered(cls, tokenizer: Any, text: str) -> Marker:
-        """Of a server without compression: text like any other."""
+        """The marker on a server without compression, where it is ordinary text."""
         plain = _plain(tokenizer, text)
         return cls(text, tokenizer, None, array("q"), plain, _middle(tokenizer, plain))
 
@@ -69,14 +71,14 @@ class Marker:
         return bool(self.tokenizer.decode(ids, skip_special_tokens=False).count(self.opening) == 1)
 
     def is_plain_in(self, token_ids: Sequence[int]) -> bool:
-        """Whether the marker's text stands among ordinary tokens, joined with its neighbours or not."""
+        """Whether ordinary tokens contain the marker's text, merged with the text next to it or not."""
         ids = array("q", token_ids)
         return any(self.text in self.tokenizer.decode(list(part), skip_special_tokens=False) for part in self._suspects(ids))
 
     def normalized(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """token_ids with its special token in the place of its ordinary ones; the same object where there is nothing to replace.
+        """token_ids with the marker's special token in place of its ordinary tokens; the same object if there are none.
 
-        Raises RequestError where the ordinary tokens are joined with what stands beside them, so that no cut would be clean.
+        Raises RequestError if the ordinary tokens are merged with the text next to them, so that no cut would be clean.
         """
         if self.token_id is None or not self.is_plain_in(token_ids):
             return token_ids
@@ -88,13 +90,13 @@ class Marker:
         replaced += ids[last:]
         if self.is_plain_in(replaced):
             raise RequestError(
-                "The prompt holds the context marker as ordinary tokens that are joined with what stands beside them: send text, or put "
+                "The prompt contains the context marker as ordinary tokens that are merged with the text next to it. Send text, or put "
                 f"the token {self.token_id} where the context ends."
             )
         return list(replaced)
 
     def _suspects(self, ids: array[int]) -> Iterator[array[int]]:
-        """The parts of a prompt that may hold the marker's text: each token is in one at the most."""
+        """The parts of a prompt that may contain the marker's text. No token is in two parts."""
         start = end = 0
         for place in _places(ids, self.middle):
             if place - _NEIGHBOURS > end:
@@ -105,7 +107,7 @@ class Marker:
 
 
 def _plain(tokenizer: Any, text: str) -> array[int]:
-    # Once it is registered, only splitting special tokens gives the ordinary ones.
+    # Once the marker is registered, only splitting special tokens gives its ordinary tokens.
     more = {"split_special_tokens": True} if text in tokenizer.get_added_vocab() else {}
     return array("q", tokenizer(text, add_special_tokens=False, **more)["input_ids"])
 
@@ -128,7 +130,10 @@ def _opening(tokenizer: Any, text: str) -> str:
 
 
 def _middle(tokenizer: Any, plain: array[int]) -> array[int]:
-    """The longest run of tokens of letters and digits, which nothing beside the marker is merged with; all but the ends without one."""
+    """The longest run of tokens of letters and digits, since no text next to the marker is merged with it.
+
+    If there is no such run: all tokens but the first and the last.
+    """
     letters = [tokenizer.decode([token]).strip().isalnum() for token in plain]
     best = range(0)
     start = 0
@@ -142,7 +147,7 @@ def _middle(tokenizer: Any, plain: array[int]) -> array[int]:
 
 
 def _places(ids: array[int], wanted: array[int]) -> Iterator[int]:
-    """Where `wanted` stands in `ids`, without overlaps."""
+    """Where `wanted` occurs in `ids`, without overlaps."""
     haystack, needle, place = ids.tobytes(), wanted.tobytes(), 0
     while needle and (place := haystack.find(needle, place)) >= 0:
         if place % ids.itemsize:
@@ -153,10 +158,10 @@ def _places(ids: array[int], wanted: array[int]) -> Iterator[int]:
 
 
 def register_marker(tokenizer: Any, marker: str) -> int:
-    """Makes `marker` a special token of `tokenizer` and returns its id. Raises HostError where it does not cut text cleanly.
+    """Makes `marker` a special token of `tokenizer` and returns its id. Raises HostError if it does not cut text cleanly.
 
     tokenizer: a Hugging Face tokenizer; changed in place. Registering the same marker again gives the same id.
-    The id may lie within the model's (padded) vocabulary, so it has to be taken out of every prompt.
+    The id may lie inside the model's padded vocabulary, so it must be taken out of every prompt.
     """
     from transformers import AddedToken
 
@@ -167,25 +172,25 @@ def register_marker(tokenizer: Any, marker: str) -> int:
     if problem is not None:
         raise HostError(
             f"--obcache-marker={marker!r} cannot be used with the tokenizer {type(tokenizer).__name__}: {problem}. "
-            "Choose another marker, or send token ids with context_len and start with --skip-tokenizer-init."
+            "Choose another marker, or start with --skip-tokenizer-init and send token ids with context_len."
         )
     return int(marker_id)
 
 
 def _cut_problem(tokenizer: Any, marker: str, marker_id: int | None) -> str | None:
-    """Why text does not split at the marker into the same two halves whatever is on the other side; None if it does."""
+    """Why the tokens on one side of the marker depend on the text on the other side; None if they do not."""
     if marker_id is None or marker_id == tokenizer.unk_token_id:
-        return "it did not become a token"
+        return "the tokenizer did not make it a token"
     halves: dict[str, set[tuple[int, ...]]] = {text: set() for text in (*_LEFT, *_RIGHT)}
     for left in _LEFT:
         for right in _RIGHT:
             token_ids = list(tokenizer(left + marker + right)["input_ids"])
             if token_ids.count(marker_id) != 1:
-                return f"a text that holds it once becomes {token_ids.count(marker_id)} marker tokens"
+                return f"a text that contains it once becomes {token_ids.count(marker_id)} marker tokens"
             cut = token_ids.index(marker_id)
             halves[left].add(tuple(token_ids[:cut]))
             halves[right].add(tuple(token_ids[cut + 1 :]))
     for text, seen in halves.items():
         if len(seen) != 1:
-            return f"the text {text!r} becomes different tokens beside it, depending on what is on the other side"
+            return f"the text {text!r} next to it becomes different tokens, depending on the text on the other side"
     return None

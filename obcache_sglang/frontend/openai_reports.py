@@ -1,8 +1,8 @@
 """The per-request report in OpenAI responses: `metadata["obcache"]`.
 
-Completion and chat responses have a free-form `metadata` field, so that is where the report goes, always as one object: where a
-request has several choices, the first report with all of them under `choices`, by the choice's index. In a stream it is in the chunk that carries the `finish_reason` of its choice; no chunk is
-added, since clients read `choices[0]` of each.
+Completion and chat responses have a free-form `metadata` field. The report goes there, always as one object: if a request has several
+choices, it is the first report, with all reports under `choices`, by the choice's index. In a stream it is in the chunk that carries
+the `finish_reason` of its choice. No chunk is added, since clients read `choices[0]` of every chunk.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from obcache_sglang.messages import KEY
 _REPORTS = "obcache_reports"  # attribute of a GenerateReqInput whose stream's reports are wanted: {choice index: report}
 
 _DATA = "data: "
-# In a text, the quotes of this would be escaped.
+# Inside generated text these quotes would be escaped.
 _FINISHED = '"finish_reason":"'
 
 
 def _add_to_response(response: Any, serving: Any, request: Any, ret: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
-    """After _build_completion_response and _build_chat_response. ret: what the engine answered, one per choice."""
+    """After _build_completion_response and _build_chat_response. ret: the engine's answers, one per choice."""
     reports = {str(index): report for index, answer in enumerate(ret) if (report := answer["meta_info"].get(KEY))}
     if reports and hasattr(response, "metadata"):
         report = next(iter(reports.values()))
@@ -32,7 +32,7 @@ def _add_to_response(response: Any, serving: Any, request: Any, ret: list[dict[s
 
 
 def _without_marker(echoed: str | list[str], serving: Any, *args: Any, **kwargs: Any) -> str | list[str]:
-    """After _get_echo_text and _prepare_echo_prompts: the prompt as the model read it."""
+    """After _get_echo_text and _prepare_echo_prompts: echoes the prompt as the model read it."""
     frontend = Frontend.of(serving.tokenizer_manager)
     if frontend is None or frontend.marker is None:
         return echoed
@@ -54,7 +54,7 @@ async def _reporting(stream: Any, reports: dict[int, dict[str, Any]]) -> AsyncIt
 
 
 def with_report(chunk: str, reports: dict[int, dict[str, Any]]) -> str:
-    """A server-sent event that finishes a choice, with this choice's report in its metadata; any other as it is.
+    """A server-sent event, with the choice's report in its metadata if it finishes a choice; any other event unchanged.
 
     chunk: "data: {...}" and blank lines. reports: by choice index.
     """

@@ -1,7 +1,7 @@
-"""What `/obcache/*` and `Engine` offer beside generation: compress ahead, list, look at and delete contexts, status.
+"""What `/obcache/*` and `Engine` offer besides generation: compress ahead, list, look at and delete contexts, status.
 
 Everything here talks to the schedulers through one TokenizerManager; HTTP and Engine only wrap it.
-With data parallelism each rank has its own contexts: every operation goes to all ranks, and answers say which rank they are from.
+With data parallelism each rank has its own contexts: every operation goes to all ranks, and answers name their rank.
 """
 
 from __future__ import annotations
@@ -48,19 +48,20 @@ async def compress_context(
 ) -> dict[str, Any]:
     """Compresses one context ahead of its questions, on every data-parallel rank.
 
-    body: one of `text`, `messages`, `input_ids`; the context ends at the marker, or at the end without one (of the last message).
-        Beside it any of `COMPRESS_KEYS`. http_request: the client's, to stop when it hangs up.
-    Returns the report of a request (`context_tokens`, `kept_tokens`, `status`, `reason`, `seconds`, ...) with the context's `id`,
-    of rank 0, and with several ranks all of them under `ranks`. Raises RequestError.
+    body: one of `text`, `messages`, `input_ids`, and any others of `COMPRESS_KEYS`. The context ends at the marker; without a marker,
+        at the end of the prompt or of the last message.
+    http_request: the client's; the compression stops when the client hangs up.
+    Returns rank 0's report (`context_tokens`, `kept_tokens`, `status`, `reason`, `seconds`, ...) with the context's `id`; with several
+    ranks also all reports, under `ranks`. Raises RequestError.
     """
-    rid = uuid.uuid4().hex  # clients abort by the beginning of an id: nothing in it is known beforehand
+    rid = uuid.uuid4().hex  # clients can abort by the beginning of an id, so nobody may guess it
     return await _compress(tokenizer_manager, _compress_request(tokenizer_manager, serving_chat, body), rid, http_request)
 
 
 async def compress_progress(
     tokenizer_manager: Any, serving_chat: ServingChat, body: Mapping[str, Any], http_request: Any = None
 ) -> AsyncIterator[dict[str, Any]]:
-    """As `compress_context`: yields {"progress": {"tokens": read so far, "of": in all}} as it goes on, and last what that returns."""
+    """As `compress_context`, but yields {"progress": {"tokens": read so far, "of": in all}} meanwhile, and the result last."""
     request = _compress_request(tokenizer_manager, serving_chat, body)
     rid = uuid.uuid4().hex
     task = asyncio.ensure_future(_compress(tokenizer_manager, request, rid, http_request))
@@ -68,13 +69,13 @@ async def compress_progress(
     shown = None
     try:
         while not (await asyncio.wait({task}, timeout=_PROGRESS_SECONDS))[0]:
-            # A stream is not told of a client that hung up, and SGLang itself looks every few seconds only.
+            # A stream is not told that its client hung up, and SGLang itself looks only every few seconds.
             if http_request is not None and await http_request.is_disconnected():
                 return
             answers = await control.call(tokenizer_manager, {"op": "progress", "rid": rid})
             for rank, answer in answers:
                 now = _checked(answer)
-                # A rank whose job has ended counts it no more, a moment before its answer is here: what it had reached stays.
+                # A rank stops counting when its job ends, shortly before its answer arrives: what it had reached stays.
                 if rank not in reached or now["of"] > 0:
                     reached[rank] = now
             counted = _summed(list(reached.values()))
@@ -98,8 +99,8 @@ async def _compress(tokenizer_manager: Any, request: Any, rid: str, http_request
         mine.rid = f"{rid}-{rank}"
         mine.routed_dp_rank = rank if num_ranks > 1 else None
         answer = await anext(tokenizer_manager.generate_request(mine, http_request))
-        if KEY not in answer["meta_info"]:  # an abort of all requests spares nobody
-            raise RequestError("The compression was aborted before it ended.", 409)
+        if KEY not in answer["meta_info"]:  # somebody aborted all requests
+            raise RequestError("The compression was aborted before it finished. Send the request again.", 409)
         report = dict(answer["meta_info"][KEY])
         return {"id": report.pop("context_id"), **report}
 
@@ -109,9 +110,9 @@ async def _compress(tokenizer_manager: Any, request: Any, rid: str, http_request
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose contexts are meant: those of one namespace, which an ordinary client sees, or all, for an operator.
+    """Whose contexts are meant: those of one namespace, as a client sees them, or all contexts, for an operator.
 
-    extra_key, cache_salt, lora_path: as in the requests that made them.
+    extra_key, cache_salt, lora_path: as in the requests that made the contexts.
     """
 
     extra_key: str | None = None
@@ -120,7 +121,7 @@ class Caller:
     is_operator: bool = False
 
     def namespace(self, tokenizer_manager: Any) -> dict[str, str | None] | None:
-        """For control calls; None for all. Raises RequestError for an adapter that is not loaded."""
+        """The namespace for control calls; None for all. Raises RequestError for an adapter that is not loaded."""
         if self.is_operator:
             return None
         lora_id = None
@@ -128,7 +129,7 @@ class Caller:
             registry = getattr(tokenizer_manager, "lora_registry", None)
             adapter = None if registry is None else registry.get_all_adapters().get(self.lora_path)
             if adapter is None:
-                raise RequestError(f"lora_path={shown(self.lora_path)} is not loaded.")
+                raise RequestError(f"lora_path={shown(self.lora_path)} is not a loaded adapter: load it first, or leave it out.")
             lora_id = adapter.lora_id
         return {"extra_key": self.extra_key, "cache_salt": self.cache_salt, "lora_id": lora_id}
 
@@ -138,7 +139,7 @@ ANYBODY = Caller()
 
 
 async def list_contexts(tokenizer_manager: Any, caller: Caller = ANYBODY) -> list[dict[str, Any]]:
-    """The contexts that the caller sees, by `name`, which is not the id that opens one; each with its `dp_rank`."""
+    """The contexts that the caller sees, each with its `dp_rank` and its `name`. A name is not the id that opens a context."""
     answers = await control.call(tokenizer_manager, {"op": "list", "namespace": caller.namespace(tokenizer_manager)})
     return [context | {"dp_rank": rank} for rank, answer in answers for context in _checked(answer)["contexts"]]
 
@@ -151,10 +152,11 @@ async def get_context(
     positions: bool = False,
     caller: Caller = ANYBODY,
 ) -> dict[str, Any]:
-    """One context, from the first rank that has it; `dp_ranks` names all of them. Raises ContextNotFound.
+    """One context, from the first rank that has it; `dp_ranks` names all ranks that do. Raises ContextNotFound.
 
-    Known by its context id, or by the name that lists show. positions: also the kept token positions, `[layer][kv_head][kept]`,
-    ascending; each layer is a call of its own, so that the scheduler is not kept from its work.
+    context_id, name: one of them; the name is what lists show.
+    positions: also return the kept token positions, `[layer][kv_head][kept]`, ascending. Each layer is fetched by its own call, so
+        that the scheduler is not blocked for long.
     """
     asked = _asked(tokenizer_manager, context_id, name, caller)
     found = _found(await control.call(tokenizer_manager, {"op": "get", **asked}), asked)
@@ -166,14 +168,14 @@ async def get_context(
         for layer in range(len(counts)):
             answers = dict(_found(await control.call(tokenizer_manager, {"op": "positions", "layer": layer, **asked}), asked))
             if rank not in answers or answers[rank]["positions"] is None:
-                raise ContextNotFound("The context was evicted while its positions were read.")
+                raise ContextNotFound("The context was evicted while its positions were being read. Compress it again.")
             packed.append(answers[rank]["positions"])
         context["positions"] = await asyncio.to_thread(_unpacked, packed, counts)
     return context
 
 
 def _unpacked(layers: list[bytes], counts: list[list[int]]) -> list[list[list[int]]]:
-    """`[layer][kv_head][kept]` from each layer's positions, int32, head by head, and the heads' counts."""
+    """`[layer][kv_head][kept]`, from the int32 positions of each layer, head by head, and the counts of each layer's heads."""
     return [
         [head.tolist() for head in np.split(np.frombuffer(layer, dtype=np.int32), np.cumsum(of_layer)[:-1])]
         for layer, of_layer in zip(layers, counts, strict=True)
@@ -188,7 +190,7 @@ async def delete_context(
     caller: Caller = ANYBODY,
     wait_seconds: float = DELETE_WAIT_SECONDS,
 ) -> str:
-    """Deletes a context on every rank. Requests that read it finish first; no new one gets it.
+    """Deletes a context on every rank. Requests that read it finish first; no new request gets it.
 
     Returns "deleted", or "deleting" if it still has readers after `wait_seconds`. Raises ContextNotFound.
     """
@@ -206,7 +208,7 @@ async def delete_context(
 
 def _asked(tokenizer_manager: Any, context_id: str | None, name: str | None, caller: Caller) -> dict[str, Any]:
     if (context_id is None) == (name is None):
-        raise RequestError("A context is asked for by its context_id or by its name: give one of them.")
+        raise RequestError("Give either the context_id or the name of the context.")
     return {"context_id": context_id, "name": name, "namespace": caller.namespace(tokenizer_manager)}
 
 
@@ -217,7 +219,7 @@ async def status(tokenizer_manager: Any) -> dict[str, Any]:
     """
     frontend = Frontend.of(tokenizer_manager)
     if frontend is None:
-        raise RequestError("This engine was started without compression: pass obcache=True.")
+        raise RequestError("This engine was started without compression: start it with obcache=True.")
     ranks = [{"dp_rank": rank} | _checked(answer) for rank, answer in await control.call(tokenizer_manager, {"op": "status"})]
     states = [state for state in check_host() if state.touch.is_hook]
     hooks = [
@@ -249,7 +251,7 @@ def _num_ranks() -> int:
 def _checked(answer: Mapping[str, Any]) -> dict[str, Any]:
     """An answer without its envelope. Raises the error it carries."""
     if not answer.get("ok"):
-        message = str(answer.get("error") or "The scheduler does not know this operation: it runs without compression.")
+        message = str(answer.get("error") or "The scheduler does not know this operation, since it runs without compression.")
         status_code = answer.get("status_code", 500)
         raise RequestError(message, status_code) if 400 <= status_code < 500 else ObcacheError(message)
     return {key: value for key, value in answer.items() if key not in ("ok", "status_code", "error", "dp_rank")}
@@ -264,13 +266,13 @@ def _found(answers: list[tuple[int, dict[str, Any]]], asked: Mapping[str, Any]) 
 
 
 def _in_place(state: TouchState, ranks: list[dict[str, Any]]) -> bool | None:
-    """Whether a hook is called in its process; None where the server has no such process."""
+    """Whether a hook is called in its process; None if the server has no such process."""
     there = all(rank["hooks"].get(state.touch.target) for rank in ranks)
     match state.touch.process:
         case "scheduler":
             return there
         case "controller":
-            # It has no channel of its own; but without this hook the launcher would have refused to serve.
+            # The controller answers no calls; but without this hook the launcher would have refused to serve.
             return True if len(ranks) > 1 else None
         case "all":
             return there and bool(state.in_place)
@@ -297,11 +299,11 @@ def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: M
     unknown = [key for key in body if key not in COMPRESS_KEYS]
     if unknown:
         raise RequestError(
-            f"{', '.join(map(shown, unknown[:5]))} in the body of compress is not allowed: keys are {', '.join(COMPRESS_KEYS)}."
+            f"Unknown keys in the body of compress: {', '.join(map(shown, unknown[:5]))}. Allowed keys: {', '.join(COMPRESS_KEYS)}."
         )
     prompts = [key for key in _PROMPT_KEYS if body.get(key) is not None]
     if len(prompts) != 1:
-        raise RequestError(f"compress needs one of {', '.join(_PROMPT_KEYS)}; given: {', '.join(prompts) or 'none'}.")
+        raise RequestError(f"compress needs exactly one of {', '.join(_PROMPT_KEYS)}; given: {', '.join(prompts) or 'none'}.")
     prompt = body[prompts[0]]
     if prompts != ["input_ids"]:
         check_unicode(prompts[0], prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False))
@@ -312,12 +314,12 @@ def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: M
     elif prompts == ["input_ids"] and isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
         request = GenerateReqInput(input_ids=prompt)
     else:
-        allowed = {"text": "a text", "input_ids": "a list of token ids"}[prompts[0]]
-        raise RequestError(f"{prompts[0]} is not {allowed}: compress takes one context, which is not empty.")
+        allowed = {"text": "a non-empty string", "input_ids": "a non-empty list of token ids"}[prompts[0]]
+        raise RequestError(f"{prompts[0]} is not {allowed}: compress takes one context.")
     for name in _REQUEST_FIELDS:
         value = body.get(name)
         if value is not None and not isinstance(value, str):
-            raise RequestError(f"{name}={shown(value)} is not a text: compress takes one context.")
+            raise RequestError(f"{name}={shown(value)} is not a string: compress takes one context.")
         if value is not None:
             setattr(request, name, value)
     options = {key: body[key] for key in _OPTION_KEYS if key in body}
@@ -327,28 +329,28 @@ def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: M
 
 
 def _render(tokenizer_manager: Any, serving_chat: Any, body: Mapping[str, Any]) -> Any:
-    """Messages to a prompt, by the code of SGLang's chat endpoint, so that a later chat meets the same tokens."""
+    """Renders messages with the code of SGLang's chat endpoint, so that a later chat has the same tokens."""
     from pydantic import ValidationError
     from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 
     frontend = Frontend.of(tokenizer_manager)
     if frontend is None or frontend.marker_id is None:
-        raise RequestError("messages need a tokenizer, and this server was started with --skip-tokenizer-init: send input_ids.")
+        raise RequestError("messages need a tokenizer, but this server was started with --skip-tokenizer-init. Send input_ids.")
     chat = {key: body[key] for key in _CHAT_KEYS if body.get(key) is not None}
     messages = _with_marker(body["messages"], frontend.settings.marker)
     try:
         parsed = ChatCompletionRequest(**{"model": "default", **chat, "messages": messages})
     except ValidationError as error:
-        raise RequestError(f"messages cannot be read as chat messages: {error}") from error
+        raise RequestError(f"messages are not valid chat messages: {error}") from error
     try:
         request, _ = serving_chat._convert_to_internal_request(parsed)
-    except Exception as error:  # templates run with what the client sent, and raise anything
+    except Exception as error:  # templates run on the client's input, and may raise anything
         raise RequestError(f"messages cannot be rendered with the chat template: {type(error).__name__}: {error}") from error
     return request
 
 
 def _with_marker(messages: Any, marker: str) -> Any:
-    """`messages` with the marker where the context ends: where the client put it, else at the end of the last message's text."""
+    """`messages` with the marker where the context ends: where the client put it, else at the end of the last message."""
     if marker in json.dumps(messages, ensure_ascii=False):
         return messages
     messages = copy.deepcopy(messages)
@@ -359,7 +361,7 @@ def _with_marker(messages: Any, marker: str) -> Any:
         else:
             last["content"][-1]["text"] += marker
     except (LookupError, TypeError) as error:
-        raise RequestError("messages do not end with a text: put the marker where the context ends.") from error
+        raise RequestError("messages do not end with text: put the marker where the context ends.") from error
     return messages
 
 

@@ -1,6 +1,6 @@
-"""From what a request says about its context to the plan the scheduler follows. No SGLang in here.
+"""From what a request says about its context to the plan that the scheduler follows. Nothing here needs SGLang.
 
-A client sets `custom_params["obcache"]` to false, true or an object (`REQUEST_KEYS`), puts the marker in its text, or both;
+A client sets `custom_params["obcache"]` to false, true or an object (`REQUEST_KEYS`), puts the marker in its text, or both.
 `make_plan` checks all of it and makes a `messages.Plan`.
 """
 
@@ -17,7 +17,7 @@ from obcache_sglang.settings import COMPRESSION_OPTIONS, OPTIONS, ServerSettings
 
 _CONTEXT_ID = re.compile("[0-9a-f]{32}")
 
-# Reasons to serve exactly that count positions in the prompt, or go on from it: a context cannot be put in front of it.
+# Reasons to serve exactly, of requests that count positions in the prompt or continue from it: no context can be put before it.
 _NEEDS_WHOLE_PROMPT = {
     "session": "a session",
     "embedding_overrides": "positional_embed_overrides",
@@ -33,7 +33,7 @@ REQUEST_KEYS = _OWN_KEYS + _SETTING_KEYS
 
 @dataclass(frozen=True)
 class Wish:
-    """What one request asks for, checked value by value. `asked` is False for a request that says nothing."""
+    """What one request asks for, each value checked. `asked` is False for a request that does not ask for compression."""
 
     asked: bool = False
     refused: bool = False
@@ -46,19 +46,19 @@ class Wish:
 
 
 def parse_wish(value: object) -> Wish:
-    """Reads `custom_params["obcache"]`; None where the request has none. Raises RequestError naming key, value and what is allowed."""
+    """Reads `custom_params["obcache"]`, None if the request has none. Raises RequestError with the key, the value and what is allowed."""
     if value is None:
         return Wish()
     if isinstance(value, bool):
         return Wish(asked=value, refused=not value)
     if not isinstance(value, Mapping):
         raise RequestError(
-            f'custom_params["{KEY}"]={shown(value)} is not allowed: give true, false or an object with any of {", ".join(REQUEST_KEYS)}.'
+            f'custom_params["{KEY}"]={shown(value)} is not allowed: give true, false or an object with any of the keys {", ".join(REQUEST_KEYS)}.'
         )
     overrides: dict[str, Any] = {}
     for key, given in value.items():
         if key not in REQUEST_KEYS:
-            raise _wrong(str(key), given, f"is not a key of it: allowed are {', '.join(REQUEST_KEYS)}.")
+            raise _wrong(str(key), given, f"is not a known key. Allowed keys: {', '.join(REQUEST_KEYS)}.")
         if key in _SETTING_KEYS:
             overrides[key] = _checked(key, given)
     return Wish(
@@ -73,7 +73,7 @@ def parse_wish(value: object) -> Wish:
 
 
 def split_marker(token_ids: Sequence[int], marker_id: int | None) -> tuple[Sequence[int], int | None]:
-    """(prompt without the marker, number of tokens before it); (the same object, None) where there is none.
+    """(prompt without the marker, number of tokens before it); (the same object, None) if there is no marker.
 
     Raises RequestError for more than one marker: a prompt has one context.
     """
@@ -81,7 +81,9 @@ def split_marker(token_ids: Sequence[int], marker_id: int | None) -> tuple[Seque
     if marker_id is None or count == 0:
         return token_ids, None
     if count > 1:
-        raise RequestError(f"The prompt holds the context marker {count} times; it may hold it once, where the context ends.")
+        raise RequestError(
+            f"The prompt contains the context marker {count} times. It may contain it once, where the context ends."
+        )
     position = token_ids.index(marker_id)
     return [*token_ids[:position], *token_ids[position + 1 :]], position
 
@@ -98,9 +100,11 @@ def make_plan(
 ) -> Plan | None:
     """The plan of a request, or None for a request that compression leaves alone.
 
-    num_tokens: length of the marker-free prompt. marker_position: tokens before the marker, None without one. With a context id both
-    are of what follows the marker, and `before` holds what stands in front of it.
-    exact: why this request cannot use a compressed context, if the caller found a reason. Raises RequestError.
+    num_tokens: length of the prompt without the marker.
+    marker_position: number of tokens before the marker, None without one.
+    before: with a context id, the tokens before the marker; `num_tokens` and `marker_position` then count only what follows it.
+    exact: why this request cannot use a compressed context, if the caller found a reason.
+    Raises RequestError.
     """
     mode = wish.mode or server.mode
     if wish.refused:
@@ -108,19 +112,25 @@ def make_plan(
     if not wish.asked and marker_position is None and mode == "marked" and action == "ask":
         return None
     if wish.context_len is not None and marker_position is not None and wish.context_id is None:
-        raise _wrong("context_len", wish.context_len, "is given beside the marker in the prompt: give one of them.")
+        raise _wrong("context_len", wish.context_len, "cannot be combined with the marker in the prompt: give one of them.")
     if wish.context_id is not None:
         if wish.context_len is not None:
-            raise _wrong("context_id", wish.context_id, "stands for the whole context: leave out context_len.")
+            raise _wrong("context_id", wish.context_id, "names the whole context: leave out context_len.")
         if wish.overrides:
-            raise _wrong("context_id", wish.context_id, f"brings its own settings: leave out {', '.join(wish.overrides)}.")
+            raise _wrong(
+                "context_id",
+                wish.context_id,
+                f"names a context that has its own settings: leave out {', '.join(wish.overrides)}.",
+            )
         if exact in _NEEDS_WHOLE_PROMPT:
-            raise _wrong("context_id", wish.context_id, f"cannot be used with {_NEEDS_WHOLE_PROMPT[exact]}: send the whole text.")
+            raise _wrong(
+                "context_id", wish.context_id, f"cannot be used with {_NEEDS_WHOLE_PROMPT[exact]}: send the whole prompt."
+            )
     elif marker_position == 0:
         raise RequestError(
-            "The prompt, or the user's message in it, begins with the context marker: there is no context before it. Put the marker where "
-            "the context ends, at the end of the system message if that is it. A question about a context that stands elsewhere names it in "
-            f'custom_params["{KEY}"]["context_id"]; if yours did, something between you and this server drops custom_params.'
+            "The prompt, or the first user message in it, begins with the context marker: there is no context before it. Put the marker "
+            "where the context ends; if that is the system message, at its end. To ask about a context that was compressed before, name it "
+            f'in custom_params["{KEY}"]["context_id"]. If you did, something between you and this server drops custom_params.'
         )
     bounded = marker_position is not None or wish.context_len is not None or wish.context_id is not None
     whole_prompt = mode == "prompt" and action == "ask" and not bounded
@@ -147,9 +157,9 @@ def make_plan(
 
 
 def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, whole_prompt: bool, action: Action) -> int | None:
-    """Tokens of the context; 0 to look one up; None where the prompt has none (mode prompt, a prompt of one token).
+    """Number of tokens of the context; 0 to look one up; None if the prompt has none (mode prompt, a prompt of one token).
 
-    whole_prompt: it is all of the prompt but its last token.
+    whole_prompt: the context is all of the prompt but its last token.
     """
     if whole_prompt:
         return num_tokens - 1 if num_tokens > 1 else None
@@ -168,7 +178,7 @@ def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, whole_pr
 
 def _wrong(key: str, value: object, reason: str) -> RequestError:
     if key == "context_id" and isinstance(value, str) and _CONTEXT_ID.fullmatch(value):
-        value = value[:8] + "..."  # errors are logged, and a whole id opens its context
+        value = value[:8] + "..."  # errors are logged, and whoever has the whole id can open the context
     return RequestError(f'custom_params["{KEY}"]["{shown(key)[1:-1]}"]={shown(value)} {reason}')
 
 
@@ -191,7 +201,9 @@ def _context_id(value: object) -> str | None:
         return None
     if not isinstance(value, str) or not _CONTEXT_ID.fullmatch(value):
         raise _wrong(
-            "context_id", value, "is not the id of a context, 32 hexadecimal digits, as /obcache/compress and answers give it."
+            "context_id",
+            value,
+            "is not the id of a context: give the 32 hexadecimal digits from /obcache/compress or from an answer.",
         )
     return value
 

@@ -45,7 +45,9 @@ def leave_lse(backend: Any, plan: BatchContexts) -> Callable[..., torch.Tensor]:
                 return output
             except Exception:  # whatever it is, the batch must be served; what is wrong without us is raised again below
                 with_lse = None
-                logger.exception("obcache: %s gave no log-sum-exps; they are computed apart from now on", type(backend).__name__)
+                logger.exception(
+                    "obcache: %s gave no log-sum-exps; they are computed separately from now on", type(backend).__name__
+                )
         return plain(q, k, v, layer, forward_batch, *args, **kwargs)
 
     return plain if with_lse is None else forward

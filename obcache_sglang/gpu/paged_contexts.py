@@ -32,11 +32,11 @@ class PagedCache:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout {self.layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
         if self.k.dim() != 4 or self.k.shape != self.v.shape or self.k.dtype != self.v.dtype:
-            raise ValueError(f"k {_kind(self.k)} and v {_kind(self.v)} must have one dtype and shape, of 4 dimensions")
+            raise ValueError(f"k {_kind(self.k)} and v {_kind(self.v)} must have one dtype and shape, with 4 dimensions")
         if self.k.stride(3) != 1 or self.v.stride(3) != 1:
             raise ValueError("the last dimension of k and v must be contiguous")
         if self.k.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
-            raise ValueError(f"K and V of {self.k.dtype} are not supported")
+            raise ValueError(f"K and V of {self.k.dtype} are not supported; use float32, float16, bfloat16 or float8_e4m3fn")
 
     @classmethod
     def of_slots(cls, k: torch.Tensor, v: torch.Tensor, k_scale: float = 1.0, v_scale: float = 1.0) -> PagedCache:

@@ -41,8 +41,8 @@ class BatchContexts:
             return None
         if forward_batch.rids != self._rids:
             raise HostError(
-                "SGLang runs another batch than the one that was planned, and compressed contexts cannot be told apart in it: "
-                "turn off what splits batches, or start without --obcache."
+                "SGLang runs another batch than the planned one, and compressed contexts cannot be told apart in it. "
+                "Turn off the options that split batches, or start without --obcache."
             )
         return self._contexts
 

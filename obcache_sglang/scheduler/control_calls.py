@@ -46,7 +46,7 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
         return {
             "ok": False,
             "status_code": 404,
-            "error": f"no context {wanted!r} is held in this namespace (cache salt, extra key, LoRA adapter)",
+            "error": f"There is no context {wanted!r} in this namespace (cache salt, extra key, LoRA adapter).",
         }
     match call.get("op"):
         case "get":
@@ -58,12 +58,12 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
             return {"ok": True, "positions": None if kept is None else kept.packed_layer(layer, manager.engine.num_kv_heads)}
         case "delete":
             if context.is_queued:
-                return {"ok": False, "status_code": 409, "error": "the context is being compressed; delete it afterwards"}
+                return {"ok": False, "status_code": 409, "error": "The context is being compressed. Delete it afterwards."}
             if context.state is not ContextState.DELETING:
                 cache.delete(context)
             manager.sweep()
             return {"ok": True, "name": context.id, "gone": cache.get(context.id) is None}
-    return {"ok": False, "status_code": 400, "error": f"unknown op {call.get('op')!r}"}
+    return {"ok": False, "status_code": 400, "error": f"op={call.get('op')!r} is not a known operation."}
 
 
 def _asked_for(manager: CompressionManager, call: Mapping[str, Any]) -> Context | None:

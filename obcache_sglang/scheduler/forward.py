@@ -74,7 +74,7 @@ class ForwardPlan(BatchContexts):
             self._plan(forward_batch, batch, contexts)
             planned = True
         except Exception:
-            logger.exception("obcache: a forward could not be planned")
+            logger.exception("obcache: planning a forward pass failed; requests after a compressed context end with an error")
         if not self.agree(planned):
             self._rows, self._contexts, self._has_scored_rows = [], [], False
             _end_unplanned(batch)
@@ -138,7 +138,7 @@ class ForwardPlan(BatchContexts):
             job.error = "unsupported_attention"
         except Exception:
             job.error = "error"
-            logger.exception("obcache: context %s is served exactly", job.context.id)
+            logger.exception("obcache: compressing context %s failed; it is served exactly", job.context.id)
         return None
 
 
@@ -151,7 +151,7 @@ def _end_unplanned(batch: ScheduleBatch) -> None:
         elif isinstance(req, ContextReq) and req.is_virtual:
             req.skip_radix_cache_insert = True
             req.to_finish = FINISH_ABORT(
-                "The request could not be continued behind its compressed context; send it again.", status
+                "The request could not be continued after its compressed context. Send it again.", status
             )
 
 

@@ -41,7 +41,7 @@ def _contained(what: str) -> Callable[[Hook], Hook]:
             try:
                 return hook(result, *args, **kwargs)
             except Exception:
-                logger.exception("obcache: %s", what)
+                logger.exception("obcache: %s failed", what)
                 return result
 
         return contained  # type: ignore[return-value]
@@ -113,8 +113,11 @@ def around_create_generation_req(create: Any, scheduler: Any, recv_req: Any, *ar
     except RequestError as error:
         message, status_code = str(error), error.status_code
     except Exception as error:
-        logger.exception("obcache: request %s", recv_req.rid)
-        message, status_code = f"the context of this request cannot be had: {type(error).__name__}", 500
+        logger.exception("obcache: creating request %s with its context failed", recv_req.rid)
+        message, status_code = (
+            f"The context of this request could not be used, after an internal error ({type(error).__name__}). Send the whole prompt.",
+            500,
+        )
         if plan.get("context_id") is None:
             return create(scheduler, recv_req, *args, **kwargs)
     req = create(scheduler, recv_req, *args, **kwargs)
@@ -138,17 +141,17 @@ def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kw
     except Exception:
         if picked:  # SGLang's own failure, or a batch that would be lost
             raise
-        logger.exception("obcache: a scheduling pass without decisions")
+        logger.exception("obcache: a scheduling pass failed; SGLang picks its batch alone")
         return pick(scheduler, *args, **kwargs)
 
 
-@_contained("a request that came into the queue while a batch was picked")
+@_contained("adding a request to the queue while a batch was picked")
 def after_add_request_to_queue(result: None, scheduler: Any, req: Req, *args: Any, **kwargs: Any) -> None:
     if (manager := _manager(scheduler)) is not None:
         manager.queued(req)
 
 
-@_contained("after an abort")
+@_contained("ending compressions after an abort")
 def after_abort_request(result: None, scheduler: Any, recv_req: Any) -> None:
     if (manager := _manager(scheduler)) is not None:
         manager.jobs.end_unawaited()
@@ -160,7 +163,7 @@ def around_release_kv_cache(release: Any, req: Req, tree_cache: Any, *, checkpoi
         try:
             manager.before_release(req, checkpoint=checkpoint)
         except Exception:
-            logger.exception("obcache: releasing request %s", req.rid)
+            logger.exception("obcache: releasing request %s failed", req.rid)
     release(req, tree_cache, checkpoint=checkpoint)
 
 
@@ -177,7 +180,7 @@ def around_get_output_streamer_class(get_class: Any, scheduler: Any) -> type:
                 try:
                     view.enter_context(client_view(shown))
                 except Exception:
-                    logger.exception("obcache: answers count virtual tokens")
+                    logger.exception("obcache: answers could not be corrected, and count virtual tokens")
                 super().stream_output(shown, *args, **kwargs)
 
         def is_request_level_customized_info_key(self, key: str) -> bool:
@@ -225,24 +228,24 @@ def around_flush_cache(flush: Any, scheduler: Any, *args: Any, **kwargs: Any) ->
     try:
         manager.jobs.give_engine_back()
     except Exception:
-        logger.exception("obcache: before a flush")
+        logger.exception("obcache: preparing a cache flush failed")
     flushed = bool(flush(scheduler, *args, **kwargs))
     if flushed:
         try:
             manager.after_flush()
         except Exception:
-            logger.exception("obcache: after a flush")
+            logger.exception("obcache: cleaning up after a cache flush failed")
     return flushed
 
 
-@_contained("after a LoRA adapter was unloaded")
+@_contained("forgetting the contexts of an unloaded LoRA adapter")
 def after_unload_lora_adapter(result: Any, scheduler: Any, recv_req: Any) -> Any:
     if (manager := _manager(scheduler)) is not None and recv_req.lora_id is not None:
         manager.forget_adapter(recv_req.lora_id)
     return result
 
 
-@_contained("KV events")
+@_contained("filtering KV events")
 def after_take_events(events: list[Any], tree_cache: Any) -> list[Any]:
     """KV events without virtual tokens, and without what is cached after them: routers could do nothing with them."""
     wiring = Wiring.of(tree_cache)
@@ -258,7 +261,7 @@ def around_get_internal_state(get_internal_state: Any, scheduler: Any, recv_req:
         if call["op"] == "status":
             answer["hooks"] = hooks_in_place()
     except Exception as error:
-        logger.exception("obcache: control call %s", recv_req.rid)
+        logger.exception("obcache: control call %s failed", recv_req.rid)
         answer = {"ok": False, "status_code": 500, "error": f"{type(error).__name__}: {error}"}
     answer["dp_rank"] = get_parallel().dp_rank or 0
     return GetInternalStateReqOutput(internal_state=answer)

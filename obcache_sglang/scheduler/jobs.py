@@ -81,7 +81,7 @@ class Jobs:
         job = self._make(context, like, passes)
         if job.window < context.settings.window:
             logger.warning(
-                "obcache: context %s keeps %d slots, so its window of %d tokens shrinks to %d",
+                "obcache: context %s keeps only %d slots, so its window of %d tokens shrinks to %d",
                 context.id, context.num_slots, context.settings.window, job.window,
             )  # fmt: skip
         return job, ""
@@ -178,7 +178,7 @@ class Jobs:
             try:
                 slots = self.cache.reserve(req.context)
             except Exception:
-                logger.exception("obcache: no slots for context %s", req.context.id)
+                logger.exception("obcache: reserving slots for context %s failed", req.context.id)
             # Every rank takes part, also one whose scoring has failed in an earlier chunk.
             if self.agree(slots is not None and req.error is None):
                 req.slots = slots
@@ -189,7 +189,7 @@ class Jobs:
                 # Where another rank has evicted for it and this one has not: their trees must stay equal.
                 self.engine.evict(req.context.num_slots)
             except Exception:
-                logger.exception("obcache: taking back the slots of context %s", req.context.id)
+                logger.exception("obcache: releasing the slots reserved for context %s failed", req.context.id)
 
     def release(self, job: CompressionJob, *, checkpoint: bool) -> None:
         """It gives its KV back: it ends, or starts over after retraction."""
@@ -217,7 +217,7 @@ class Jobs:
             done = completed and self._go_on_or_publish(job)
         except Exception:
             job.error = job.error or "error"
-            logger.exception("obcache: the end of the compression of context %s", context.id)
+            logger.exception("obcache: finishing the compression of context %s failed", context.id)
         if completed and job.error is not None:
             job.skip_radix_cache_insert = job.replay is not None  # what was computed of the context is worth caching exactly
             for req in self.engine.queue:
@@ -260,7 +260,7 @@ class Jobs:
             if job.replay is not None:
                 self.metrics.replayed(len(job.replay.tokens), time.perf_counter() - job.pass_started_at)
             if job.error is not None:
-                logger.warning("obcache: context %s is served exactly: %s", context.id, job.error)
+                logger.warning("obcache: context %s is not compressed and is served exactly: %s", context.id, job.error)
             if not published:
                 return
             context.seconds = time.perf_counter() - job.started_at
@@ -274,7 +274,7 @@ class Jobs:
                 context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
             )  # fmt: skip
         except Exception:
-            logger.exception("obcache: counting context %s", context.id)
+            logger.exception("obcache: updating the metrics for context %s failed", context.id)
 
     def discard(self, context: Context) -> None:
         """Takes the slots back that were reserved for a context."""

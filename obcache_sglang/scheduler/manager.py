@@ -88,7 +88,7 @@ class CompressionManager:
             settled, fields = self._named(settled, fields)
         elif settled.settings.budget != "uniform" and self.uneven_refusal is not None:
             raise RequestError(
-                f"budget={settled.settings.budget!r} cannot be served here: {self.uneven_refusal}; set budget=uniform."
+                f"budget={settled.settings.budget!r} cannot be served here: {self.uneven_refusal}. Set budget=uniform."
             )
         return ContextReq(**fields, plan=settled, count_exact=self.metrics.exact)
 
@@ -98,15 +98,15 @@ class CompressionManager:
         known = self.cache.by_capability(plan.context_id or "")
         if known is None or known[0].namespace != namespace:
             raise ContextNotFound(
-                "This context_id is not known under this cache_salt, extra_key and LoRA adapter: it was forgotten, or deleted, or is of "
-                "another server; send the text again, with the marker at its end, or POST /obcache/compress."
+                "This context_id is unknown under this cache_salt, extra_key and LoRA adapter. The context was forgotten or deleted, or it "
+                "belongs to another server. Send the text again, with the marker at its end, or POST /obcache/compress."
             )
         context, tail = known
         before = array("q", plan.before)
         if context.tokens[: len(before)] != before:
             raise RequestError(
-                f"The {len(before)} tokens before the marker are not those that the context of this context_id begins with: put the marker "
-                "where the context stood, after the same words, or at the very start."
+                f"The {len(before)} tokens before the marker are not the ones that the context of this context_id begins with. Put the "
+                "marker at the very start of the prompt, or after the same text as when the context was compressed."
             )
         prompt = context.tokens + tail + array("q", fields["origin_input_ids"])
         plan = replace(plan, context_len=context.num_tokens, settings=context.settings, judges=context.judges)
@@ -130,7 +130,7 @@ class CompressionManager:
             if not engine.admits_nobody():
                 order, admitted = self._decide()
         except Exception:  # a defect of ours must not end the scheduler
-            logger.exception("obcache: all requests of a scheduling pass are served exactly")
+            logger.exception("obcache: a scheduling pass failed; all its requests are served exactly")
             order = admitted = [req for req in engine.queue if self._is_admitted_exactly(req)]
         engine.queue = admitted
         self.metrics.pass_decided(time.perf_counter() - started_at)
@@ -147,7 +147,7 @@ class CompressionManager:
             # What came in during the pass was not asked to run.
             self._release_pins_if_starved(result, asked=any(id(req) not in taken for req in admitted))
         except Exception:
-            logger.exception("obcache: unpinning a context")
+            logger.exception("obcache: unpinning a context failed")
         return result
 
     def _decide(self) -> tuple[list[Req], list[Req]]:
@@ -208,7 +208,7 @@ class CompressionManager:
         try:
             return self._resolve(req)
         except Exception:  # a defect of ours must not end the scheduler
-            logger.exception("obcache: request %s is served exactly", req.rid)
+            logger.exception("obcache: resolving the context of request %s failed; it is served exactly", req.rid)
             return self._serve_exact_contained(req), None
 
     def _serve_exact_contained(self, req: ContextReq) -> Verdict:
@@ -216,11 +216,11 @@ class CompressionManager:
         try:
             return self._serve_exact(req, "error")
         except Exception:
-            logger.exception("obcache: request %s ends with an error", req.rid)
+            logger.exception("obcache: serving request %s exactly failed as well; it ends with an error", req.rid)
             req.real_ids, req.position_offset, req.finished_reason = None, 0, None
             req.full_untruncated_fill_ids = array("q")
             req.set_finish_with_abort(
-                "The request could not be served, with or without compression.", HTTPStatus.INTERNAL_SERVER_ERROR
+                "The request could not be served, neither with compression nor exactly.", HTTPStatus.INTERNAL_SERVER_ERROR
             )
             return Verdict.ADMIT
 
@@ -278,12 +278,12 @@ class CompressionManager:
         try:
             job, refusal = self.jobs.make(req, context)
             if job is None:
-                logger.warning("obcache: context %s stays exact: %s", context.id, refusal)
+                logger.warning("obcache: context %s is not compressed: %s", context.id, refusal)
             else:
                 job.unattended = True
                 self.engine.queue.insert(0, job)
         except Exception:
-            logger.exception("obcache: context %s stays exact", context.id)
+            logger.exception("obcache: starting the compression of context %s failed", context.id)
 
     def _engine_is_idle(self) -> bool:
         """Whether no client waits for anything. Only within a pass."""
@@ -315,9 +315,9 @@ class CompressionManager:
     def _serve_resident(self, req: ContextReq, context: Context) -> Verdict:
         if req.return_logprob and not req.is_virtual and 0 <= req.logprob_start_len < context.num_tokens:
             req.set_finish_with_abort(
-                f"logprob_start_len={req.logprob_start_len} is inside the compressed context of {context.num_tokens} tokens, "
-                f"whose log-probabilities are not computed again; ask for {context.num_tokens} or more, "
-                'or set custom_params {"obcache": false}.'
+                f"logprob_start_len={req.logprob_start_len} lies inside the compressed context of {context.num_tokens} tokens, "
+                f"whose log-probabilities are not available. Give {context.num_tokens} or more, give -1 for none, "
+                'or turn compression off (custom_params={"obcache": false}).'
             )
             return Verdict.ADMIT
         if not req.is_virtual:

@@ -93,7 +93,10 @@ class Room:
         for context in self.cache:
             if context.pinned:
                 self.cache.unpin(context)
-                logger.warning("obcache: unpinned context %s, since nothing else could run", context.id)
+                logger.warning(
+                    "obcache: unpinned context %s: nothing runs, and no waiting request fits beside the pinned contexts",
+                    context.id,
+                )
                 return
 
 

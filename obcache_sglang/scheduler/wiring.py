@@ -102,9 +102,9 @@ class Wiring:
         if not settings.captures_decode_graphs:
             if settings.compression.budget != "uniform":
                 logger.warning(
-                    "obcache: decode batches with contexts of budget %s run eagerly, and several times slower: set "
-                    "--obcache-decode-graphs on (with --obcache-head-attention triton) to capture CUDA graphs for them, or "
-                    "--obcache-budget uniform, which needs none.",
+                    "obcache: decode batches with per-head budgets (--obcache-budget %s) run eagerly and several times slower. Set "
+                    "--obcache-decode-graphs on, with --obcache-head-attention triton, to capture CUDA graphs for them. "
+                    "--obcache-budget uniform needs none.",
                     settings.compression.budget,
                 )
             return
@@ -122,7 +122,7 @@ class Wiring:
         try:
             self.graphs = HeadGraphs.capture(self.plan, self.overlay.heads, model_runner)
         except Exception:
-            logger.exception("obcache: no decode graphs for contexts with per-head budgets; such batches run eagerly")
+            logger.exception("obcache: capturing decode graphs failed; decode batches with per-head budgets run eagerly")
 
     def may_run_graph(self, can_run_graph: Callable[..., bool], runner: Any, forward_batch: Any) -> bool:
         """SGLang's graphs were captured without scoring, and with one length for all heads."""
@@ -133,7 +133,7 @@ class Wiring:
         try:
             return self.graphs.prepare(forward_batch)
         except Exception:
-            logger.exception("obcache: a batch runs eagerly")
+            logger.exception("obcache: preparing a decode graph failed; its batch runs eagerly")
             return False
 
     def graphs_for(self, runner: Any, forward_batch: Any) -> Any | None:
@@ -150,13 +150,13 @@ class Wiring:
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         if type(pool) is not MHATokenToKVPool or type(scheduler.tree_cache) is not UnifiedRadixCache:
             raise HostError(
-                f"--obcache needs SGLang's MHATokenToKVPool and UnifiedRadixCache, this server has {type(pool).__name__} and "
-                f"{type(scheduler.tree_cache).__name__}; serve a model with ordinary attention, with the radix cache on."
+                f"--obcache needs SGLang's MHATokenToKVPool and UnifiedRadixCache, but this server has {type(pool).__name__} and "
+                f"{type(scheduler.tree_cache).__name__}. Serve a model with ordinary attention, and leave the radix cache on."
             )
         refusal = _uneven_refusal(self.plan, scheduler.server_args)
         if refusal is not None and settings.compression.budget != "uniform":
             raise HostError(
-                f"--obcache-budget={settings.compression.budget} cannot be served here: {refusal}; set --obcache-budget uniform."
+                f"--obcache-budget={settings.compression.budget} cannot be served here: {refusal}. Set --obcache-budget uniform."
             )
         if settings.head_profile is not None:
             profile = self.plan.compressor.head_profile = HeadProfile.load(settings.head_profile)
@@ -200,9 +200,9 @@ def _uneven_refusal(plan: ForwardPlan, server_args: Any) -> str | None:
     if plan.space is None:
         return f"the KV pool (layout {plan.kv_pool.kv_cache_layout}) does not hold all layers in one address space"
     if plan.space.k.dtype.itemsize < 2:
-        return f"a KV cache of {plan.space.k.dtype} has scales, which attention over per-head budgets does not apply"
+        return f"attention over per-head budgets does not apply the scales of a {plan.space.k.dtype} KV cache"
     if not plan.attends_uneven_heads:
-        return f"attention backend {server_args.attention_backend} on {plan.kv_pool.device} has one length for all heads"
+        return f"attention backend {server_args.attention_backend} on {plan.kv_pool.device} does not support per-head budgets"
     return None
 
 

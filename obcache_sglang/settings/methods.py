@@ -1,6 +1,6 @@
-"""The tables of methods and presets: what each decides where a setting is not given. Everything else asks these rows.
+"""The tables of methods and presets: what each decides if a setting is not given. All other code asks these rows.
 
-A new method is one row of `METHODS`, and one function where no query of the context scores for it (`compress.ranking`).
+A new method is one row of `METHODS`, and one function if it scores without queries (`compress.ranking`).
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
 BUDGETS = ("uniform", "adakv", "global", "profile")
 
 EVERY_QUERY = 0
-"""`CompressionSettings.window` of a method that scores with every query: of the context (h2o, written "all"), or of the replay."""
+"""`CompressionSettings.window` of a method that scores with every query of the context (h2o, given as "all") or of the replay."""
 
 KERNEL_SIZE = 5
-"""Neighbouring positions that pooling smooths over unless told."""
+"""Number of positions that are pooled together by default."""
 
 REPLAY_RECENT_TOKENS = 8
-"""What follows a context stands next to its last tokens, and the queries of a replay do not. Heads to which a global budget gives
-little would lose them: with these, the KL divergence at 0.9 is a fifth lower (launch/results/quality.md)."""
+"""Last tokens of a context that a replay keeps. A question comes right after them, and the queries of a replay do not, so heads with
+a small part of a global budget would lose them. With them, the KL divergence at 0.9 is a fifth lower (launch/results/quality.md)."""
 
 
 @dataclass(frozen=True)
 class Method:
     """One method.
 
-    scored_by: whose queries score a context's tokens: its own last ones, those of a replay after it, or nobody's.
+    scored_by: whose queries score a context's tokens: its own last queries, the queries of a replay after it, or nobody's.
     summary: for the help of `--obcache-method`.
     decides: settings that it sets unless they are given.
-    with_budget: of these, such as depend on the budget, by its name.
-    window: the only window that goes with it; None for any. window_reason: what else a user is told, and should do.
+    with_budget: settings that it sets likewise, for one budget, by the budget's name.
+    window: the only window that it allows; None if it allows any.
+    window_reason: continues the error "window=VALUE ..." for any other window.
     takes_every_query: whether window may be "all".
-    position_scores: where nobody's queries score, the function that does by position, as "module:name"; see
+    position_scores: if no queries score, the function that scores by position, as "module:name"; see
         `compress.ranking.position_scores`.
     """
 
@@ -60,7 +61,7 @@ METHODS: dict[str, Method] = {
         {"window": 1},
         with_budget={"uniform": {"heads": "shared"}},
         window=1,
-        window_reason="is not allowed with method tova: it scores with the last query only; set method=snapkv or h2o.",
+        window_reason="cannot be used with method=tova, which scores with the last query only. Remove window, or set method=snapkv or h2o.",
     ),
     "replay": Method(
         "replay",
@@ -85,8 +86,9 @@ class Preset:
     """One preset.
 
     method: the method unless one is given.
-    decides: settings that it sets unless they are given, whatever the method says; for_method: likewise with one method.
-    requires: settings that it stands for, and that cannot be others.
+    decides: settings that it sets unless they are given; they override the method's.
+    for_method: settings that it sets likewise, for one method, by the method's name.
+    requires: settings that cannot have other values with this preset.
     shrinks_window: whether a window makes room for other tokens (`compress.ranking.effective_window`).
     measures_errors: whether a replay's global budget is divided by measured errors, not by scores alone.
     replay_sees_chunk_only: whether a replayed chunk's queries share their softmax among the sinks, the chunk and the replay.
@@ -112,17 +114,18 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
-# A request that names another method or preset starts from that one's own values of these: a window chosen for snapkv says
-# nothing about tova.
+# If a request names another method or preset, these settings start from that method's or preset's own values: a window chosen for
+# snapkv says nothing about tova.
 _DECIDED_BY_METHOD = frozenset({"window", "pooling", "kernel_size", "recent_tokens", "heads"})
 _DECIDED_BY_PRESET = _DECIDED_BY_METHOD | {"sink_tokens"}
 
 
 def resolve(given: Mapping[str, Any], *, has_profile: bool) -> dict[str, Any]:
-    """Settings from those really given; the method and the preset decide others. What neither decides is left out.
+    """All settings that are given, or that the method or the preset decides. Others are left out.
 
-    has_profile: whether there is a head profile, by which budgets are divided then unless told; a replay's are not: it measures for
-    itself. Names are not checked here: unknown ones raise KeyError.
+    has_profile: whether the server has a head profile. Then the default budget is `profile`, except for replay, which measures heads
+        itself.
+    Names are not checked here: unknown names raise KeyError.
     """
     preset = PRESETS[given.get("preset", "default")]
     name = given.get("method", preset.method)
@@ -142,7 +145,7 @@ def resolve(given: Mapping[str, Any], *, has_profile: bool) -> dict[str, Any]:
 
 
 def superseded(before: Mapping[str, str], overrides: Mapping[str, Any]) -> frozenset[str]:
-    """Settings given for a server that say nothing about a request which names another preset or method.
+    """Settings of a server that do not apply to a request, because the request names another preset or method.
 
     before: the server's preset and method. overrides: what the request gives.
     """

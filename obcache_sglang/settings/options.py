@@ -1,4 +1,4 @@
-"""The table of options: each setting's command-line flag, check and help, once. A request may override those marked so."""
+"""The table of options: the command-line flag, check and help of each setting, and whether a request may override it."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ WHENS = ("first", "idle")
 HEAD_ATTENTIONS = ("triton", "flashinfer")
 DECODE_GRAPHS = ("auto", "on", "off")
 
-# What each number may be, and why no more: a client may send any of them, and none may cost others much or overflow.
-# The longest contexts that models serve today bound what counts tokens.
+# Clients may send any number: none may overflow, or cost other clients much. Numbers of tokens are bounded by the longest
+# contexts that models serve today.
 _LONGEST_CONTEXT = 1 << 24
 BOUNDS: dict[str, tuple[float, float, str]] = {
-    "window": (1, 8192, "as many queries read the whole context once more"),
-    "kernel_size": (1, 127, "wider smoothing keeps whatever lies near"),
-    "sink_tokens": (0, _LONGEST_CONTEXT, "the longest context"),
-    "recent_tokens": (0, _LONGEST_CONTEXT, "the longest context"),
-    "max_kept_tokens": (1, _LONGEST_CONTEXT, "the longest context"),
-    "replay_chunk": (32, 1 << 20, "each pass reads a prompt of its own: with shorter ones it would read little else"),
-    "context_len": (1, _LONGEST_CONTEXT, "the longest context"),
-    "ttl_seconds": (1, 366 * 86400, "a year"),
-    "wait_seconds": (0, 600, "ten minutes"),
-    "min_tokens": (1, _LONGEST_CONTEXT, "the longest context"),
-    "max_contexts": (1, 1 << 20, "each remembers its tokens"),
-    "max_pinned_slots": (0, 1 << 40, "no pool is larger"),
+    "window": (1, 8192, "every further query reads the whole context again"),
+    "kernel_size": (1, 127, "wider smoothing would keep whatever is near"),
+    "sink_tokens": (0, _LONGEST_CONTEXT, "no context is longer"),
+    "recent_tokens": (0, _LONGEST_CONTEXT, "no context is longer"),
+    "max_kept_tokens": (1, _LONGEST_CONTEXT, "no context is longer"),
+    "replay_chunk": (32, 1 << 20, "each pass also reads a prompt of its own, which would outweigh shorter chunks"),
+    "context_len": (1, _LONGEST_CONTEXT, "no context is longer"),
+    "ttl_seconds": (1, 366 * 86400, "at most a year"),
+    "wait_seconds": (0, 600, "at most ten minutes"),
+    "min_tokens": (1, _LONGEST_CONTEXT, "no context is longer"),
+    "max_contexts": (1, 1 << 20, "the tokens of each stay in memory"),
+    "max_pinned_slots": (0, 1 << 40, "no KV pool is larger"),
 }
-"""Lowest and highest value of every number that is not a fraction, and the reason for the highest."""
+"""Lowest and highest value of every number that is not a fraction, and the reason for the bound."""
 
 Check = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One setting. check(name, value) returns the value to use or raises InvalidValue; per_request: a request may set it."""
+    """One setting. check(name, value) returns the value to use or raises InvalidValue. per_request: whether a request may set it."""
 
     name: str
     check: Check
@@ -86,43 +86,43 @@ def _whole_number(what: str, *, optional: bool = False, odd: bool = False, all_w
 
 
 def check_whole_number(name: str, value: Any, what: str, *, odd: bool = False, all_word: bool = False) -> int:
-    """A whole number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "it is ..."."""
+    """A whole number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "It is ..."."""
     lowest, highest, reason = BOUNDS[name]
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest or (odd and value % 2 == 0):
         allowed = f"{'an odd' if odd else 'a'} whole number from {lowest} to {highest}" + (', or "all"' if all_word else "")
-        raise InvalidValue(name, value, f"is not {allowed} ({reason}): it is {what}.")
+        raise InvalidValue(name, value, f"is not {allowed} ({reason}). It is {what}.")
     return value
 
 
 def check_number(name: str, value: Any, what: str) -> float:
-    """A finite number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "it is ..."."""
+    """A finite number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "It is ..."."""
     lowest, highest, reason = BOUNDS[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
-        raise InvalidValue(name, value, f"is not a number from {lowest} to {highest} ({reason}): it is {what}.")
+        raise InvalidValue(name, value, f"is not a number from {lowest} to {highest} ({reason}). It is {what}.")
     return float(value)
 
 
 def _ratio(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise InvalidValue(name, value, "is outside [0, 1): it is the fraction of KV pairs removed; 0.7 keeps 30 %.")
+        raise InvalidValue(name, value, "is outside [0, 1). It is the fraction of KV pairs that is removed: 0.7 keeps 30 %.")
     return float(value)
 
 
 def _share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InvalidValue(name, value, "is outside [0, 1]: it is the part of an even share that every head keeps.")
+        raise InvalidValue(name, value, "is outside [0, 1]. It is the part of an equal share that every head keeps.")
     return float(value)
 
 
 def _marker(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value or value != value.strip():
-        raise InvalidValue(name, value, "is not a text without surrounding blanks; the default is <|obcache|>.")
+        raise InvalidValue(name, value, "is not a non-empty string without spaces around it. The default is <|obcache|>.")
     return value
 
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise InvalidValue(name, value, "is not a text.")
+        raise InvalidValue(name, value, "is not a non-empty string.")
     return value
 
 
@@ -133,7 +133,7 @@ def _switch(name: str, value: Any) -> bool:
 
 
 def _number(text: str) -> int | float | str:
-    """A number from the command line; anything else stays text, which the option's check then refuses by name."""
+    """A number from the command line. Anything else stays text, and the option's check refuses it by name."""
     for parse in (int, float):
         try:
             return parse(text)

@@ -1,12 +1,14 @@
-"""Where a server's settings come from: its command line, Python, and on the way to its other processes the environment."""
+"""Where a server's settings come from: its command line or Python; in its other processes, the environment."""
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from obcache_sglang.errors import ConfigError, InvalidValue
@@ -20,7 +22,7 @@ _SECRET_ENV = "OBCACHE_SGLANG_SECRET"
 
 
 def add_cli_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds `--obcache` and `--obcache-*` to `parser`, in a group of their own. All default to None: not given."""
+    """Adds `--obcache` and `--obcache-*` to `parser`, in a group of their own. All default to None, for not given."""
     group = parser.add_argument_group("obcache", "KV-cache compression of shared contexts (package obcache_sglang)")
     group.add_argument(
         "--obcache",
@@ -35,13 +37,31 @@ def add_cli_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(option.flag, type=option.cli_type, default=None, metavar=option.metavar, help=option.help)
 
 
+def flags_help() -> str:
+    """The help of our flags alone."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    add_cli_flags(parser)
+    return parser.format_help()
+
+
+def add_flags_to_serve_help(argv: Sequence[str]) -> None:
+    """If `argv` is `sglang serve --help`, prints the help of our flags when this process ends.
+
+    SGLang prints the help of this command before it loads plugins, so its parser does not have our flags.
+    """
+    if argv[1:2] == ["serve"] and Path(argv[0]).name == "sglang" and not {"-h", "--help"}.isdisjoint(argv):
+        atexit.register(print, f"\n{flags_help()}", end="")
+
+
 def settings_from_cli(args: argparse.Namespace) -> ServerSettings | None:
     """The settings that parsed flags ask for, or None without `--obcache`. Raises ConfigError, naming the flag."""
     given = {name: value for name in OPTIONS if (value := getattr(args, f"obcache_{name}", None)) is not None}
     if not getattr(args, "obcache", None):
         if given:
             flags = ", ".join(OPTIONS[name].flag for name in given)
-            raise ConfigError(f"{flags} given without --obcache, which turns compression on: add --obcache, or leave it out.")
+            raise ConfigError(
+                f"{flags} given without --obcache, which turns compression on. Add --obcache, or remove these flags."
+            )
         return None
     try:
         return ServerSettings.resolve(given)
@@ -74,7 +94,7 @@ def publish(settings: ServerSettings) -> None:
 
 
 def published_settings() -> ServerSettings | None:
-    """The settings that a process above published, or None where compression was not asked for. Raises ConfigError."""
+    """The settings that a parent process published, or None if compression was not asked for. Raises ConfigError."""
     text = os.environ.get(SETTINGS_ENV)
     if not text:
         return None
@@ -83,10 +103,10 @@ def published_settings() -> ServerSettings | None:
         return ServerSettings.resolve(given)
     except (InvalidValue, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"{SETTINGS_ENV}={text!r} cannot be read ({error}). It is set by --obcache, as a JSON object; unset it."
+            f"{SETTINGS_ENV}={text!r} cannot be read ({error}). It is set by --obcache, as a JSON object. Unset it, and start the server again."
         ) from error
 
 
 def server_secret() -> bytes:
-    """What context ids cannot be guessed without: 32 random bytes, the same in all processes of a server."""
+    """The secret that context ids are made with: 32 random bytes, the same in all processes of a server."""
     return bytes.fromhex(os.environ[_SECRET_ENV])

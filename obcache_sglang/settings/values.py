@@ -1,4 +1,4 @@
-"""Settings as values: what decides which tokens are kept, and how a server offers it.
+"""Settings as values: what decides which tokens are kept, and how a server offers compression.
 
 Defaults that depend on each other (a method's window, a preset's pooling) come from the tables of `settings.methods`, and every
 value is checked by its `settings.options.Option`.
@@ -24,8 +24,8 @@ class CompressionSettings:
     """Everything that decides which tokens of a context are kept. Part of a context's identity.
 
     compression_ratio: fraction of KV pairs removed, in [0, 1), as in KVPress and the OBCache paper (arXiv 2510.07651).
-    method: which queries score, and what is always kept (snapkv, h2o, tova, streaming, random; replay: the queries of the model
-        as it re-reads the context).
+    method: which queries score, and what is always kept (snapkv, h2o, tova, streaming, random; replay: the model's queries while it
+        reads the context again).
     score: how a query scores a token (attention, obcache-v, obcache-k, obcache-kv).
     preset: `kvpress` protects nothing but the window, and never shrinks it; `default` and `paper` also protect sinks and
         shrink a window that is larger than half of the kept tokens. `kvzip`: KVPress's KVzip, method replay only: a replayed
@@ -36,17 +36,18 @@ class CompressionSettings:
     sink_tokens: first positions that are always kept.
     recent_tokens: last positions that are always kept, where the window is shorter.
     heads: `per-head` keeps each KV head's own tokens, `shared` one selection (the mean over heads) for a layer.
-    max_kept_tokens: upper bound of the kept tokens per KV head, beside the ratio; None for no bound.
-    budget: how the kept tokens are divided, as many in all under each. `uniform`: the same number for each head of each layer;
-        `adakv`: each layer's over its heads (AdaKV, arXiv 2407.11550, in KVPress's form); `global`: all over all heads of all
-        layers, of which each keeps at least its sinks and window; `profile`: as the server's head profile says, likewise.
-    adakv_safeguard: the part of an even share that each head keeps whatever the others score, in [0, 1]; for adakv.
-    replay_chunk: context tokens that one replay pass re-reads; method replay only.
-    normalization: `layer` divides each query's errors by the squared norm of what the layer's attention gives there, both
-        behind the output projection (`compress.scores.relative_error_weights`), so that layers and heads can be compared: obcache
-        scores, and the errors that are measured for a replay (`compress.measured_errors`), which decide how many tokens a head keeps
-        whatever the score; the scores only order a head's tokens then. For global. Attention weights need none themselves, and
-        preset kvzip has neither.
+    max_kept_tokens: upper bound of the kept tokens per KV head, in addition to the ratio; None for no bound.
+    budget: how the kept tokens are divided; the total is always the same. `uniform`: the same number for each head of each layer;
+        `adakv`: each layer's tokens are divided among its heads (AdaKV, arXiv 2407.11550, in KVPress's form); `global`: all tokens
+        are divided among all heads of all layers, and each head keeps at least its sinks and window; `profile`: as `global`, in the
+        shares of the server's head profile.
+    adakv_safeguard: the part of an equal share that each head keeps whatever the other heads score, in [0, 1]; for adakv.
+    replay_chunk: context tokens that one replay pass reads again; method replay only.
+    normalization: for budget global. `layer` divides each query's errors by the squared norm of what the layer's attention adds there,
+        both after the output projection (`compress.scores.relative_error_weights`), so that layers and heads can be compared. It
+        applies to obcache scores, and to the errors that are measured for a replay (`compress.measured_errors`). These errors decide
+        how many tokens a head keeps, whatever the score; the scores then only order a head's tokens. Attention weights are comparable
+        as they are, and preset kvzip neither normalizes nor measures errors.
     """
 
     compression_ratio: float = 0.7
@@ -66,7 +67,7 @@ class CompressionSettings:
     replay_chunk: int = 2048
 
     def __post_init__(self) -> None:
-        """Raises InvalidValue on the first setting that is not allowed, alone or beside the others."""
+        """Raises InvalidValue for the first setting that is not allowed, alone or with the others."""
         for option in COMPRESSION_OPTIONS:
             checked = option.check(option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, checked)
@@ -75,12 +76,14 @@ class CompressionSettings:
             raise InvalidValue(
                 "preset",
                 self.preset,
-                f"is {', '.join(f'{name}={value}' for name, value in requires.items())}, not "
-                f"{', '.join(getattr(self, name) for name in requires)}; leave these out, or the preset.",
+                f"requires {', '.join(f'{name}={value}' for name, value in requires.items())}, not "
+                f"{', '.join(getattr(self, name) for name in requires)}. Remove these settings, or the preset.",
             )
         if self.window == EVERY_QUERY and not method.takes_every_query:
             raise InvalidValue(
-                "window", "all", f"is for method h2o only; {self.method} needs a number of last queries, 1 or more."
+                "window",
+                "all",
+                f"can be used with method=h2o only. Method {self.method} needs a number of last queries, 1 or more.",
             )
         if method.window is not None and self.window != method.window:
             raise InvalidValue("window", self.window, method.window_reason)
@@ -88,22 +91,24 @@ class CompressionSettings:
             raise InvalidValue(
                 "kernel_size",
                 self.kernel_size,
-                "has no effect without pooling: leave it out, or set pooling=average|max.",
+                "has no effect without pooling. Remove it, or set pooling=average or pooling=max.",
             )
         if self.heads == "shared" and self.budget != "uniform":
             raise InvalidValue(
                 "heads",
                 "shared",
-                f"keeps the same tokens in every head of a layer, so budget={self.budget} could not divide them; "
-                "set budget=uniform, or heads=per-head.",
+                f"keeps the same tokens in every head of a layer, so budget={self.budget} has nothing to divide. "
+                "Set budget=uniform or heads=per-head.",
             )
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], *, has_profile: bool = False) -> CompressionSettings:
-        """Settings from the values really given; the method and preset decide the rest (`settings.methods`).
+        """Settings from the values that were given; the method and preset decide the rest (`settings.methods`).
 
-        given: any of this class's field names; `window` may be "all". has_profile: whether there is a head profile, by which budgets
-        are then divided unless told; replay's are not: it measures for itself. Raises InvalidValue.
+        given: any of this class's field names; `window` may be "all".
+        has_profile: whether the server has a head profile. Then the default budget is `profile`, except for replay, which measures
+            heads itself.
+        Raises InvalidValue.
         """
         for name in ("preset", "method"):
             if name in given:
@@ -116,7 +121,7 @@ class CompressionSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionSettings:
-        """The inverse of `to_dict`: takes every field as it is, resolves nothing. Raises InvalidValue."""
+        """The inverse of `to_dict`: takes every field as it is and resolves nothing. Raises InvalidValue."""
         return cls(**values)
 
     def fingerprint(self) -> str:
@@ -126,12 +131,12 @@ class CompressionSettings:
 
     @property
     def needs_queries(self) -> bool:
-        """Whether scoring reads attention queries (else positions alone decide)."""
+        """Whether scoring reads attention queries; if not, positions alone decide."""
         return METHODS[self.method].scored_by != "nobody"
 
     @property
     def own_queries_score(self) -> bool:
-        """Whether the queries of the prefill that makes a context score it (not those of a replay behind it)."""
+        """Whether a context is scored by the queries of its own prefill, and not by those of a replay after it."""
         return METHODS[self.method].scored_by == "window"
 
     @property
@@ -141,15 +146,16 @@ class CompressionSettings:
 
     @property
     def weighs_queries(self) -> bool:
-        """Whether each query's scores are made relative to what its layer gives, so that layers and heads can be compared."""
+        """Whether each query's scores are made relative to its layer's output, so that layers and heads can be compared."""
         return self._compares_errors and self.score != "attention"
 
     @property
     def measures_errors(self) -> bool:
-        """Whether a global budget is divided by measured errors, scores only ordering a head's tokens; else by scores alone.
+        """Whether a global budget is divided by measured errors, so that scores only order a head's tokens; if not, by scores alone.
 
-        For replay: errors of the last queries of a context say less of those to come than its scores do, measured. Whatever the
-        score, so that two replays that differ in it differ in nothing else; but preset kvzip is KVPress's, which has only scores.
+        True only for replay: measured with the last queries of a context, errors predict later errors worse than scores do. It does
+        not depend on the score, so that two replays with different scores differ in nothing else. Preset kvzip follows KVPress, which
+        has only scores.
         """
         return self.is_replay and PRESETS[self.preset].measures_errors and self._compares_errors
 
@@ -160,22 +166,22 @@ class CompressionSettings:
 
     @property
     def _compares_errors(self) -> bool:
-        """Whether errors of different heads and layers are compared, relative to what their layer gives."""
+        """Whether errors of different heads and layers are compared, relative to their layer's output."""
         return self.budget == "global" and self.normalization == "layer"
 
     @property
     def shrinks_window(self) -> bool:
-        """Whether a window makes room for other tokens (`effective_window`); KVPress's never does."""
+        """Whether the window shrinks to make room for other tokens (`effective_window`); in KVPress it never does."""
         return PRESETS[self.preset].shrinks_window
 
     @property
     def kept_window(self) -> int:
-        """Last positions that every head keeps, as far as there is room for them."""
+        """Number of last positions that every head keeps, as far as there is room for them."""
         return max(self.window, self.recent_tokens)
 
     @property
     def reduce(self) -> str:
-        """How the scores of several queries join: `max` for the attention of a replay (KVzip's statistic), else `sum`."""
+        """How the scores of several queries are combined: `max` for the attention of a replay (KVzip's statistic), else `sum`."""
         return "max" if self.is_replay and self.score == "attention" else "sum"
 
     def kept_tokens(self, context_tokens: int) -> int:
@@ -186,12 +192,12 @@ class CompressionSettings:
         return max(kept, 1)
 
     def kept_slots(self, context_tokens: int, page_size: int) -> int:
-        """KV slots a context of `context_tokens` (whole pages) holds: `min(L, ceil_to_page(kept_tokens))`."""
+        """KV slots that a context of `context_tokens` (whole pages) holds: `min(L, ceil_to_page(kept_tokens))`."""
         pages = math.ceil(self.kept_tokens(context_tokens) / page_size)
         return min(context_tokens, pages * page_size)
 
     def safeguarded_tokens(self, num_slots: int) -> int:
-        """Budget adakv: tokens that each head keeps whatever the others score, of an even share of num_slots; KVPress's count."""
+        """Budget adakv: how many of num_slots tokens each head keeps whatever the other heads score; counted as in KVPress."""
         return max(1, int(num_slots * self.adakv_safeguard)) if self.adakv_safeguard else 0
 
 
@@ -199,18 +205,18 @@ class CompressionSettings:
 class ServerSettings:
     """One server's settings: the defaults of its requests, and how it offers compression.
 
-    compression: what a request gets that asks for nothing else.
+    compression: the settings of a request that gives none.
     mode: `marked`: prompts say where their context ends; `prompt`: the context is all of a prompt but its last token, which scores it.
-    head_profile: file of a head profile, or the name of one that comes with the package; then budgets but replay's are `profile` unless given.
+    head_profile: file of a head profile, or the name of one in the package. Then the default budget is `profile`, except for replay.
     when: `first`: a context's first question compresses it; `idle`: questions are served exactly until the engine has nothing
-        else to do, or its pool gets tight, and compresses the contexts they came with.
+        else to do or its pool gets tight; then their contexts are compressed.
     min_tokens: shorter contexts are served exactly.
     marker: the text that ends a context.
     max_contexts: contexts remembered at once.
     max_pinned_slots: KV slots that pinned contexts may hold together; None for half of the pool.
-    head_attention: whose kernels attend per-head budgets on GPUs.
-    decode_graphs: `on`: decode batches with such heads run in CUDA graphs, of which a second set is captured at start-up; `auto`:
-        on where the server's own budget makes such heads.
+    head_attention: the kernels that attend to contexts with per-head budgets on GPUs.
+    decode_graphs: `on`: decode batches with per-head budgets run in CUDA graphs, a second set of which is captured at start-up;
+        `auto`: on if the server's own budget is not uniform.
     allow_untested_sglang: start on another SGLang release than the tested one.
     given: the compression settings that were given explicitly, from which a request's overrides are resolved.
     """
@@ -232,13 +238,13 @@ class ServerSettings:
         """Raises InvalidValue for settings that exclude each other."""
         if self.when == "idle" and self.mode == "prompt":
             raise InvalidValue(
-                "when", "idle", "has no use in mode prompt, whose contexts have one question each; set when=first."
+                "when", "idle", "has no effect with mode=prompt, where each context has one question. Set when=first."
             )
         if self.decode_graphs == "on" and self.head_attention != "triton":
             raise InvalidValue(
                 "decode_graphs",
                 "on",
-                f"cannot be had with head_attention={self.head_attention}, which plans each step on the host; set triton.",
+                f"cannot be used with head_attention={self.head_attention}, which plans each step on the host. Set head_attention=triton.",
             )
         self._check_budget(self.compression)
 
@@ -254,13 +260,13 @@ class ServerSettings:
             raise InvalidValue(
                 "budget",
                 "profile",
-                "needs a server with a head profile (--obcache-head-profile); choose uniform, adakv or global.",
+                "needs a server started with --obcache-head-profile. Choose uniform, adakv or global.",
             )
         return compression
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any]) -> ServerSettings:
-        """Settings from the values really given, under their field names. Raises InvalidValue, also for unknown names."""
+        """Settings from the values that were given, under their field names. Raises InvalidValue, also for unknown names."""
         for name in given:
             if name not in OPTIONS:
                 raise InvalidValue(name, given[name], f"is not a setting; the settings are {', '.join(OPTIONS)}.")
@@ -276,7 +282,7 @@ class ServerSettings:
     def compression_for(self, overrides: Mapping[str, Any]) -> CompressionSettings:
         """The settings of a request that overrides some. Raises InvalidValue.
 
-        A request that names another method or preset than the server's starts from that one's own window, pooling and heads.
+        If it names another method or preset than the server's, window, pooling and heads start from that method's or preset's own.
         """
         if not overrides:
             return self.compression
@@ -285,7 +291,7 @@ class ServerSettings:
         return self._check_budget(CompressionSettings.resolve({**kept, **overrides}, has_profile=self.head_profile is not None))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe, for reports. A marker of the operator's own is not told: documents must not hold it."""
+        """JSON-safe, for reports. A marker that the operator chose is left out: documents must not contain it."""
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("compression", "given")}
         if self.marker != ServerSettings.marker:
             shown["marker"] = None

@@ -8,6 +8,7 @@ import pytest
 
 from obcache_sglang import check, host
 from obcache_sglang.host import Touch, check_touch, hook_in_place, host_table
+from obcache_sglang.settings import OPTIONS
 
 
 @pytest.mark.parametrize("touch", host_table(), ids=lambda touch: f"{touch.kind}-{touch.target.removeprefix('sglang.srt.')}")
@@ -99,7 +100,7 @@ del module.TokenizerManager._wait_one_response
 try:
     plugin.activate(settings_from_python(True))
 except HostError as error:
-    assert "1 hooks are not in place" in str(error) and "_wait_one_response" in str(error), error
+    assert "these hooks are not in place: " in str(error) and "_wait_one_response" in str(error), error
 else:
     raise AssertionError("a hook was missing and nothing was said")
 """
@@ -145,11 +146,42 @@ publish(settings_from_python({"head_profile": "smollm2-135m"}))
 try:
     plugin._check_before_launch(None, ServerArgs(model_path=str(folder)))
 except SystemExit as stop:
-    assert "of another model than the one served" in str(stop), stop
+    assert "for another model than the one served" in str(stop), stop
 else:
     raise AssertionError("a head profile of another model was accepted")
 plugin.deactivate()
 prepare_server_args(["--model-path", "x"])
+"""
+
+
+# `sglang serve` first: it answers before it loads plugins, and plugins stay loaded. Its last words come when the process ends.
+_HELP = """
+import contextlib, io, runpy, sys
+from importlib.metadata import entry_points
+
+def run(command, *argv):
+    sys.argv = [command, *argv]
+    if command == "sglang":
+        (script,) = entry_points(group="console_scripts", name="sglang")
+        return script.load()()
+    return runpy.run_module(command, run_name="__main__")
+
+def stopped(command, *argv):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        run(command, *argv)
+        raise AssertionError(f"{command} {argv} did not stop")
+    return said.getvalue()
+
+run("sglang", "serve", "--help")
+shown = stopped("sglang.launch_server", "--help")
+assert "--obcache-compression-ratio RATIO" in shown and shown.count("KV-cache compression of shared contexts") == 1
+model = ["--model-path", "x", "--obcache"]
+for command in (["sglang", "serve", "--model-type", "llm"], ["sglang.launch_server"]):
+    said = stopped(*command, *model, "--obcache-compresion-ratio=0.5")
+    assert "Did you mean --obcache-compression-ratio?" in said, said
+    said = stopped(*command, *model, "--obcache-head", "x")  # ambiguous, not unknown
+    assert "--obcache-head-profile" in said and "Did you mean" not in said, said
 """
 
 
@@ -166,6 +198,7 @@ _PROGRAMS = {
     "activation_puts_every_hook_of_the_launcher_in_place": _LAUNCHER,
     "a_missing_hook_stops_the_launcher": _MISSING,
     "a_wrong_start_is_refused_with_the_reason": _FLAGS,
+    "both_commands_show_our_flags": _HELP,
     "a_child_process_with_broken_settings_does_not_go_on": _BROKEN_SETTINGS,
 }
 
@@ -188,6 +221,10 @@ def test_in_a_process_of_its_own(programs, name):
         assert "cannot run with compression" in output
     else:
         assert programs[name].returncode == 0, output
+    if name == "both_commands_show_our_flags":
+        assert output.count("KV-cache compression of shared contexts") == 1
+        ours = output.partition("KV-cache compression of shared contexts")[2]
+        assert "usage:" not in ours and all(option.flag in ours for option in OPTIONS.values())
 
 
 def test_check_says_ok_here(capsys, monkeypatch):

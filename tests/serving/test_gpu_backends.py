@@ -130,6 +130,6 @@ def test_a_batch_of_every_kind(gpu_server: Server, model_dir: Path) -> None:
     print(f"{sum(same)} of {len(same)} answers are the same; the first token's log-probability is off by {max(first):.4f}")
     assert max(first) < 0.25
     assert sum(same) >= len(same) // 2  # in 16 bits near ties fall both ways
-    if "capturing decode graphs for heads" in gpu_server.log():
+    if "capturing decode graphs for contexts with per-head budgets" in gpu_server.log():
         decode_batches = re.findall(r"Decode batch.*cuda graph: (\w+)", gpu_server.log())
         assert decode_batches and set(decode_batches) == {"True"}

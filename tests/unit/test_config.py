@@ -67,7 +67,7 @@ def test_method_and_preset_decide_what_is_not_given(given, window, pooling, kern
         ({"compression_ratio": float("nan")}, "outside [0, 1)"),
         ({"method": "kvzip"}, "choose snapkv, h2o, tova, replay, streaming or random"),
         ({"budget": "pyramid"}, "choose uniform, adakv, global or profile"),
-        ({"budget": "adakv", "heads": "shared"}, "set budget=uniform"),
+        ({"budget": "adakv", "heads": "shared"}, "Set budget=uniform"),
         ({"adakv_safeguard": 1.5}, "1.5 is outside [0, 1]"),
         ({"method": "replay", "window": 64}, "cannot be used with method=replay"),
         ({"preset": "kvzip", "score": "obcache-v"}, "score=attention"),
@@ -167,7 +167,7 @@ def test_flags_reach_the_settings():
 
 
 def test_decode_graphs_go_with_triton_only():
-    with pytest.raises(ConfigError, match="--obcache-decode-graphs=on cannot be had with head_attention=flashinfer"):
+    with pytest.raises(ConfigError, match="--obcache-decode-graphs=on cannot be used with head_attention=flashinfer"):
         parse("--obcache", "--obcache-decode-graphs", "on", "--obcache-head-attention", "flashinfer")
 
 
@@ -192,7 +192,7 @@ def test_wrong_flags_are_named_as_the_operator_wrote_them():
     with pytest.raises(ConfigError) as error:
         parse("--obcache", "--obcache-compression-ratio=1.2")
     assert str(error.value) == (
-        "--obcache-compression-ratio=1.2 is outside [0, 1): it is the fraction of KV pairs removed; 0.7 keeps 30 %."
+        "--obcache-compression-ratio=1.2 is outside [0, 1). It is the fraction of KV pairs that is removed: 0.7 keeps 30 %."
     )
     with pytest.raises(ConfigError, match="--obcache-window=many is not a whole number"):
         parse("--obcache", "--obcache-window", "many")

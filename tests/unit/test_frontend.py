@@ -82,7 +82,7 @@ def test_a_tokenizer_that_reads_the_right_side_differently_is_refused(model_dir)
             ids = self.inner(text)["input_ids"]
             return {"input_ids": ids[:-1] if "tail " in text else ids}
 
-    with pytest.raises(HostError, match="becomes different tokens beside it"):
+    with pytest.raises(HostError, match="becomes different tokens"):
         register_marker(Wobbly(AutoTokenizer.from_pretrained(model_dir)), "<|cut|>")
 
 
@@ -95,7 +95,7 @@ def test_prompts_without_a_marker_are_the_same_object():
     given = [1, 9, 2]
     assert split_marker(given, 9) == ([1, 2], 1)
     assert given == [1, 9, 2], "a client's list must not change: n > 1 tokenizes it again"
-    with pytest.raises(RequestError, match="holds the context marker 2 times"):
+    with pytest.raises(RequestError, match="contains the context marker 2 times"):
         split_marker([9, 1, 9], 9)
 
 
@@ -170,17 +170,17 @@ def test_requests_override_the_servers_settings():
 @pytest.mark.parametrize(
     ("value", "position", "words"),
     [
-        ("yes", None, "give true, false or an object with any of context_len"),
-        ({"ratio": 0.5}, None, '["ratio"]=0.5 is not a key of it: allowed are context_len, context_id'),
+        ("yes", None, "give true, false or an object with any of the keys context_len"),
+        ({"ratio": 0.5}, None, '["ratio"]=0.5 is not a known key. Allowed keys: context_len, context_id'),
         ({"compression_ratio": 1.0}, 50, '["compression_ratio"]=1.0 is outside [0, 1)'),
         ({"score": "v"}, 50, "choose attention, obcache-v, obcache-k or obcache-kv"),
-        ({"method": "tova", "window": 5}, 50, '["window"]=5 is not allowed with method tova'),
+        ({"method": "tova", "window": 5}, 50, '["window"]=5 cannot be used with method=tova'),
         ({"mode": "both"}, 50, "choose marked or prompt"),
         ({"context_len": 0}, None, "a whole number from 1 to"),
         ({"context_len": True}, None, "a whole number from 1 to"),
         ({"context_len": 10**400}, None, "a whole number from 1 to"),
         ({"context_len": 101}, None, "outside [1, 100]"),
-        ({"context_len": 50}, 50, "beside the marker"),
+        ({"context_len": 50}, 50, "cannot be combined with the marker"),
         ({"context_id": SOME_ID, "context_len": 5}, 0, "leave out context_len"),
         ({"context_id": SOME_ID, "compression_ratio": 0.5}, 0, "leave out compression_ratio"),
         ({"context_id": 7}, 0, "is not the id of a context"),
@@ -194,7 +194,7 @@ def test_requests_override_the_servers_settings():
         ({"kernel_size": 999999999999, "pooling": "max"}, 50, "an odd whole number from 1 to 127"),
         ({"replay_chunk": 1, "method": "replay"}, 50, "a whole number from 32 to"),
         ({"window": 10**6, "method": "snapkv"}, 50, "a whole number from 1 to 8192"),
-        ({"max_contexts": 5}, 50, "is not a key of it"),
+        ({"max_contexts": 5}, 50, "is not a known key"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
@@ -395,14 +395,14 @@ def test_only_the_chunk_that_finishes_a_choice_gets_its_report():
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({}, "needs one of text, messages, input_ids; given: none"),
+        ({}, "needs exactly one of text, messages, input_ids; given: none"),
         ({"text": "a", "input_ids": [1]}, "given: text, input_ids"),
-        ({"text": ["a", "b"]}, "text is not a text"),
-        ({"text": ""}, "which is not empty"),
-        ({"input_ids": [True]}, "input_ids is not a list of token ids"),
-        ({"text": "a", "ratio": 0.5}, "'ratio' in the body of compress is not allowed: keys are text"),
-        ({"text": "a", "context_len": 5}, "'context_len' in the body"),
-        ({"text": "a", "cache_salt": 5}, "cache_salt=5 is not a text"),
+        ({"text": ["a", "b"]}, "text is not a non-empty string"),
+        ({"text": ""}, "text is not a non-empty string"),
+        ({"input_ids": [True]}, "input_ids is not a non-empty list of token ids"),
+        ({"text": "a", "ratio": 0.5}, "Unknown keys in the body of compress: 'ratio'. Allowed keys: text"),
+        ({"text": "a", "context_len": 5}, "body of compress: 'context_len'"),
+        ({"text": "a", "cache_salt": 5}, "cache_salt=5 is not a string"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
 )
@@ -430,7 +430,7 @@ def test_compress_ends_the_context_of_messages_where_their_text_ends():
     marked = [{"role": "system", "content": "A" + MARKER + "b"}]
     assert service._with_marker(marked, MARKER) is marked
     for wrong in ([], "text", [{"role": "user"}], [{"role": "user", "content": []}]):
-        with pytest.raises(RequestError, match="do not end with a text"):
+        with pytest.raises(RequestError, match="do not end with text"):
             service._with_marker(wrong, MARKER)
 
 
@@ -530,7 +530,7 @@ def test_metrics_count_once_for_status_and_prometheus():
 def test_a_context_in_the_frontend_language_ends_with_the_marker():
     assert lang.context("A document.") == "A document." + MARKER
     assert lang.context("A document.", marker="¶") == "A document.¶"
-    with pytest.raises(ValueError, match="holds the marker"):
+    with pytest.raises(ValueError, match="already contains the marker"):
         lang.context("A" + MARKER)
 
 

@@ -148,7 +148,7 @@ def test_shares_are_rounded_in_the_file(profile: HeadProfile, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "its format is 2, this release reads 1; make it again"),
+        ({"format": 2}, "its format is 2, but this release reads format 1\\. Make it again"),
         ({"ratios": [0.5, 0.3, 0.9]}, r"ratios=\[0.5, 0.3, 0.9\] must be ascending"),
         ({"ratios": [0.3, 0.5, 1.0]}, "must be ascending, between 0 and 1"),
         ({"ratios": []}, "must be ascending"),
@@ -319,8 +319,8 @@ def test_calibrating_a_model(model_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ratios", "0.5", "1.0"], r"--ratios 0.5 1.0: a compression ratio lies between 0 and 1"),
-        (["--max-tokens", "50"], "text 1 has [0-9]+ tokens, which say too little; give at least 128"),
+        (["--ratios", "0.5", "1.0"], r"--ratios 0.5 1.0: compression ratios must be between 0 and 1"),
+        (["--max-tokens", "50"], "text 1 has [0-9]+ tokens, too few to measure heads with. Give at least 128"),
         (["--max-tokens", "7000"], "Lower --max-tokens by [0-9]+ or more"),
         (["--text", "nowhere.txt"], "No such file.*nowhere.txt"),
     ],

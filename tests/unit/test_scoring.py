@@ -264,7 +264,7 @@ def test_a_token_with_all_the_attention(score: str) -> None:
         ({"v": torch.zeros(40, 1, HEAD_DIM)}, "do not fit"),
         ({"o": torch.zeros(9, 2, HEAD_DIM)}, r"o \[9, 2, 16\] must have the shape of q, \[9, 6, 16\]"),
         ({"lse": torch.zeros(6, 9)}, r"lse is \[6, 9\] torch.float32; it must be float32 \[9, 6\]"),
-        ({"query_weights": torch.ones(9, 6)}, "query_weights are for the obcache scores"),
+        ({"query_weights": torch.ones(9, 6)}, "query_weights cannot be used with score 'attention'"),
         ({"query_weights": torch.ones(9, 2), "score": "obcache-v"}, r"query_weights is \[9, 2\] torch.float32; .* \[9, 6\]"),
         ({"scores": torch.zeros(3, 40)}, r"scores is \[3, 40\] torch.float32; it must be float32 \[2, tokens\]"),
         ({"scores": torch.zeros(2, 40, dtype=torch.bfloat16)}, "must be float32"),
