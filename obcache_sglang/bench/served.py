@@ -114,7 +114,8 @@ class ServedArm:
     @classmethod
     def obcache(cls, client: Client, arm: Arm, policy: str, clients: int) -> ServedArm:
         """policy: the server's; the name says it where it is not SGLang's default."""
-        name = f"{arm.method}/{arm.score}/{arm.budget}@{arm.ratio:g}"
+        options = "".join(f"+{option}" for option in arm.options.split(",") if option)
+        name = f"{arm.method}/{arm.score}/{arm.budget}{options}@{arm.ratio:g}"
         return cls(client, name if policy == POLICIES[0] else f"{name}, {policy}", arm, clients, obcache_server(policy))
 
     def part(self, asks: Sequence[Ask]) -> list[Ask]:

@@ -30,10 +30,11 @@ from obcache_sglang.bench.rounds import (
     stream_times,
     summarise,
 )
-from obcache_sglang.bench.served import Stock, fp8_dtype, parse_bench_arms, parse_stock, sampling_params
+from obcache_sglang.bench.served import ServedArm, Stock, fp8_dtype, parse_bench_arms, parse_stock, sampling_params
 from obcache_sglang.bench.workload import Workload, make_workload, pool_size
 from obcache_sglang.errors import ConfigError
 from obcache_sglang.eval.arms import EXACT
+from obcache_sglang.local_server import Client
 
 FCFS, LPM = Stock("fcfs").name, Stock("lpm").name
 ARM = "snapkv/obcache-k/adakv@0.7"
@@ -401,6 +402,12 @@ def test_arms_with_several_ratios() -> None:
     arms = parse_bench_arms(["snapkv/obcache-k/adakv@0.7,0.85", "kvzip@0.5"])
     assert [(arm.method, arm.ratio) for arm in arms] == [("snapkv", 0.7), ("snapkv", 0.85), ("kvzip", 0.5)]
     assert parse_press("kvzip@0.5") == ("kvzip", 0.5)
+
+
+def test_arms_that_differ_in_their_options_have_names_of_their_own() -> None:
+    arms = parse_bench_arms(["replay/obcache-v/global@0.9", "replay/obcache-v/global+replay_chunk=256@0.9"])
+    names = [ServedArm.obcache(Client("http://x:1"), arm, "fcfs", clients=1).name for arm in arms]
+    assert names == ["replay/obcache-v/global@0.9", "replay/obcache-v/global+replay_chunk=256@0.9"]
 
 
 def test_stock_arms_by_policy_and_equal_bytes() -> None:
