@@ -114,10 +114,8 @@ def around_create_generation_req(create: Any, scheduler: Any, recv_req: Any, *ar
         message, status_code = str(error), error.status_code
     except Exception as error:
         logger.exception("obcache: creating request %s with its context failed", recv_req.rid)
-        message, status_code = (
-            f"The context of this request could not be used, after an internal error ({type(error).__name__}). Send the whole prompt.",
-            500,
-        )
+        message = f"The context of this request could not be used: internal error, {type(error).__name__}. Send the whole prompt."
+        status_code = 500
         if plan.get("context_id") is None:
             return create(scheduler, recv_req, *args, **kwargs)
     req = create(scheduler, recv_req, *args, **kwargs)
@@ -141,7 +139,7 @@ def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kw
     except Exception:
         if picked:  # SGLang's own failure, or a batch that would be lost
             raise
-        logger.exception("obcache: a scheduling pass failed; SGLang picks its batch alone")
+        logger.exception("obcache: a scheduling pass failed; SGLang picks the batch without it")
         return pick(scheduler, *args, **kwargs)
 
 
