@@ -41,6 +41,7 @@ class Uniform:
     num_slots: int
 
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division:
+        """As `Budget.divide`."""
         positions = keep_per_head(ranked, self.num_slots)
         offsets = torch.arange(len(positions) + 1, device=positions.device) * self.num_slots
         return positions.reshape(-1).to(torch.int32), offsets
@@ -54,6 +55,7 @@ class AdaKV:
     safe_per_head: int
 
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division:
+        """As `Budget.divide`."""
         return keep_across_heads(ranked, self.num_slots * len(ranked), safe_per_head=self.safe_per_head)
 
 
@@ -64,6 +66,7 @@ class Profile:
         self._counts = iter(counts)
 
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division:
+        """As `Budget.divide`."""
         return keep_counts(ranked, list(islice(self._counts, len(ranked))))
 
 
@@ -76,6 +79,7 @@ class Global:
         self._ranked: list[torch.Tensor] = []
 
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division | None:
+        """As `Budget.divide`."""
         self._ranked.append(ranked)
         if len(self._ranked) < self.num_layers:
             return None
@@ -100,9 +104,11 @@ class MeasuredGlobal(Global):
         self._errors: list[torch.Tensor] = []
 
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division | None:
+        """As `Budget.divide`."""
         self._errors.append(measure(ranked, self.numbers))
         return super().divide(ranked, measure)
 
     def _choose(self, ranked: torch.Tensor) -> Division:
+        """As `Global._choose`."""
         errors, self._errors = torch.cat(self._errors), []
         return keep_counts(ranked, divide_by_errors(errors, self.numbers, self.num_slots * len(ranked)))

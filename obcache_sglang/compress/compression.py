@@ -181,6 +181,7 @@ class Compression:
         )
 
         def measure(ranked: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+            """The errors [num_kv_heads, len(numbers)] float32 of this layer. ranked: [num_kv_heads, L] float32."""
             return self._measured_errors(compressor, rows, ranked, numbers, layer)
 
         if self._budget is None:
@@ -202,7 +203,7 @@ class Compression:
         lse: torch.Tensor | None,
         layer: RadixAttention,
     ) -> ScoringQueries:
-        """Those of this compression, out of a forward's. Arguments as in `score`."""
+        """Those of this compression, [num_rows, num_q_heads, head_dim], out of a forward's. Arguments as in `score`."""
         settings = self.context.settings
         mine = slice(rows.first_row, rows.first_row + rows.num_rows)
         outputs = output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[mine]
@@ -277,7 +278,10 @@ class Compression:
     def _copy(
         self, compressor: Compressor, rows: ScoringRows, division: Division, layer: RadixAttention, slots: torch.Tensor
     ) -> None:
-        """Copies what the next heads keep to the context's slots, after what is there."""
+        """Copies what the next heads keep to the context's slots, after what is there.
+
+        slots: [M] int64, the context's.
+        """
         positions, offsets = division
         if self.context.is_uneven:
             assert compressor.space is not None
@@ -292,6 +296,7 @@ class Compression:
             copy_tokens(buffer, rows.slots, positions, slots)
 
     def _kept(self, compressor: Compressor, slots: torch.Tensor) -> KeptTokens:
+        """What all heads keep, once every layer is divided. slots: [M] int64, the context's."""
         kept = KeptTokens.of_layers(self._divisions)
         space = compressor.space
         # GPU kernels find the rows by themselves.

@@ -38,6 +38,7 @@ def head_gains(model: torch.nn.Module, dtype: torch.dtype) -> dict[int, torch.Te
 
 @torch.no_grad()
 def _measured(attention: RadixAttention, projection: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The gains [tp_q_head_num] float32 of one layer's heads. dtype: of the layer's activations."""
     heads, head_dim = attention.tp_q_head_num, attention.v_head_dim
     device = next(projection.parameters()).device
     gains = torch.empty(heads, dtype=torch.float32, device=device)

@@ -30,13 +30,13 @@ def position_scores(method: str, num_kv_heads: int, context_len: int, seed: int,
 
 
 def latest_first(num_kv_heads: int, context_len: int, seed: int, device: torch.device | str) -> torch.Tensor:
-    """Prefers later tokens: StreamingLLM (arXiv 2309.17453), once sinks are protected. Shape as `position_scores`."""
+    """Prefers later tokens: StreamingLLM (arXiv 2309.17453), once sinks are protected. As `position_scores`: [num_kv_heads, context_len] float32."""
     # float32 counts exactly up to 2**24 tokens.
     return torch.arange(context_len, dtype=torch.float32, device=device).repeat(num_kv_heads, 1)
 
 
 def random_scores(num_kv_heads: int, context_len: int, seed: int, device: torch.device | str) -> torch.Tensor:
-    """Drawn uniformly for each head, the same for equal seeds on every device. Shape as `position_scores`."""
+    """Drawn uniformly for each head, the same for equal seeds on every device: [num_kv_heads, context_len] float32."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(num_kv_heads, context_len, generator=generator).to(device)
 
@@ -149,7 +149,7 @@ def _check(name: str, value: int, lowest: int, highest: int, bounds: str) -> Non
 
 
 def comparable(ranked: torch.Tensor) -> torch.Tensor:
-    """ranked with NaN, which compares with nothing, as -inf: it ranks last."""
+    """ranked, [rows, tokens] float32, with NaN as -inf: NaN compares with nothing, and must rank last."""
     return ranked.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
 
 

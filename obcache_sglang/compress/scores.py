@@ -147,7 +147,10 @@ def _accumulate_weight_sums(
     score: str,
     lse: torch.Tensor,
 ) -> None:
-    """Sums of attention and obcache-v by PyTorch's flash attention for CPUs."""
+    """Adds sums of attention or obcache-v to scores [num_kv_heads, L] float32, by PyTorch's flash attention for CPUs.
+
+    q: [rows, num_q_heads, head_dim]; k, v: [start + rows, num_kv_heads, head_dim]; lse: [rows, num_q_heads] float32.
+    """
     rows, num_q_heads, head_dim = q.shape
     num_kv_heads, scored = k.shape[1], min(k.shape[0], scores.shape[1])
     group, power = num_q_heads // num_kv_heads, 1 if score == "attention" else 2
@@ -159,6 +162,10 @@ def _accumulate_weight_sums(
     sums = torch.zeros(num_kv_heads, scored, dtype=torch.float32)
 
     def add(tokens: slice, first_row: int, last_row: int, mask: torch.Tensor | None = None) -> None:
+        """Adds what rows first_row ... last_row - 1 give to `tokens`.
+
+        mask: [tokens, (last_row - first_row) * group] float32, 0 or -inf; None where the rows see all of these tokens.
+        """
         if tokens.start == tokens.stop or first_row == last_row:
             return
         seen_by = slice(first_row * group, last_row * group)
@@ -183,7 +190,10 @@ def _accumulate_weight_sums(
 def _accumulate_weight_maxima(
     scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, start: int, scale: float, lse: torch.Tensor
 ) -> None:
-    """The largest attention weights, without a softmax: one product and one exponential for each token."""
+    """Raises scores [num_kv_heads, L] float32 to the largest attention weights, without a softmax: one product and one exponential a token.
+
+    q: [rows, num_q_heads, head_dim]; k: [start + rows, num_kv_heads, head_dim]; lse: [rows, num_q_heads] float32.
+    """
     rows, num_q_heads, head_dim = q.shape
     num_kv_heads, scored = k.shape[1], min(k.shape[0], scores.shape[1])
     group, stride = num_q_heads // num_kv_heads, _row_stride(scored)
@@ -205,7 +215,7 @@ def _accumulate_weight_maxima(
 
 
 def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors as they are, in float32 where their dtypes differ."""
+    """The tensors, of any shapes, as they are, or in float32 where their dtypes differ."""
     return tensors if len({each.dtype for each in tensors}) == 1 else tuple(each.float() for each in tensors)
 
 
@@ -246,7 +256,7 @@ def relative_error_weights(o: torch.Tensor, head_gains: torch.Tensor | None = No
 
 
 def weighted_lse(lse: torch.Tensor, query_weights: torch.Tensor | None, base: str = "e") -> torch.Tensor:
-    """Log-sum-exps to a base, "2" or "e", whose attention weights, squared, are query_weights times as large.
+    """Log-sum-exps [rows, num_q_heads] float32 to a base, "2" or "e", whose attention weights, squared, are query_weights times as large.
 
     With them the obcache scores, which are quadratic in the attention weights, are so many times as large.
     """

@@ -105,6 +105,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
                     self._sequences[row] = None
 
     def _sequence(self, slots: torch.Tensor, num_new: int, context: Context | None) -> _Sequence:
+        """One request. slots: [tokens] int64, all that it sees; num_new: the last of them, whose queries attend."""
         if context is None or not context.is_uneven:
             return _Sequence(slots, num_new)
         assert self.plan is not None and self.plan.space is not None
@@ -112,6 +113,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         return _Sequence(slots, num_new, context.kept, self.plan.space.rows(0, slots[context.num_slots :], lanes[:, None]))
 
     def _group(self, context: Context, rows: list[int], slots: list[torch.Tensor]) -> _Readers:
+        """The readers of one context. rows: theirs in the batch. slots: of each, [tokens] int64, the context's first."""
         suffixes = [each[context.num_slots :] for each in slots]
         longest = max(len(suffix) for suffix in suffixes)
         padded = torch.stack([torch.cat([suffix, suffix[-1:].expand(longest - len(suffix))]) for suffix in suffixes])
@@ -165,7 +167,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """Attention of one new token per request; shapes as in forward_extend with one row per request."""
+        """Attention of one new token per request; shapes as in `forward_extend`, with one row per request."""
         if not _is_decoder_self_attention(layer):
             output: torch.Tensor = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
             return output
@@ -191,6 +193,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool,
     ) -> None:
+        """Writes the new tokens' k and v, [new tokens, KV heads, head_dim] or flat, to the pool."""
         if save_kv_cache and k is not None and v is not None:
             location = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
@@ -221,7 +224,10 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
     def _gather(
         self, sequence: _Sequence, layer: RadixAttention, dtype: torch.dtype
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """K and V of a sequence for each run of KV heads that have as many tokens: (the heads, K, V), as `_gather_slots`."""
+        """K and V of a sequence for each run of KV heads that have as many tokens: (the heads, K, V).
+
+        K, V: [1, the run's heads, tokens, head_dim], in the queries' dtype.
+        """
         if sequence.kept is None:
             yield slice(0, layer.tp_k_head_num), *self._gather_slots(sequence.slots, layer, dtype)
             return

@@ -28,9 +28,9 @@ _LN2 = math.log(2)
 
 
 def leave_lse(backend: Any, plan: BatchContexts) -> Callable[..., torch.Tensor]:
-    """The backend's `forward`. In forwards that score a context it leaves the log-sum-exps in `plan.row_lse`, if it has them.
+    """The backend's `forward`, which returns [rows, query heads * head_dim]. In forwards that score a context it leaves the log-sum-exps in `plan.row_lse`.
 
-    Where getting them fails, the call is made again as SGLang makes it, and they are not asked for any more.
+    They are natural, [rows, query heads] float32, if the backend has them. Where getting them fails, the call is made again as SGLang makes it, and they are not asked for any more.
     """
     plain: Callable[..., torch.Tensor] = backend.forward
     with_lse = _with_lse(backend)
@@ -38,6 +38,7 @@ def leave_lse(backend: Any, plan: BatchContexts) -> Callable[..., torch.Tensor]:
     def forward(
         q: torch.Tensor, k: Any, v: Any, layer: RadixAttention, forward_batch: ForwardBatch, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
+        """As the backend's. q: [rows, query heads * head_dim]; returns the attention outputs, like q."""
         nonlocal with_lse
         if with_lse is not None and plan.is_scored(forward_batch):
             try:
@@ -59,6 +60,8 @@ def _with_lse(backend: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] 
     if isinstance(backend, FlashInferAttnBackend):
 
         def of_flashinfer(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            """Returns the outputs, [rows, query heads * head_dim], and natural log-sum-exps, [rows, query heads] float32."""
+            """Returns the outputs, [rows, query heads * head_dim], and the log-sum-exps, [rows, query heads] float32."""
             with _recorded(backend.prefill_wrapper_ragged, *backend.forward_metadata.prefill_wrappers) as parts:
                 output = forward(*args, **kwargs)
             if not parts:
@@ -76,13 +79,14 @@ def _with_lse(backend: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] 
 
 @contextmanager
 def _recorded(*wrappers: Any) -> Iterator[list[torch.Tensor]]:
-    """Collects the log-sum-exps, to base 2, of all calls of FlashInfer's prefill wrappers."""
+    """Collects the log-sum-exps, [rows, query heads] float32 to base 2, of all calls of FlashInfer's prefill wrappers."""
     parts: list[torch.Tensor] = []
 
     def record(wrapper: Any) -> None:
         original = wrapper.forward_return_lse
 
         def forward_return_lse(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            """As FlashInfer's: outputs [rows, query heads, head_dim], log-sum-exps [rows, query heads] float32, to base 2."""
             output, lse = original(*args, **kwargs)
             parts.append(lse)
             return output, lse

@@ -22,7 +22,7 @@ class FlashInferHeads(HeadPool):
     def __init__(
         self, space: KVSpace, req_to_token: torch.Tensor, num_q_heads: int, q_dtype: torch.dtype, workspace: torch.Tensor
     ) -> None:
-        """workspace: uint8, zero at first, on the device, for partial results; SGLang's own will do. A layer adds 8 MiB.
+        """workspace: [bytes] uint8, zero at first, on the device, for partial results; SGLang's own will do. A layer adds 8 MiB.
 
         Raises ValueError when the pool has more rows than FlashInfer's int32 indices can tell apart.
         """
@@ -62,6 +62,7 @@ class _FlashInferStep(HeadStep):
             )
 
     def _run(self, layer: int, queries: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """As `HeadStep._run`."""
         self._tables.indices(layer)
         # The scale of the softmax is q_scale times the plan's.
         self._wrappers[layer].run(queries, (self._pool.keys, self._pool.values), q_scale=scale, out=out)

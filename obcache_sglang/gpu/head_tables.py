@@ -108,7 +108,7 @@ class HeadTables:
         self._grid = (num_requests, space.num_kv_heads, min(triton.cdiv(mean_length, _BLOCK) + 1, _MAX_PROGRAMS))
 
     def indices(self, layer: int) -> torch.Tensor:
-        """Fills `buffer` with the rows of all sequences of a layer, counted from the pool's first, and returns it.
+        """Fills `buffer` [batch.max_entries] with the rows of all sequences of a layer, counted from the pool's first, and returns it.
 
         What lies behind the last sequence is undefined.
         """

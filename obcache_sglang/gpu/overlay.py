@@ -48,6 +48,7 @@ class HeadOverlay:
             save_kv_cache: bool = True,
             **kwargs: Any,
         ) -> Any:
+            """As the backend's. q: [rows, query heads * head_dim]; k, v: [rows, KV heads, head_dim]. Returns outputs like q."""
             requests = self.plan.uneven_contexts(forward_batch)
             if not requests:
                 return attention_forward(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs)
@@ -71,6 +72,10 @@ class HeadOverlay:
         output: torch.Tensor,
         requests: list[tuple[int, Context]],
     ) -> None:
+        """Attends for the requests after contexts with per-head budgets, in place of what the backend made of their rows.
+
+        q, output: [rows, query heads * head_dim]. requests: (row in the batch, context) of each.
+        """
         step_of = (self.plan.serial, id(forward_batch))
         if self._step is None or self._step_of != step_of:
             self._plan_step(forward_batch, requests, q.device)

@@ -70,7 +70,10 @@ class PagedCache:
         return self.v_scale * (_E4M3_FACTOR if self.is_fp8 else 1)
 
     def kernel_arguments(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
-        """k or v as kernels take it (float8 as bytes), and its strides from page to page, token to token and head to head."""
+        """k or v as kernels take it (float8 as bytes), and its strides, in elements, from page to page, token to token and head to head.
+
+        tensor: [pages, page_size, num_kv_heads, head_dim], or heads before tokens in layout HND.
+        """
         page, second, third, _ = tensor.stride()
         token, head = (second, third) if self.layout == "NHD" else (third, second)
         return tensor.view(torch.uint8) if self.is_fp8 else tensor, page, token, head
@@ -128,6 +131,7 @@ class PagedContexts:
 
 
 def _kind(tensor: torch.Tensor) -> str:
+    """A tensor of any shape, for an error: its shape and dtype, "[2, 3] torch.float32"."""
     return f"{list(tensor.shape)} {tensor.dtype}"
 
 

@@ -44,6 +44,7 @@ class _DecodeStep(HeadStep):
         self._partial_lse = torch.empty(shape, dtype=torch.float32, device=lengths.device)
 
     def _run(self, layer: int, queries: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """As `HeadStep._run`."""
         decode_attention_fwd(
             queries,
             self._pool.keys,
@@ -63,6 +64,7 @@ class _DecodeStep(HeadStep):
 
 class _ExtendStep(HeadStep):
     def __init__(self, pool: HeadPool, batch: HeadBatch, num_new: torch.Tensor) -> None:
+        """num_new: [requests] int32 or int64, new tokens of each."""
         super().__init__(pool, batch, _INDEX_DTYPE)
         num_new = num_new.int().repeat(pool.space.num_kv_heads)
         self._prefix_lens = align_rows(self._tables.lengths - num_new)
@@ -70,6 +72,7 @@ class _ExtendStep(HeadStep):
         self._max_new = batch.max_new
 
     def _run(self, layer: int, queries: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """As `HeadStep._run`."""
         extend_attention_fwd_unified(
             queries,
             out,

@@ -71,7 +71,7 @@ class KVSpace:
         return self.num_layers * self.num_kv_heads
 
     def rows(self, layer: torch.Tensor | int, slots: torch.Tensor, lane: torch.Tensor | int) -> torch.Tensor:
-        """Rows of slots (int32 or int64, like the result) in a layer, counted from the pool's first, and lane; they broadcast."""
+        """Rows of slots in a layer and lane, counted from the pool's first. slots: [tokens], int32 or int64 like the result; all broadcast."""
         return (slots + layer * self.layer_stride) * self.num_kv_heads + lane
 
     def cell_rows(self, slots: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
@@ -118,7 +118,7 @@ class KeptTokens:
 
     @classmethod
     def of_layers(cls, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> KeptTokens:
-        """From each layer's (positions, offsets), in the layers' order."""
+        """From each layer's positions [kept tokens] int32 and offsets [heads + 1] int64, in the layers' order."""
         offsets, first = [torch.zeros_like(layers[0][1][:1])], 0
         for positions, layer_offsets in layers:
             offsets.append(layer_offsets[1:] + first)

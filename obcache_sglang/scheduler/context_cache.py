@@ -207,7 +207,7 @@ class ContextCache:
                 return context.virtual_ids
 
     def _take_back(self, context: Context, slots: torch.Tensor) -> None:
-        """After an insertion that raised: the slots go back, from the tree if they came that far."""
+        """After an insertion that raised: the slots [num_slots] int64 go back, from the tree if they came that far."""
         match = self.tree.match_prefix(MatchPrefixParams(key=self.key(context)))
         if match.device_prefix_len != context.num_slots:
             self.allocator.free(slots)

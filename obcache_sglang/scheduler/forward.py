@@ -49,7 +49,7 @@ class ForwardPlan(BatchContexts):
         accumulate: Callable[..., None] = accumulate_scores_in_slots,
         head_gains: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
-        """accumulate, head_gains: as in `Compressor`."""
+        """accumulate: as in `Compressor`. head_gains: likewise, [tp_q_head_num] float32 by layer id."""
         super().__init__(kv_pool)
         self.compressor = Compressor(kv_pool, self.space, accumulate, head_gains or {}, lanes=(0, kv_pool.head_num))
         self.req_to_token_pool = req_to_token_pool
@@ -174,6 +174,7 @@ def score_after(attention_forward: Callable[..., Any], plan: ForwardPlan) -> Cal
     def forward(
         q: torch.Tensor, k: Any, v: Any, layer: RadixAttention, forward_batch: ForwardBatch, *args: Any, **kwargs: Any
     ) -> Any:
+        """As the backend's. q: [rows, query heads * head_dim]; returns the outputs, like q."""
         output = attention_forward(q, k, v, layer, forward_batch, *args, **kwargs)
         plan.after_attention(q, output, layer, forward_batch)
         return output

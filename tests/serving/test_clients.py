@@ -41,7 +41,7 @@ def clients() -> Path:
 
 @pytest.fixture(scope="module")
 def lm_eval() -> Path:
-    return environment("lm-eval", "lm-eval[api]==0.4.13")
+    return environment("lm-eval", "lm-eval[api]==0.4.13", "transformers==5.24.0")
 
 
 def section(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -59,3 +60,34 @@ def test_no_import_runs_in_a_circle() -> None:
 
 def test_core_files_stay_readable() -> None:
     assert {name for name, file in MODULES.items() if len(file.read_text(encoding="utf-8").splitlines()) > 450} == set()
+
+
+SHAPE = re.compile(r"\[[a-zA-Z0-9.][^\]]*\]|\bany shapes?\b|^As `|\bas in `|\bscalar\b", re.MULTILINE)
+"""What a docstring says of a tensor: a list of dimensions, or where that stands."""
+
+
+def without_shapes(source: str) -> list[str]:
+    """The functions, nested ones too, that take or give tensors and do not say of which shape. Triton's kernels take pointers."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+        annotations = [node.returns, *(each.annotation for each in arguments if each is not None)]
+        takes_tensors = any("torch.Tensor" in ast.unparse(each) for each in annotations if each is not None)
+        if takes_tensors and not SHAPE.search(ast.get_docstring(node) or ""):
+            found.append(node.name)
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(each for each in MODULES if folder(each) in STOREYS))
+def test_functions_of_tensors_say_shapes(name: str) -> None:
+    assert not without_shapes(MODULES[name].read_text(encoding="utf-8"))
+
+
+def test_a_function_that_does_not_is_found() -> None:
+    said, unsaid = '"""x: [tokens, heads] float32."""', '"""What is highest."""'
+    for docstring, found in ((said, []), (unsaid, ["f"])):
+        assert without_shapes(f"def f(x: torch.Tensor | None) -> int:\n    {docstring}\n    return 1\n") == found
+    assert without_shapes("def f() -> list[torch.Tensor]:\n    return []\n") == ["f"]
+    assert without_shapes("def f(x: int) -> int:\n    return x\n") == []
