@@ -26,7 +26,8 @@ def model_dir_bf16() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Folders say what their tests need."""
+    """Folders say what their tests need. What runs in the background (tests/contract) is waited for at the end."""
+    items.sort(key=lambda item: "programs" in getattr(item, "fixturenames", ()))
     for item in items:
         for folder, marker in (("serving", "server"), ("kernels", "gpu")):
             if folder in item.path.parts:

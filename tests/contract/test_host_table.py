@@ -1,8 +1,10 @@
 """The host table against the installed SGLang: names, parameters, and that the hooks really take hold."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -162,32 +164,86 @@ load_plugins()
 """
 
 _PROGRAMS = {
-    "a_hook_is_in_place_only_if_it_is_called": _IN_PLACE,
     "activation_puts_every_hook_of_the_launcher_in_place": _LAUNCHER,
+    "a_hook_is_in_place_only_if_it_is_called": _IN_PLACE,
     "a_missing_hook_stops_the_launcher": _MISSING,
     "a_wrong_start_is_refused_with_the_reason": _FLAGS,
     "a_child_process_with_broken_settings_does_not_go_on": _BROKEN_SETTINGS,
 }
 
 
-@pytest.fixture(scope="module")
-def programs() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All programs, started together: each imports SGLang afresh, on one core, for 10 to 20 seconds."""
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = {name: subprocess.Popen([sys.executable, "-c", code], **output) for name, code in _PROGRAMS.items()}
-    yield started
-    for process in started.values():
-        process.kill()
+# Imports SGLang once, and gives each program a fork of its own. The launcher's comes before SGLang's managers are imported, as it does
+# in a server that starts: the plugin imports them there.
+_FORKS = """
+import json, os, sys, traceback
+from pathlib import Path
+
+folder, programs = Path(sys.argv.pop()), json.loads(sys.argv.pop())
+import sglang.launch_server
+children = {}
+for name, code in programs.items():
+    child = children[name] = os.fork()
+    if child == 0:
+        output = os.open(folder / name, os.O_CREAT | os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        # Ends with the code that Python would, but does not take down all of SGLang, for seconds.
+        ended = 0
+        try:
+            exec(compile(code, name, "exec"), {"__name__": "__main__"})
+        except SystemExit as stop:
+            traceback.print_exc()
+            ended = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            ended = 1
+        sys.stdout.flush()
+        os._exit(ended)
+    import sglang.srt.entrypoints.engine
+codes = {name: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for name, child in children.items()}
+(folder / "codes").write_text(json.dumps(codes))
+"""
+
+
+class Programs:
+    """Runs all programs in the background."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with (folder / "forks").open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _FORKS, json.dumps(_PROGRAMS), str(folder)], stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def result(self, name: str) -> tuple[int, str]:
+        """Exit code and output of a program, once all have ended."""
+        assert self.process.wait(timeout=300) == 0, (self.folder / "forks").read_text()
+        return json.loads((self.folder / "codes").read_text())[name], (self.folder / name).read_text()
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    programs = Programs(tmp_path_factory.mktemp("programs"))
+    yield programs
+    programs.process.kill()
+    programs.process.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def start_programs(request: pytest.FixtureRequest) -> None:
+    """Before the first test of this file; tests/conftest.py puts those that wait for them behind all others."""
+    if any("programs" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("programs")
 
 
 @pytest.mark.parametrize("name", _PROGRAMS)
 def test_in_a_process_of_its_own(programs, name):
-    output, _ = programs[name].communicate(timeout=300)
+    code, output = programs.result(name)
     if name == "a_child_process_with_broken_settings_does_not_go_on":
-        assert programs[name].returncode == 1, output
+        assert code == 1, output
         assert "cannot run with compression" in output
     else:
-        assert programs[name].returncode == 0, output
+        assert code == 0, output
 
 
 def test_check_says_ok_here(capsys, monkeypatch):
