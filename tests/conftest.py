@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from launch.model import ensure_model
+
+# As in launch/env.sh. Read when torch is first imported, by a test.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +26,8 @@ def model_dir_bf16() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Folders say what their tests need."""
+    """Folders say what their tests need. What runs in the background (tests/contract) is waited for at the end."""
+    items.sort(key=lambda item: "programs" in getattr(item, "fixturenames", ()))
     for item in items:
         for folder, marker in (("serving", "server"), ("kernels", "gpu")):
             if folder in item.path.parts:

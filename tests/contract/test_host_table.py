@@ -238,17 +238,20 @@ _FRESH = "both_commands_show_our_flags"
 """The program that SGLang must not have been imported for: it tests what the import does."""
 
 
-@pytest.fixture(scope="module")
-def ended() -> Iterator[Callable[[str], tuple[int, str]]]:
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Callable[[str], tuple[int, str]]]:
     """Gives a program's exit code and output. Two processes import SGLang, at the same time: 10 to 20 seconds of one core each."""
     output = {"stdout": subprocess.PIPE, "text": True}
     forks = subprocess.Popen([sys.executable, "-c", _FORKS], stdin=subprocess.PIPE, **output)
     fresh = subprocess.Popen([sys.executable, "-c", _PROGRAMS[_FRESH]], stderr=subprocess.STDOUT, **output)
-    given = json.dumps({name: program for name, program in _PROGRAMS.items() if name != _FRESH})
+    assert forks.stdin is not None
+    json.dump({name: program for name, program in _PROGRAMS.items() if name != _FRESH}, forks.stdin)
+    forks.stdin.close()
+    forks.stdin = None
 
     @cache
     def results() -> dict[str, tuple[int, str]]:
-        said, _ = forks.communicate(given, timeout=300)
+        said, _ = forks.communicate(timeout=300)
         return json.loads(said.splitlines()[-1])
 
     def of(name: str) -> tuple[int, str]:
@@ -263,9 +266,16 @@ def ended() -> Iterator[Callable[[str], tuple[int, str]]]:
         process.wait()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def start_programs(request: pytest.FixtureRequest) -> None:
+    """Before the first test of this file; tests/conftest.py puts those that wait for them after all others."""
+    if any("programs" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("programs")
+
+
 @pytest.mark.parametrize("name", _PROGRAMS)
-def test_in_a_process_of_its_own(ended, name):
-    code, output = ended(name)
+def test_in_a_process_of_its_own(programs, name):
+    code, output = programs(name)
     if name == "a_child_process_with_broken_settings_does_not_go_on":
         assert code == 1, output
         assert "cannot run with compression" in output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -116,26 +117,34 @@ def attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
 
 
 HEADS = [(3, 3), (9, 3), (7, 1), (16, 2)]
-heads = pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS, ids=lambda n: f"heads{n}")
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+DTYPES = list(TOLERANCE)
 
 
-def lens(pairs: list[tuple[int, int]]) -> str:
-    return "_".join(f"{prefix}+{new}" for prefix, new in pairs)
+def case_id(value: Any) -> str:
+    """Of a number of heads, a dtype, a list of (prefix, new) lengths or a name."""
+    if isinstance(value, list):
+        return "_".join(f"{prefix}+{new}" for prefix, new in value)
+    return f"heads{value}" if isinstance(value, int) else str(value).removeprefix("torch.")
 
 
-@heads
-@dtypes
+heads = pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS, ids=case_id)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+
+
+LENGTHS = [
+    [(0, 1)],
+    [(0, 63), (0, 500), (0, 1)],
+    [(1, 1), (500, 63), (63, 500)],
+    [(0, 63), (500, 1), (1, 500)],
+    [(300, 513)],
+]
+
+
 @pytest.mark.parametrize(
-    "lengths",
-    [
-        [(0, 1)],
-        [(0, 63), (0, 500), (0, 1)],
-        [(1, 1), (500, 63), (63, 500)],
-        [(0, 63), (500, 1), (1, 500)],
-        [(300, 513)],
-    ],
-    ids=lens,
+    ("num_heads", "num_kv_heads", "dtype", "lengths"),
+    # All heads with all lengths; each of these in both dtypes.
+    [(*HEADS[i], DTYPES[(i + j) % 2], lengths) for j, lengths in enumerate(LENGTHS) for i in range(len(HEADS))],
+    ids=case_id,
 )
 def test_extend(num_heads: int, num_kv_heads: int, dtype: torch.dtype, lengths: list[tuple[int, int]]) -> None:
     engine = Engine(num_heads, num_kv_heads, dtype)
@@ -264,34 +273,38 @@ SHARES = {
 }
 
 
-@heads
+# By mode: (context or none, cached tokens behind it, new tokens) of each request. Two contexts, of 63 and 150 slots.
+REQUESTS: dict[str, tuple[ForwardMode, list[tuple[int | None, int, int]]]] = {
+    "decode-alone": (ForwardMode.DECODE, [(0, 0, 1)]),
+    "decode-together": (ForwardMode.DECODE, [(0, 62, 1), (0, 0, 1), (1, 5, 1), (None, 499, 1), (0, 300, 1)]),
+    "extend-alone": (ForwardMode.EXTEND, [(0, 0, 1)]),
+    "extend-together": (ForwardMode.EXTEND, [(0, 0, 63), (None, 5, 9), (1, 63, 500), (0, 500, 1)]),
+}
+
+
 @dtypes
-@pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize(
-    ("mode", "requests"),
-    [
-        (ForwardMode.DECODE, [(0, 0, 1)]),
-        (ForwardMode.DECODE, [(0, 62, 1), (0, 0, 1), (1, 5, 1), (None, 499, 1), (0, 300, 1)]),
-        (ForwardMode.EXTEND, [(0, 0, 1)]),
-        (ForwardMode.EXTEND, [(0, 0, 63), (None, 5, 9), (1, 63, 500), (0, 500, 1)]),
-    ],
-    ids=["decode-alone", "decode-together", "extend-alone", "extend-together"],
+    ("num_heads", "num_kv_heads", "shares", "requests"),
+    # All shares with all requests, each with other heads. With the only KV head of its layer, the head with nothing makes a layer with
+    # nothing.
+    [(*HEADS[(i + j) % 4], shares, requests) for i, shares in enumerate(SHARES) for j, requests in enumerate(REQUESTS)]
+    + [(7, 1, "a-head-with-nothing", requests) for requests in ("decode-alone", "decode-together", "extend-together")],
+    ids=case_id,
 )
 def test_heads_of_different_length(
     num_heads: int,
     num_kv_heads: int,
     dtype: torch.dtype,
     shares: str,
-    mode: ForwardMode,
-    requests: list[tuple[int | None, int, int]],
+    requests: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """requests: (context or none, cached tokens behind it, new tokens). Two contexts, of 63 and 150 slots."""
+    mode, of_requests = REQUESTS[requests]
     engine = UnevenEngine(num_heads, num_kv_heads, dtype, monkeypatch)
     layer = engine.layer
     contexts = [engine.context(SHARES[shares](engine.space.num_heads), num_slots) for num_slots in (63, 150)]
     q, k, v, new_slots, expected, behind, lengths = [], [], [], [], [], [], []
-    for row, (which, cached, new) in enumerate(requests, start=1):
+    for row, (which, cached, new) in enumerate(of_requests, start=1):
         context, slots, kept = contexts[which] if which is not None else (None, torch.empty(0, dtype=torch.int32), None)
         suffix = engine.take(cached + new)
         keys, values = engine.random(2, cached + new, num_kv_heads, HEAD_DIM)
@@ -315,12 +328,12 @@ def test_heads_of_different_length(
         new_slots.append(suffix[cached:])
         behind.append(context)
         lengths.append(len(slots) + cached + new)
-    num_new = torch.tensor([new for _, _, new in requests])
+    num_new = torch.tensor([new for _, _, new in of_requests])
     forward_batch = ForwardBatch(
         forward_mode=mode,
-        batch_size=len(requests),
+        batch_size=len(of_requests),
         input_ids=torch.zeros(int(num_new.sum()), dtype=torch.int64),
-        req_pool_indices=torch.arange(1, len(requests) + 1),
+        req_pool_indices=torch.arange(1, len(of_requests) + 1),
         seq_lens=torch.tensor(lengths),
         out_cache_loc=torch.cat(new_slots).long(),
         seq_lens_sum=sum(lengths),
