@@ -56,6 +56,8 @@ DEFAULT_MAX_TOKENS = 4096
 
 # Shorter texts say little about a head: most of what it keeps would be sinks.
 _MIN_TOKENS = 128
+# A profile has four digits of a share.
+_SMALL_SHARE = 5e-5
 _ATTENTION = "obcache_calibrate"
 
 
@@ -290,9 +292,14 @@ def _kept_shares(scores: torch.Tensor, ratio: float) -> torch.Tensor:
         kernel_size=settings.kernel_size,
         shrink_window=False,
     )
-    # Counted in cells, not in whole slots: then the mean of the shares is 1 - ratio for any length.
+    # Counted in cells, not in whole slots: then the mean of the shares is 1 - ratio for any length, but for the rounding of one cell.
     _, offsets = keep_across_heads(ranked, round(scores.numel() * (1 - ratio)))
-    return (offsets.diff().double() / num_tokens).view(heads).cpu()
+    shares = offsets.diff().double() / num_tokens
+    mean, wanted = float(shares.mean()), 1 - ratio
+    if abs(mean - wanted) > _SMALL_SHARE:
+        # A few heads and a short text have so few cells that it shows. All heads move alike, towards 0 or towards 1.
+        shares = shares * wanted / mean if mean > wanted else 1 - (1 - shares) * ratio / (1 - mean)
+    return shares.view(heads).cpu()
 
 
 def _context(tokenizer: Any, prompts: ReplayPrompts, text: str, max_tokens: int) -> array[int]:

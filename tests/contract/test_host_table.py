@@ -205,34 +205,44 @@ _PROGRAMS = {
 }
 
 
-# Imports SGLang once, and then runs each program that it is given in a copy of itself, which nothing has been done to.
+# Runs each program that it is given in a copy of itself, to which nothing has been done. It imports SGLang once for all but the
+# launcher's, which are there before SGLang's managers are imported, as in a real start.
 _FORKS = """
 import json, os, sys, tempfile, traceback
+
+def fork(program, output):
+    child = os.fork()
+    if child:
+        return child
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    code = 1
+    try:
+        exec(program, {"__name__": "__main__"})
+        code = 0
+    except SystemExit as stop:
+        print(stop)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+programs = json.load(sys.stdin)
+outputs = {name: tempfile.TemporaryFile() for name in programs}
+first = sys.argv[1]
+children = {first: fork(programs.pop(first), outputs[first])}
 import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler
+children |= {name: fork(program, outputs[name]) for name, program in programs.items()}
 results = {}
-for name, program in json.load(sys.stdin).items():
-    with tempfile.TemporaryFile() as output:
-        sys.stdout.flush()
-        child = os.fork()
-        if child == 0:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            code = 1
-            try:
-                exec(program, {"__name__": "__main__"})
-                code = 0
-            except SystemExit as stop:
-                print(stop)
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        output.seek(0)
-        results[name] = [code, output.read().decode(errors="replace")]
+for name, child in children.items():
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    outputs[name].seek(0)
+    results[name] = [code, outputs[name].read().decode(errors="replace")]
 print(json.dumps(results))
 """
+
+_LAUNCHERS = "activation_puts_every_hook_of_the_launcher_in_place"
 
 _FRESH = "both_commands_show_our_flags"
 """The program that SGLang must not have been imported for: it tests what the import does."""
@@ -240,9 +250,9 @@ _FRESH = "both_commands_show_our_flags"
 
 @pytest.fixture(scope="session")
 def programs() -> Iterator[Callable[[str], tuple[int, str]]]:
-    """Gives a program's exit code and output. Two processes import SGLang, at the same time: 10 to 20 seconds of one core each."""
+    """Gives a program's exit code and output. All run in the background, and import SGLang three times: half a minute of both cores."""
     output = {"stdout": subprocess.PIPE, "text": True}
-    forks = subprocess.Popen([sys.executable, "-c", _FORKS], stdin=subprocess.PIPE, **output)
+    forks = subprocess.Popen([sys.executable, "-c", _FORKS, _LAUNCHERS], stdin=subprocess.PIPE, **output)
     fresh = subprocess.Popen([sys.executable, "-c", _PROGRAMS[_FRESH]], stderr=subprocess.STDOUT, **output)
     assert forks.stdin is not None
     json.dump({name: program for name, program in _PROGRAMS.items() if name != _FRESH}, forks.stdin)

@@ -286,6 +286,15 @@ def attention_inputs(model: LlamaForCausalLM, tokens: array[int]) -> list[tuple[
     return inputs
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7, 0.9])
+def test_shares_of_few_cells_have_the_mean_that_a_profile_needs(ratio: float) -> None:
+    for num_tokens in (137, 196, 197):
+        scores = torch.rand(2, 3, num_tokens, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 6).view(2, 3, 1)
+        shares = calibrate._kept_shares(scores, ratio)
+        assert shares.mean() == pytest.approx(1 - ratio, abs=5e-5)
+        assert ((shares >= 0) & (shares <= 1)).all()
+
+
 def test_shares_are_what_a_global_selection_keeps() -> None:
     scores = torch.rand(3, 2, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 6).view(3, 2, 1)
     for ratio in (0.3, 0.655, 0.9):
@@ -336,14 +345,17 @@ def test_calibrating_refuses(model_dir: Path, tmp_path: Path, capsys: Any, argum
 
 
 def renamed_model(model_dir: Path, folder: Path, *, weights: bool) -> Path:
-    """The model's first ten layers under a name that no profile is of. Its short context length makes texts of 172 tokens of it."""
+    """The model's first two layers under a name that no profile is of. Its short context length makes texts of 172 tokens of it.
+
+    So few cells that their rounding shows in a share's fourth digit.
+    """
     folder.mkdir()
     for file in model_dir.iterdir():
         if weights or file.suffix != ".safetensors":
             (folder / file.name).symlink_to(file)
     config = json.loads((model_dir / "config.json").read_text())
     (folder / "config.json").unlink()
-    changed = config | {"_name_or_path": "renamed", "max_position_embeddings": 600, "num_hidden_layers": 10}
+    changed = config | {"_name_or_path": "renamed", "max_position_embeddings": 600, "num_hidden_layers": 2}
     (folder / "config.json").write_text(json.dumps(changed), encoding="utf-8")
     return folder
 
