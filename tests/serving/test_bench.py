@@ -1,4 +1,4 @@
-"""`python -m obcache_sglang.bench` with real servers, small; the arm of KVPress installs an environment, which is long."""
+"""`python -m obcache_sglang.bench` with real servers, small; the arm of KVPress installs an environment."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from obcache_sglang.bench.__main__ import main
 from obcache_sglang.bench.kvpress import Kvpress, KvpressArm, ensure_environment
 from obcache_sglang.bench.workload import make_workload
 from tests.serving.client import tokenizer
+
+pytestmark = pytest.mark.long
 
 TOKENS, DOCUMENTS, QUESTIONS, SHARE = 320, 6, 3, 0.53
 
@@ -74,7 +76,6 @@ def test_what_compression_costs_is_measured(measured: dict[str, Any]) -> None:
     assert replay["seconds"] > tova["seconds"]
 
 
-@pytest.mark.long
 def test_both_policies_and_a_small_cache_are_arms(measured_with_all: dict[str, Any]) -> None:
     (point,) = measured_with_all["points"]
     stock, fp8, tova, replay, tova_lpm, replay_lpm = point["rounds"]
@@ -92,7 +93,6 @@ def test_both_policies_and_a_small_cache_are_arms(measured_with_all: dict[str, A
         check_latencies(each)
 
 
-@pytest.mark.long
 def test_bench_serving_itself_sees_what_the_bench_sees(measured_with_all: dict[str, Any]) -> None:
     runs = {run["arm"]: run["result"] for run in measured_with_all["sglang.bench_serving"]}
     stock, unmarked, marked = (
@@ -108,7 +108,6 @@ def test_bench_serving_itself_sees_what_the_bench_sees(measured_with_all: dict[s
     assert hit_rates[2] > 40 > hit_rates[1]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("grouped", [False, True])
 def test_kvpress_answers_the_same_questions(model_dir_bf16: Path, tmp_path: Path, grouped: bool) -> None:
     python = ensure_environment(Path(".cache", "obcache_sglang", "kvpress-venv"))
