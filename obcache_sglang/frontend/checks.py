@@ -38,6 +38,24 @@ def check_texts(request: Any) -> None:
             check_unicode(name, value)
 
 
+_SCALARS: dict[str, tuple[type, ...]] = {
+    "lora_id": (str,),
+    "lora_path": (str,),
+    "return_logprob": (bool,),
+    "logprob_start_len": (int,),
+    "top_logprobs_num": (int,),
+}
+"""What one request may have. SGLang allows lists of these for a batch, and takes them for one prompt too; its scheduler ends on some."""
+
+
+def check_scalars(request: Any) -> None:
+    """Raises RequestError for a request of one prompt that has a list where one value is meant."""
+    for name, allowed in _SCALARS.items():
+        value = getattr(request, name, None)
+        if value is not None and not isinstance(value, allowed):
+            raise RequestError(f"{name}={shown(value)} is not allowed: one prompt has one {allowed[0].__name__}.")
+
+
 def check_embeddings(request: Any) -> None:
     """Raises RequestError for embeddings that came as JSON: they are not tensors, and would end SGLang's scheduler."""
     value = getattr(request, "positional_embed_overrides", None)

@@ -16,7 +16,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from obcache_sglang.errors import HostError, RequestError, shown
-from obcache_sglang.frontend.checks import check_embeddings, check_ids, check_texts
+from obcache_sglang.frontend.checks import check_embeddings, check_ids, check_scalars, check_texts
 from obcache_sglang.frontend.control import ExpiryTimer
 from obcache_sglang.frontend.marker import Marker
 from obcache_sglang.frontend.wish import make_plan, parse_wish, split_marker
@@ -99,7 +99,7 @@ class Frontend:
             before, marker_position, sent_ids = tuple(sent_ids[:cut]), 0, sent_ids[cut:]
         if action == "compress" and marker_position is not None:
             sent_ids, marker_position = sent_ids[:marker_position], None
-        if len(sent_ids) == 0:
+        if len(sent_ids) == 0 and not request.session_params:  # a turn of a session may add nothing
             raise RequestError("The prompt is empty apart from the context marker: send some text.")
         check_ids(sent_ids, self.vocab_size)
         plan = make_plan(
@@ -199,6 +199,7 @@ def _validate(original: Callable[..., None], tokenizer_manager: Any, obj: Any, i
         original(tokenizer_manager, obj, input_ids)
         return
     check_texts(obj)
+    check_scalars(obj)
     check_embeddings(obj)
     if not isinstance(obj, GenerateReqInput):
         if input_ids is not None:

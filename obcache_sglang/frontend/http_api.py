@@ -16,6 +16,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
@@ -109,7 +110,7 @@ def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
     async def _shown(**asked: Any) -> Response:
         context = await service.get_context(tokenizer_manager, **asked)
         # Millions of positions take long to write; other clients need not wait for them.
-        return Response(await asyncio.to_thread(json.dumps, context), media_type="application/json")
+        return Response(await asyncio.to_thread(orjson.dumps, context), media_type="application/json")
 
     async def _deleted(asked: dict[str, str], caller: service.Caller, wait_seconds: float) -> Response:
         """200 once the context is gone, 202 if it still has readers after `wait_seconds`."""

@@ -342,6 +342,10 @@ def _render(tokenizer_manager: Any, serving_chat: Any, body: Mapping[str, Any]) 
         parsed = ChatCompletionRequest(**{"model": "default", **chat, "messages": messages})
     except ValidationError as error:
         raise RequestError(f"messages are not valid chat messages: {error}") from error
+    # What SGLang's chat endpoint refuses, a chat template of the client's own above all: it would run in this process.
+    refusal = serving_chat._validate_request(parsed)
+    if refusal:
+        raise RequestError(f"messages are not allowed: {refusal}")
     try:
         request, _ = serving_chat._convert_to_internal_request(parsed)
     except Exception as error:  # templates run on the client's input, and may raise anything
@@ -351,15 +355,17 @@ def _render(tokenizer_manager: Any, serving_chat: Any, body: Mapping[str, Any]) 
 
 def _with_marker(messages: Any, marker: str) -> Any:
     """`messages` with the marker where the context ends: where the client put it, else at the end of the last message."""
-    if marker in json.dumps(messages, ensure_ascii=False):
-        return messages
-    messages = copy.deepcopy(messages)
     try:
+        if marker in json.dumps(messages, ensure_ascii=False):
+            return messages
+        messages = copy.deepcopy(messages)
         last = messages[-1]
         if isinstance(last["content"], str):
             last["content"] += marker
         else:
             last["content"][-1]["text"] += marker
+    except RecursionError as error:
+        raise RequestError("messages are nested too deeply.") from error
     except (LookupError, TypeError) as error:
         raise RequestError("messages do not end with text: put the marker where the context ends.") from error
     return messages
@@ -412,6 +418,13 @@ TOUCHES = (
         "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
         "call",
         "renders messages exactly as the chat endpoint does",
+        ("request",),
+        "tokenizer",
+    ),
+    Touch(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._validate_request",
+        "call",
+        "refuses what the chat endpoint refuses, templates of the client's own above all",
         ("request",),
         "tokenizer",
     ),

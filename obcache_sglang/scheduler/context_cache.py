@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 MAX_TRACKED_SUFFIXES = 4096
 """Prefixes cached behind one context that are remembered, so that deleting it can free them at once."""
 
+MAX_TRACKED_TOKENS = 1 << 19
+"""Tokens of all these prefixes of one context, 8 bytes each: long ones that share a beginning hold few slots, and would be remembered whole."""
+
 MAX_TAILS = 256
 """Different ends of a context behind its last whole page that context ids are remembered for; the oldest is forgotten first."""
 
@@ -308,7 +311,8 @@ class ContextCache:
         """
         if instead_of is not None:
             context.suffixes.pop(instead_of.tobytes(), None)
-        if len(context.suffixes) < MAX_TRACKED_SUFFIXES:
+        num_tokens = sum(map(len, context.suffixes)) // suffix.itemsize + len(suffix)
+        if len(context.suffixes) < MAX_TRACKED_SUFFIXES and num_tokens <= MAX_TRACKED_TOKENS:
             context.suffixes[suffix.tobytes()] = None
         else:
             context.suffixes_complete = False
@@ -316,7 +320,7 @@ class ContextCache:
     def drop_node(self, context: Context) -> None:
         """Evicts the context's node and what is cached behind it, as far as no request has it locked.
 
-        What is left (locked, or behind more than MAX_TRACKED_SUFFIXES requests) is ordinary evictable content.
+        What is left (locked, or behind more requests than are tracked) is ordinary evictable content.
         """
         if context.virtual_ids and context.suffixes_complete:
             self._drop_ends(context, [array("q", raw) for raw in context.suffixes] + [array("q")])

@@ -327,6 +327,9 @@ class CompressionManager:
                 self.metrics.set_gauges(self.cache)
             if req.plan.ttl_seconds is not None:
                 self._set_ttl(context, req.plan.ttl_seconds, made_now=compressed_now)
+            elif req.plan.action == "compress":
+                # Whoever asks for a context ahead and names no end must not find it gone because of somebody who did.
+                context.ttl_seconds = context.expires_at = None
             if not compressed_now:
                 context.reuses += 1
                 self.metrics.reused(context.num_tokens)

@@ -69,6 +69,46 @@ def test_ollamas_endpoints_say_what_is_wrong(server: Server, path: str) -> None:
         assert words in refused.text
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_id": ["x"]},
+        {"return_logprob": True, "logprob_start_len": [0]},
+        {"return_logprob": True, "top_logprobs_num": [1]},
+        {"return_logprob": [True]},
+    ],
+    ids=lambda fields: list(fields)[-1],
+)
+@pytest.mark.parametrize("marked", [False, True])
+def test_lists_in_the_place_of_one_value_do_not_end_the_server(
+    server: Server, model_dir: Path, fields: dict[str, Any], marked: bool
+) -> None:
+    text = tokenizer(model_dir).decode(document(model_dir, 60)) + MARKER + " So" if marked else "The"
+    refused = server.request(
+        "POST", "/generate", json={"text": text, "sampling_params": {"max_new_tokens": 2}, **fields}, timeout=60
+    )
+    assert refused.status_code == 400, refused.text
+    assert next(reversed(fields)) in refused.text
+    assert len(generate(server, "The", max_new_tokens=2)["output_ids"]) == 2
+
+
+def test_compress_runs_no_template_of_the_clients(server: Server) -> None:
+    """This one would count to ten to the fifteenth in the server's event loop."""
+    loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
+    body = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"chat_template": loops}}
+    refused = server.request("POST", "/obcache/compress", json=body, timeout=60)
+    assert refused.status_code == 400, refused.text
+    assert "chat_template is not allowed" in refused.text
+
+
+def test_deeply_nested_messages_are_refused(server: Server) -> None:
+    nested: Any = "x"
+    for _ in range(600):
+        nested = [nested]
+    refused = server.request("POST", "/obcache/compress", json={"messages": [{"role": "user", "content": nested}]}, timeout=60)
+    assert refused.status_code == 400, refused.text
+
+
 @pytest.mark.parametrize("value", [True, 7, "obcache", ["obcache"], [["obcache", True]]])
 def test_custom_params_that_are_no_object_are_refused(server: Server, model_dir: Path, value: object) -> None:
     for text in ("The", tokenizer(model_dir).decode(document(model_dir, 60)) + MARKER + " So"):

@@ -68,6 +68,14 @@ def test_nobody_shortens_the_life_of_a_context_that_others_use(server: Server, m
     assert {report(generate(server, prompt, obcache=wish))["status"] for wish in ({"context_len": L}, other)} == {"reused"}
 
 
+def test_a_context_that_is_asked_for_ahead_lasts_whatever_end_was_set_before(server: Server, model_dir: Path) -> None:
+    body = {"input_ids": document(model_dir, L, "bltin-null-object")}
+    server.post("/obcache/compress", {**body, "ttl_seconds": 1})
+    lasting = server.post("/obcache/compress", body)["id"]
+    time.sleep(1.5)
+    assert server.get(f"/obcache/contexts/{lasting}")["ttl_seconds"] is None
+
+
 @pytest.fixture(scope="module")
 def keyed_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Clients have one key, the operator another; every prompt is its own context."""

@@ -110,6 +110,23 @@ def test_what_is_cached_behind_a_context_can_go_without_it(cache: ContextCache) 
     assert accounts(cache) == (POOL - 21, 21, 0)
 
 
+@pytest.mark.parametrize(("limit", "of"), [("MAX_TRACKED_SUFFIXES", 3), ("MAX_TRACKED_TOKENS", 9)])
+def test_what_is_remembered_behind_a_context_is_bounded(
+    cache: ContextCache, monkeypatch: pytest.MonkeyPatch, limit: str, of: int
+) -> None:
+    monkeypatch.setattr(contexts, limit, of)
+    context = make(cache, tokens(0))
+    for last in range(20):
+        leave_behind(cache, context, [1, 2, last])
+    assert len(context.suffixes) == 3
+    cache.delete(context)
+    cache.sweep(set())
+    # What is not remembered is ordinary content of the tree, which goes when there is no room.
+    assert accounts(cache)[0] < POOL
+    cache.tree.evict(EvictParams(num_tokens=POOL))
+    assert accounts(cache) == (POOL, 0, 0)
+
+
 def test_what_is_locked_behind_a_context_stays_and_is_known(cache: ContextCache) -> None:
     context = make(cache, tokens(0))
     for suffix in ([1, 2, 3], [1, 2, 4, 5], [6]):
