@@ -39,20 +39,23 @@ def parse_press(text: str) -> tuple[str, float]:
     return press, number
 
 
-def ensure_environment(folder: Path) -> Path:
-    """The Python of a virtual environment with KVPress in `folder`, which is made or completed if need be (minutes).
+def ensure_environment(folder: Path, requirements: Sequence[str] = REQUIREMENTS) -> Path:
+    """The Python of a virtual environment with these packages in `folder`, which is made or completed if need be (minutes).
 
     Raises RuntimeError with pip's words where it cannot be.
     """
-    python = folder / "bin" / "python"
-    if python.exists() and subprocess.run([python, "-c", "import kvpress"], check=False, capture_output=True).returncode == 0:
+    python, wanted = folder / "bin" / "python", " ".join(requirements)
+    # Written last: an install that was interrupted, or was of other versions, starts again.
+    stamp = folder / "made-of"
+    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return python
-    print(f"bench: installing {' '.join(REQUIREMENTS)} into {folder} (minutes)", file=sys.stderr, flush=True)
+    print(f"bench: installing {wanted} into {folder} (minutes)", file=sys.stderr, flush=True)
     make = [sys.executable, "-m", "venv", str(folder)]
-    for command in (make, [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS]):
+    for command in (make, [str(python), "-m", "pip", "install", "--quiet", *requirements]):
         done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            raise RuntimeError(f"KVPress cannot be installed into {folder}:\n{done.stderr}")
+            raise RuntimeError(f"{wanted} cannot be installed into {folder}:\n{done.stderr}")
+    stamp.write_text(wanted)
     return python
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from obcache_sglang.bench.kvpress import ensure_environment
 from obcache_sglang.local_server import Server, serve
 from tests.serving.client import compressions, document, flush, tokenizer
 from tests.serving.conftest import COMMON
@@ -22,16 +22,8 @@ L = 300
 
 
 def environment(name: str, *packages: str) -> Path:
-    """The bin folder of an environment with these packages, made once: what clients depend on need not agree with SGLang's, nor with each other's."""
-    folder = FOLDER.absolute() / f"{name}-venv"
-    made = folder / "made-of"
-    if not made.exists() or made.read_text() != " ".join(packages):
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run(
-            [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages], check=True
-        )
-        made.write_text(" ".join(packages))
-    return folder / "bin"
+    """The bin folder of an environment with these packages: what clients depend on need not agree with SGLang's, nor with each other's."""
+    return ensure_environment(FOLDER.absolute() / f"{name}-venv", packages).parent
 
 
 @pytest.fixture(scope="module")
