@@ -311,9 +311,10 @@ class ContextCache:
         """
         if instead_of is not None:
             context.suffixes.pop(instead_of.tobytes(), None)
-        num_tokens = sum(map(len, context.suffixes)) // suffix.itemsize + len(suffix)
-        if len(context.suffixes) < MAX_TRACKED_SUFFIXES and num_tokens <= MAX_TRACKED_TOKENS:
-            context.suffixes[suffix.tobytes()] = None
+        raw = suffix.tobytes()
+        most = MAX_TRACKED_TOKENS * suffix.itemsize - len(raw)
+        if len(context.suffixes) < MAX_TRACKED_SUFFIXES and sum(map(len, context.suffixes)) <= most:
+            context.suffixes[raw] = None
         else:
             context.suffixes_complete = False
 
