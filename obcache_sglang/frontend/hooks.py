@@ -84,8 +84,16 @@ class Frontend:
         before: tuple[int, ...] = ()
         if self.marker is not None and marker_position is not None and action == "ask":
             in_front = sent_ids[:marker_position]
-            if wish.context_id is None and self.marker.stands_first(in_front):
+            is_first = self.marker.stands_first(in_front)
+            if wish.context_id is None and is_first:
                 marker_position = 0  # no context: `make_plan` says so
+            elif wish.context_id is not None and not is_first:
+                # A prompt that would be answered without its document, if something on the way here dropped its custom_params.
+                raise RequestError(
+                    f'custom_params["{KEY}"]["context_id"] is given, but {marker_position} tokens stand before the marker, which are not '
+                    "the chat template's. Put the marker where the document would begin: at the very start of the prompt, of the system "
+                    "message, or of the first user message."
+                )
             elif wish.context_id is not None and list(in_front) == list(self.marker.lead):
                 sent_ids, marker_position = sent_ids[marker_position:], 0
         if wish.context_id is not None:

@@ -17,6 +17,8 @@ _RIGHT = ("What follows?", "\n\nQuestion: what?", " and so on")
 # The marker's text begins and ends within this many tokens of its middle.
 _NEIGHBOURS = 8
 
+_SYSTEM_TEXT = "You answer questions."
+
 
 @dataclass(frozen=True)
 class Marker:
@@ -26,8 +28,8 @@ class Marker:
     lead: what the tokenizer puts before any text (begin-of-text).
     plain: its text as ordinary tokens, as clients send it that tokenize prompts themselves.
     middle: the part of `plain` that does not depend on the text next to the marker.
-    opening: the chat template's words between an answer and the next user's text; empty if the template does not mark turns.
-    opening_tokens: at least as many tokens as `opening` has.
+    openings: the chat template's words before a user's text, between turns and after a system message; none if it does not mark turns.
+    num_opening_tokens: at least as many tokens as each of them has, and as the template puts before a system message's text.
     """
 
     text: str
@@ -36,8 +38,8 @@ class Marker:
     lead: array[int]
     plain: array[int]
     middle: array[int]
-    opening: str = ""
-    opening_tokens: int = 0
+    openings: tuple[str, ...] = ()
+    num_opening_tokens: int = 0
 
     @classmethod
     def register(cls, tokenizer: Any, text: str) -> Marker:
@@ -46,9 +48,10 @@ class Marker:
         token_id = register_marker(tokenizer, text)
         with_lead = list(tokenizer(text)["input_ids"])
         lead = array("q", with_lead[: with_lead.index(token_id)])
-        opening = _opening(tokenizer, text)
-        length = len(tokenizer(opening, add_special_tokens=False)["input_ids"]) + _NEIGHBOURS
-        return cls(text, tokenizer, token_id, lead, plain, _middle(tokenizer, plain), opening, length)
+        openings = _openings(tokenizer, text)
+        words = (*openings, _before_system_text(tokenizer, text))
+        length = max(len(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in words) + _NEIGHBOURS
+        return cls(text, tokenizer, token_id, lead, plain, _middle(tokenizer, plain), openings, length)
 
     @classmethod
     def unregistered(cls, tokenizer: Any, text: str) -> Marker:
@@ -57,18 +60,26 @@ class Marker:
         return cls(text, tokenizer, None, array("q"), plain, _middle(tokenizer, plain))
 
     def stands_first(self, before: Sequence[int]) -> bool:
-        """Whether the marker begins its prompt, or the first user's turn in it: no document is in front of it.
+        """Whether the marker begins its prompt, its system message, or its first user's turn: no document is in front of it.
 
         After earlier turns it may stand first: they are the context. before: the tokens in front of the marker.
         """
         ids = list(before)
-        if ids == list(self.lead):
+        if not ids or ids == list(self.lead):
             return True
         # As text: what stands beside the template's words may be one token with them.
-        end = self.tokenizer.decode(ids[-self.opening_tokens :], skip_special_tokens=False)
-        if not self.opening or not end.rstrip().endswith(self.opening):
+        end = self._decoded(ids[-self.num_opening_tokens :]).rstrip()
+        for opening in self.openings:
+            if end.endswith(opening) and self._decoded(ids).count(opening) == 1:
+                return True
+        if len(ids) > self.num_opening_tokens:
             return False
-        return bool(self.tokenizer.decode(ids, skip_special_tokens=False).count(self.opening) == 1)
+        # Rendered anew, since some templates write the day's date there.
+        start = _before_system_text(self.tokenizer, self.text)
+        return bool(start) and "".join(self._decoded(ids).split()) == "".join(start.split())
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def is_plain_in(self, token_ids: Sequence[int]) -> bool:
         """Whether ordinary tokens contain the marker's text, merged with the text next to it or not."""
@@ -112,21 +123,33 @@ def _plain(tokenizer: Any, text: str) -> array[int]:
     return array("q", tokenizer(text, add_special_tokens=False, **more)["input_ids"])
 
 
-def _opening(tokenizer: Any, text: str) -> str:
-    """What the chat template writes before a user's text, wherever in a conversation, without blanks around it."""
+def _openings(tokenizer: Any, text: str) -> tuple[str, ...]:
+    """What the chat template writes before the first user's text, without blanks around it: as in later turns, and after a system message."""
+    question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": "B"}
+    first = _rendered_before(tokenizer, text, [question])
+    later = _rendered_before(tokenizer, text, [{**question, "content": "A"}, answer, question])
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(first), reversed(later), strict=False)))
+    turn = first[len(first) - shared :].strip()
+    told = _rendered_before(tokenizer, text, [{"role": "system", "content": _SYSTEM_TEXT}, question])
+    after_system = told.rpartition(_SYSTEM_TEXT)[2].strip() if _SYSTEM_TEXT in told else ""
+    # Where each turn is marked alike, the words after a system message are those after an answer too.
+    return tuple(each for each in (turn, "" if turn and turn in after_system else after_system) if each)
+
+
+def _before_system_text(tokenizer: Any, text: str) -> str:
+    """What the chat template writes before the text of a system message; empty where it takes none."""
+    return _rendered_before(tokenizer, text, [{"role": "system", "content": text}, {"role": "user", "content": "A"}])
+
+
+def _rendered_before(tokenizer: Any, text: str, messages: list[dict[str, str]]) -> str:
+    """What the chat template writes before `text`, which is one of the messages; empty where it cannot."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
-    question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": "B"}
-    rendered: list[str] = []
-    for messages in ([question], [{**question, "content": "A"}, answer, question]):
-        try:
-            rendered.append(
-                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).partition(text)[0]
-            )
-        except Exception:  # whatever a model's template makes of such messages
-            return ""
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*(reversed(each) for each in rendered), strict=False)))
-    return rendered[0][len(rendered[0]) - shared :].strip()
+    try:
+        before, found, _ = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).partition(text)
+    except Exception:  # whatever a model's template makes of such messages
+        return ""
+    return str(before) if found else ""
 
 
 def _middle(tokenizer: Any, plain: array[int]) -> array[int]:

@@ -105,8 +105,8 @@ class CompressionManager:
         before = array("q", plan.before)
         if context.tokens[: len(before)] != before:
             raise RequestError(
-                f"The {len(before)} tokens before the marker are not the ones that the context of this context_id begins with. Put the "
-                "marker at the very start of the prompt, or after the same text as when the context was compressed."
+                f"The {len(before)} tokens before the marker are not the ones that the context of this context_id begins with. Send the "
+                "same system message as when the context was compressed, or put the marker at the very start of a prompt of its own."
             )
         prompt = context.tokens + tail + array("q", fields["origin_input_ids"])
         plan = replace(plan, context_len=context.num_tokens, settings=context.settings, judges=context.judges)

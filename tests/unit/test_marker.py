@@ -93,16 +93,12 @@ def test_a_question_by_id_reads_as_the_rest_of_the_text_does_by_marker(frontend:
     assert frontend.marker_id not in by_id.sent_ids
 
 
-def test_what_stands_before_the_marker_goes_along_to_be_compared_with_the_context(frontend: Frontend) -> None:
-    """A chat template's words stand before the document, and before the marker of a question by id."""
-    begins = []
-    for words in ("System: be brief.\n", "[System] ", "System: be brief. User: "):
-        by_marker = prepare(frontend, words + DOCUMENT + TEXT + " And then?")
-        by_id = prepare(frontend, words + TEXT + " And then?", SOME_ID)
-        before = list(by_id.plan.before)
-        assert list(by_id.sent_ids) == list(by_marker.sent_ids[by_marker.plan.context_len :])
-        begins.append(bool(before) and list(by_marker.sent_ids[: len(before)]) == before)
-    assert any(begins)  # where a tokenizer joins the words with the document, the request is refused
+def test_a_question_by_id_that_would_be_answered_without_its_id_is_refused(frontend: Frontend) -> None:
+    """Where its `custom_params` are dropped on the way, by a router say, it must be an error as well."""
+    for words in ("System: be brief.\n", "Document:\n", "[System] ", DOCUMENT):
+        assert prepare(frontend, words + TEXT + " And then?").plan.context_len > 0
+        with pytest.raises(RequestError, match="stand before the marker"):
+            prepare(frontend, words + TEXT + " And then?", SOME_ID)
 
 
 # ChatML brings a system message of its own where none is given, as SmolLM2's and Qwen2.5's templates do.
@@ -115,6 +111,13 @@ TEMPLATES = {
         "{% for m in messages %}{% if m['role'] == 'system' %}<<SYS>>{{ m['content'] }}<</SYS>>{% elif m['role'] == 'user' %}"
         "[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }} {% endif %}{% endfor %}"
     ),
+    # The system message inside the first turn, as Llama 2's own, and after words of the template's, as Llama 3.2's.
+    "inside": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}[INST] <<SYS>>Today is {{ strftime_now('%d %b %Y') }}.\n"
+        "{{ m['content'] }}<</SYS>>\n\n{% elif m['role'] == 'user' %}"
+        "{% if loop.index == 1 or messages[loop.index0 - 1]['role'] != 'system' %}[INST] {% endif %}{{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }} {% endif %}{% endfor %}"
+    ),
 }
 SYSTEM = {"role": "system", "content": "You know everything about Geneva."}
 TURN = [{"role": "user", "content": DOCUMENT}, {"role": "assistant", "content": "I see."}]
@@ -126,7 +129,7 @@ def user(content: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_user_turn_that_begins_with_the_marker_has_no_document(kind: str, template: str, model_dir: Any) -> None:
+def test_a_message_that_begins_with_the_marker_has_no_document(kind: str, template: str, model_dir: Any) -> None:
     """A question by id whose `custom_params` were dropped on the way, by a router say: its context would be the template's words."""
     tokenizer = KINDS[kind](model_dir)
     tokenizer.chat_template = TEMPLATES[template]
@@ -140,6 +143,9 @@ def test_a_user_turn_that_begins_with_the_marker_has_no_document(kind: str, temp
         [user(TEXT + " And then?")],
         [SYSTEM, user(TEXT + " And then?")],
         [user(TEXT + " And then?"), *TURN[1:], user("So?")],
+        [SYSTEM, user(TEXT + " And then?"), *TURN[1:], user("So?")],
+        [{**SYSTEM, "content": TEXT}, user("And then?")],
+        [{**SYSTEM, "content": TEXT + "Be brief."}, user("And then?"), *TURN[1:], user("So?")],
     ):
         with pytest.raises(RequestError, match="no context before it"):
             ask(*messages)
@@ -147,9 +153,13 @@ def test_a_user_turn_that_begins_with_the_marker_has_no_document(kind: str, temp
     for messages in (
         [user(DOCUMENT + TEXT + " And then?")],
         [{**SYSTEM, "content": SYSTEM["content"] + TEXT}, user("And then?")],
+        [{**SYSTEM, "content": "Now:" + TEXT}, user("And then?")],
         [*TURN, user(TEXT + "And then?")],
+        [SYSTEM, *TURN, user(TEXT + "And then?")],
     ):
         assert ask(*messages).plan.context_len > 4
+        with pytest.raises(RequestError, match="stand before the marker"):
+            ask(*messages, context_id=SOME_ID)
 
 
 def test_without_a_document_before_it_the_marker_is_refused(frontend: Frontend) -> None:
