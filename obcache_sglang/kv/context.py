@@ -3,9 +3,9 @@
 During a compression of L tokens to M slots, slots have these owners; nothing is held twice, and nothing by us alone:
 
     step                                   the exact KV, L slots         the compressed KV, M slots
-    a job is prefilled                     the job (SGLang's Req)        -
-    its last chunk is made into a batch    the job                       the tree's node, locked by us  (`ContextCache.reserve`)
-    the forward scores and copies          read                          written
+    a job waits                            -                             -  (SGLang admits it when both fit)
+    its first chunk is made into a batch   the job (SGLang's Req)        the tree's node, locked by us  (`ContextCache.reserve`)
+    its last chunk scores and copies       read                          written
     the job ends: published                freed by SGLang, or cached    the node, evictable; locked on while pinned
     the job ends: failed or aborted        freed by SGLang, or cached    freed with the node  (`ContextCache.withdraw`)
     a question reads it                    -                             the node, locked by the question (SGLang)

@@ -143,6 +143,21 @@ def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kw
         return pick(scheduler, *args, **kwargs)
 
 
+def around_add_one_req(add_one_req: Any, adder: Any, req: Req, *args: Any, **kwargs: Any) -> Any:
+    """SGLang counts the slots that a request's own tokens take; the final prefill of a compression takes those of its kept tokens too."""
+    manager, more = _manager(adder.tree_cache), 0
+    try:
+        more = 0 if manager is None else manager.jobs.slots_to_admit(req)
+    except Exception:
+        logger.exception("obcache: counting the slots of request %s failed", req.rid)
+    adder.memory_budget.total_offset += more
+    try:
+        return add_one_req(adder, req, *args, **kwargs)
+    finally:
+        if more and not any(each is req for each in adder.can_run_list):
+            adder.memory_budget.total_offset -= more
+
+
 @_contained("adding a request to the queue while a batch was picked")
 def after_add_request_to_queue(result: None, scheduler: Any, req: Req, *args: Any, **kwargs: Any) -> None:
     if (manager := _manager(scheduler)) is not None:
@@ -290,6 +305,13 @@ TOUCHES: tuple[Touch, ...] = (
         "decides for waiting requests, starts jobs, holds back who waits for one",
         ("prefill_delayer_single_pass", "running_batch"),
     ),
+    _hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+        "around",
+        around_add_one_req,
+        "a compression is admitted when its kept tokens fit as well",
+        ("req",),
+    ),
     _hook(f"{_SCHEDULER}.abort_request", "after", after_abort_request, "ends jobs nobody waits for", ("recv_req",)),
     _hook(
         f"{_SCHEDULER}.flush_cache",
@@ -324,7 +346,7 @@ TOUCHES: tuple[Touch, ...] = (
         "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
         "after",
         after_prepare_for_extend,
-        "reserves a job's slots before its last chunk runs",
+        "reserves a job's slots before its final prefill runs",
     ),
     _hook(
         "sglang.srt.mem_cache.common.release_kv_cache",
@@ -378,6 +400,11 @@ TOUCHES: tuple[Touch, ...] = (
         "after",
         after_take_events,
         "KV events never carry virtual tokens",
+    ),
+    use(
+        "sglang.srt.mem_cache.prefill_budget.PrefillBudget.remaining_total",
+        "read",
+        "total_offset: slots that are spoken for; can_run_list: whom the adder has taken",
     ),
     use(
         "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer",

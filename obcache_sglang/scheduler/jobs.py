@@ -22,7 +22,7 @@ from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from obcache_sglang.scheduler.room import Room
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ class Jobs:
             return None, "replay_too_long"
         longest = max((len(each.tokens) for each in passes), default=len(context.judges))
         needed = context.num_tokens + longest + context.num_slots
-        if needed > self.engine.pool_slots:
+        # SGLang admits what is, with a page more, less than the pool.
+        if needed + self.cache.page_size >= self.engine.pool_slots:
             return None, "pool_too_small"
         self.room.make(needed)
         job = self._make(context, like, passes)
@@ -166,28 +167,40 @@ class Jobs:
         self.stop_unattended()
         self.engine.forget_last_batch()
 
+    @staticmethod
+    def slots_to_admit(req: Req) -> int:
+        """KV slots that a request takes when it is admitted, beside those that SGLang counts: a final prefill's kept tokens."""
+        return req.context.num_slots if isinstance(req, CompressionJob) and req.is_final and req.slots is None else 0
+
     def reserve(self, batch: ScheduleBatch) -> None:
-        """Reserves the slots of jobs whose last chunk is in this batch, after the batch's own allocation."""
+        """Reserves the slots of jobs whose final prefill begins in this batch, after the batch's own allocation.
+
+        Not later: while a long prefill goes on, chunk after chunk, other requests would take them. All ranks come to the votes: one
+        at the first chunk, about the slots, and one at the last, since scoring may have failed on one of them in between.
+        """
         for req in batch.reqs:
-            if not isinstance(req, CompressionJob) or not req.is_final or req.extend_end != len(req.origin_input_ids):
+            if not isinstance(req, CompressionJob) or not req.is_final:
+                continue
+            is_first = not req.began
+            req.began = True
+            if not is_first and req.extend_end != len(req.origin_input_ids):
                 continue
             if self.get(req.context) is not req:
                 req.error = "replaced"  # a second node of the same context would free the first one's slots
                 continue
-            slots = None
             try:
-                slots = self.cache.reserve(req.context)
+                if is_first:
+                    req.slots = self.cache.reserve(req.context)
             except Exception:
                 logger.exception("obcache: reserving slots for context %s failed", req.context.id)
-            # Every rank takes part, also one whose scoring has failed in an earlier chunk.
-            if self.agree(slots is not None and req.error is None):
-                req.slots = slots
+            if self.agree(req.slots is not None and req.error is None):
                 continue
-            req.error = req.error or "no_slots"
+            req.error, req.slots = req.error or "no_slots", None
             try:
                 self.discard(req.context)
-                # Where another rank has evicted for it and this one has not: their trees must stay equal.
-                self.engine.evict(req.context.num_slots)
+                if is_first:
+                    # Where another rank has evicted for it and this one has not: their trees must stay equal.
+                    self.engine.evict(req.context.num_slots)
             except Exception:
                 logger.exception("obcache: releasing the slots reserved for context %s failed", req.context.id)
 

@@ -234,6 +234,7 @@ class CompressionJob(Req):
         settings = self.context.settings
         self.error: str | None = None
         self.slots: torch.Tensor | None = None
+        self.began = False
         self.pass_started_at = time.perf_counter()
         self.compression.restart_pass()
         self.scoring_seconds = self.earlier_seconds

@@ -48,7 +48,7 @@ class Room:
         spare = self.tight_slots  # for the questions that are being answered
         if needed <= spare:
             return False
-        held = sum(job.kv.kv_allocated_len for job in jobs)
+        held = sum(job.kv.kv_allocated_len + (0 if job.slots is None else job.context.num_slots) for job in jobs)
         kept = sum(each.num_slots for each in self.cache if each.state is ContextState.RESIDENT and each.tree_lock is None)
         self.make(needed - held + spare)
         room = self.engine.free_slots() + max(0, self.cache.tree.evictable_size() - kept)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.managers.schedule_policy import PrefillAdder
 
 from obcache_sglang.compress.replay import ReplayPass
 from obcache_sglang.kv.context import ContextState
 from obcache_sglang.scheduler import control_calls
+from obcache_sglang.scheduler.hooks import around_add_one_req
 from obcache_sglang.scheduler.jobs import Jobs
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from obcache_sglang.scheduler.room import Room
-from tests.unit.engine import Driven
+from obcache_sglang.scheduler.wiring import Wiring
+from tests.unit.engine import KEPT, Driven
 
 DOCUMENT = array("q", range(100, 140))
 ABORTED = FINISH_ABORT("its client left")
@@ -166,6 +170,62 @@ def test_a_compression_waits_where_its_exact_kv_would_evict_compressed_contexts(
     jobs = driven.step()
     assert [job.context for job in jobs] == [reqs[0].context]  # the second would need the first one's exact KV
     assert driven.engine.queue == [*jobs, *reqs]
+
+
+@pytest.mark.parametrize("free, admitted", [(55, False), (61, False), (62, True)])
+def test_a_compression_is_admitted_when_its_kept_tokens_fit_too(free: int, admitted: bool) -> None:
+    """By SGLang's own count, its 40 tokens and a page are enough."""
+    driven = Driven(size=100)
+    tree = driven.engine.tree
+    Wiring.hang_on(cast(Any, SimpleNamespace(manager=driven.manager)), tree)
+    driven.ask(DOCUMENT)
+    (job,) = driven.step()
+    tree.token_to_kv_pool_allocator.alloc(100 - free)
+    job.init_next_round_input(tree)
+    adder = PrefillAdder(1, tree, tree.token_to_kv_pool_allocator, None, 1.0, 1000, None)
+    around_add_one_req(PrefillAdder.add_one_req, adder, job, has_chunked_req=False, truncation_align_size=None)
+    assert (adder.can_run_list == [job]) == admitted
+    assert adder.memory_budget.total_offset == (40 + 1 + 20 if admitted else 0)
+
+
+def test_what_a_pool_of_its_own_cannot_hold_is_refused_and_not_waited_for() -> None:
+    for size, refused in ((61, True), (62, False)):
+        driven = Driven(size=size)
+        req = driven.ask(DOCUMENT)
+        (first,) = driven.step()
+        assert (first is req and report(req)["reason"] == "pool_too_small") == refused
+
+
+def test_the_kept_tokens_of_a_long_prefill_are_reserved_with_its_first_chunk() -> None:
+    votes: list[bool] = []
+    driven = Driven(size=100, agree=lambda mine: votes.append(mine) or mine)
+    allocator = driven.engine.tree.token_to_kv_pool_allocator
+    driven.ask(DOCUMENT)
+    (job,) = driven.step()
+    driven.engine.take(job)
+    for end in (10, 30, 40):
+        job.extend_end = end
+        driven.manager.jobs.reserve(SimpleNamespace(reqs=[job]))
+        if end == 10:
+            assert allocator.alloc(40) is not None  # other requests take all that is left
+            assert driven.engine.free_slots() == 0
+    assert votes == [True, True]  # about the slots, and about the scores of earlier chunks
+    assert job.slots is not None and job.error is None
+    job.compression.kept = KEPT
+    driven.end(job)
+    assert job.context.state is ContextState.RESIDENT
+
+
+def test_a_rank_that_failed_to_score_an_earlier_chunk_ends_the_reservation_on_all() -> None:
+    driven = Driven()
+    driven.ask(DOCUMENT)
+    (job,) = driven.step()
+    driven.engine.take(job)
+    for end in (10, 40):
+        job.extend_end = end
+        driven.manager.jobs.reserve(SimpleNamespace(reqs=[job]))
+        job.error = "error"
+    assert job.slots is None and driven.accounts() == (160, 0, 0)
 
 
 # --- pins ---------------------------------------------------------------------------------------------------------------
