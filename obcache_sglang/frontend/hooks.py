@@ -96,6 +96,11 @@ class Frontend:
                 )
             elif wish.context_id is not None and list(in_front) == list(self.marker.lead):
                 sent_ids, marker_position = sent_ids[marker_position:], 0
+        if marker_position is not None and request.multi_item_delimiter_indices is not None:
+            raise RequestError(
+                "The prompt contains the context marker, but multi-item scoring counts positions in it. Leave the marker out: such prompts "
+                "are read exactly."
+            )
         if wish.context_id is not None:
             if marker_position is None and self.marker is not None:
                 raise RequestError(
@@ -313,12 +318,15 @@ def _no_empty_report(
 ) -> None:
     """After TokenizerManager.update_request_meta_info: removes the empty report of a request that has none.
 
-    If one request of a batch has a report, SGLang gives the others empty lists.
+    If one request of a batch has a report, SGLang gives the others empty lists. Here all answers pass: what raises would end the process.
     """
-    if not state.customized_info_accumulated.get(KEY, True):
-        del state.customized_info_accumulated[KEY]
-        state.customized_info_reported_keys.discard(KEY)
-        meta_info.pop(KEY, None)
+    try:
+        if not state.customized_info_accumulated.get(KEY, True):
+            del state.customized_info_accumulated[KEY]
+            state.customized_info_reported_keys.discard(KEY)
+            meta_info.pop(KEY, None)
+    except Exception:
+        logger.exception("obcache: taking an empty report away failed")
 
 
 def _refuse_embeds(request: Any) -> None:

@@ -266,6 +266,7 @@ def after_take_events(events: list[Any], tree_cache: Any) -> list[Any]:
 
 
 def around_get_internal_state(get_internal_state: Any, scheduler: Any, recv_req: Any) -> Any:
+    call = None
     try:
         call, manager = control_call(recv_req.rid), _manager(scheduler)
         if manager is None or call is None:
@@ -274,7 +275,8 @@ def around_get_internal_state(get_internal_state: Any, scheduler: Any, recv_req:
         if call["op"] == "status":
             answer["hooks"] = hooks_in_place()
     except Exception as error:
-        logger.exception("obcache: control call %s failed", recv_req.rid)
+        # Not the call itself: whoever has a whole context id can open the context.
+        logger.exception("obcache: control call %s failed", call.get("op") if isinstance(call, dict) else "that cannot be read")
         answer = {"ok": False, "status_code": 500, "error": f"{type(error).__name__}: {error}"}
     answer["dp_rank"] = get_parallel().dp_rank or 0
     return GetInternalStateReqOutput(internal_state=answer)

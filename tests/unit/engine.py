@@ -114,12 +114,12 @@ class Driven:
             secret=b"of the test",
         )
 
-    def ask(self, context: array[int], question: int = 7, **plan: Any) -> ContextReq:
-        """A question of one token on a context arrives."""
+    def ask(self, context: array[int], question: int = 7, num_tokens: int = 1, **plan: Any) -> ContextReq:
+        """A question of one token, or several times the same, on a context arrives."""
         fields = {
             "rid": f"question-{question}",
             "origin_input_text": "",
-            "origin_input_ids": context + array("q", [question]),
+            "origin_input_ids": context + array("q", [question] * num_tokens),
             "sampling_params": SamplingParams(max_new_tokens=4),
         }
         wish = Plan(len(context), self.manager.settings.compression, now=self.now, **plan)

@@ -121,8 +121,16 @@ def test_what_is_remembered_behind_a_context_is_bounded(
     assert len(context.suffixes) == 3
     cache.delete(context)
     cache.sweep(set())
-    # What is not remembered is ordinary content of the tree, which goes when there is no room.
+    # What is not remembered is ordinary content of the tree, which goes when there is no room. Nobody is served it again.
     assert accounts(cache)[0] < POOL
+    again = cache.obtain(HERE, HALF, tokens(0))
+    assert again is not context and not cache.is_resident(again)
+    assert cache.reserve(again) is not None
+    assert (
+        cache.tree.match_prefix(MatchPrefixParams(key=cache.key(again, array("q", [1, 2, 0])))).device_prefix_len
+        == again.num_slots
+    )
+    cache.withdraw(again)
     cache.tree.evict(EvictParams(num_tokens=POOL))
     assert accounts(cache) == (POOL, 0, 0)
 

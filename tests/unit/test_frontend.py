@@ -11,6 +11,7 @@ from obcache_sglang import lang
 from obcache_sglang.errors import ContextNotFound, HostError, RequestError
 from obcache_sglang.frontend import service
 from obcache_sglang.frontend.hooks import GUARD_TOUCHES
+from obcache_sglang.frontend.hooks import TOUCHES as TOKENIZER_TOUCHES
 from obcache_sglang.frontend.marker import register_marker
 from obcache_sglang.frontend.openai_reports import with_report
 from obcache_sglang.frontend.wish import REQUEST_KEYS, make_plan, parse_wish, split_marker
@@ -254,6 +255,22 @@ def serve_one(monkeypatch, tokenizer):
     serve.manager = manager
     serve.frontend = frontend.Frontend.of(manager)
     return serve
+
+
+def test_what_goes_wrong_with_an_empty_report_ends_nothing():
+    """SGLang calls this hook in the loop that answers everybody."""
+    (touch,) = [each for each in TOKENIZER_TOUCHES if each.target.endswith("update_request_meta_info")]
+    meta_info = {"obcache": []}
+    touch.hook(None, None, meta_info, SimpleNamespace(customized_info_accumulated=None))
+    state = SimpleNamespace(customized_info_accumulated={"obcache": []}, customized_info_reported_keys={"obcache"})
+    touch.hook(None, None, meta_info, state)
+    assert meta_info == {} == state.customized_info_accumulated
+
+
+def test_a_marker_in_a_prompt_whose_positions_are_counted_is_refused(serve_one):
+    ids = serve_one.manager.tokenizer(f"{CONTEXT}{MARKER}Which?")["input_ids"]
+    with pytest.raises(RequestError, match="counts positions"):
+        serve_one(input_ids=ids, multi_item_delimiter_indices=[3])
 
 
 CONTEXT = "One two three four five six seven eight. "

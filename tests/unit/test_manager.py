@@ -12,7 +12,7 @@ from sglang.srt.managers.schedule_policy import PrefillAdder
 
 from obcache_sglang.compress.replay import ReplayPass
 from obcache_sglang.kv.context import ContextState
-from obcache_sglang.scheduler import control_calls
+from obcache_sglang.scheduler import control_calls, manager
 from obcache_sglang.scheduler.hooks import around_add_one_req
 from obcache_sglang.scheduler.jobs import Jobs
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
@@ -172,7 +172,7 @@ def test_a_compression_waits_where_its_exact_kv_would_evict_compressed_contexts(
     assert driven.engine.queue == [*jobs, *reqs]
 
 
-@pytest.mark.parametrize("free, admitted", [(55, False), (61, False), (62, True)])
+@pytest.mark.parametrize(("free", "admitted"), [(55, False), (61, False), (62, True)])
 def test_a_compression_is_admitted_when_its_kept_tokens_fit_too(free: int, admitted: bool) -> None:
     """By SGLang's own count, its 40 tokens and a page are enough."""
     driven = Driven(size=100)
@@ -186,6 +186,21 @@ def test_a_compression_is_admitted_when_its_kept_tokens_fit_too(free: int, admit
     around_add_one_req(PrefillAdder.add_one_req, adder, job, has_chunked_req=False, truncation_align_size=None)
     assert (adder.can_run_list == [job]) == admitted
     assert adder.memory_budget.total_offset == (40 + 1 + 20 if admitted else 0)
+
+
+def test_contexts_that_wait_for_an_idle_engine_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager, "MAX_DEFERRED", 2)
+    driven = Driven(size=400, when="idle")
+    reqs = [driven.ask(array("q", range(1000 * first, 1000 * first + 40)), num_tokens=2) for first in range(3)]
+    assert driven.step() == reqs and {report(req)["reason"] for req in reqs} == {"deferred"}
+    driven.engine.queue = []
+    made = []
+    while jobs := driven.step():
+        (job,) = jobs
+        made.append(job.context)
+        driven.forward(job)
+        driven.end(job)
+    assert made == [req.context for req in reqs[1:]]  # the first to come was given up
 
 
 def test_what_a_pool_of_its_own_cannot_hold_is_refused_and_not_waited_for() -> None:
