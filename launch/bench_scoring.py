@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.bench_serving import spread
-from obcache_sglang.compress.scores import accumulate_scores
+from obcache_sglang.compress.scores import ScoringQueries, accumulate_scores
 from obcache_sglang.kv.attention_with_lse import causal_attention_with_lse
 from obcache_sglang.settings import SCORES
 
@@ -51,7 +51,7 @@ def measure(tokens: int, rows: int, score: str, reduce: str, repeats: int) -> st
     lse = causal_attention_with_lse(q, k.transpose(0, 1), v.transpose(0, 1), SCALE)[1]
 
     def ours() -> None:  # given what the CPU attention backend gives: outputs and log-sum-exps
-        accumulate_scores(scores, q, k, v, start=tokens - rows, scale=SCALE, score=score, reduce=reduce, o=o, lse=lse)
+        accumulate_scores(scores, ScoringQueries(q, tokens - rows, SCALE, o, lse), k, v, score=score, reduce=reduce)
 
     def plain() -> None:
         plain_scores(scores, q, k, v, o, mask, score, reduce)
@@ -82,7 +82,7 @@ def plain_scores(
     score: str,
     reduce: str = "sum",
 ) -> None:
-    """The formulas as one writes them first: all heads at once, in float32. Arguments as of `accumulate_scores`.
+    """The formulas as one writes them first: all heads at once, in float32. Tensors as of `accumulate_scores`.
 
     mask: bool [rows, tokens], which tokens a row sees.
     """

@@ -42,7 +42,7 @@ from obcache_sglang import __version__
 from obcache_sglang.compress.head_profile import PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.compress.ranking import keep_across_heads, rank_positions
 from obcache_sglang.compress.replay import ReplayPrompts
-from obcache_sglang.compress.scores import accumulate_scores
+from obcache_sglang.compress.scores import ScoringQueries, accumulate_scores
 from obcache_sglang.errors import ConfigError, HostError, ObcacheError
 from obcache_sglang.settings import CompressionSettings
 
@@ -262,16 +262,9 @@ class Replay:
         output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
         if self._scores is not None:
             q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-            accumulate_scores(
-                self._scores[module.layer_idx],
-                q,
-                k,
-                v,
-                start=len(k) - len(q),
-                scale=scaling,
-                score=self._settings.score,
-                reduce=self._settings.reduce,
-            )
+            queries = ScoringQueries(q, len(k) - len(q), scaling)
+            mine, settings = self._scores[module.layer_idx], self._settings
+            accumulate_scores(mine, queries, k, v, score=settings.score, reduce=settings.reduce)
             self._output_sq[module.layer_idx] += output.float().square().sum()
         return output, None
 

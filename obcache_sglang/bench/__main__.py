@@ -54,7 +54,7 @@ DEFAULT_ARMS = ("replay/obcache-v/global@0.7,0.85", "tova/obcache-v/uniform@0.85
 KVPRESS_FOLDER = Path(".cache", "obcache_sglang", "kvpress-venv")
 COST_DOCUMENTS = 3
 
-_MODEL_MARGIN = 128  # room for a question and its answer behind the longest documents of --scaling
+_MODEL_MARGIN = 128  # room for a question and its answer after the longest documents of --scaling
 
 
 def main(argv: list[str] | None = None) -> int:

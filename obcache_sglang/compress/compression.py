@@ -11,7 +11,7 @@ import torch
 from obcache_sglang.compress.budgets import AdaKV, Budget, Division, Global, MeasuredGlobal, Profile, Uniform
 from obcache_sglang.compress.measured_errors import SampledQueries, kept_numbers, pruning_errors, sampled_rows
 from obcache_sglang.compress.ranking import comparable, effective_window, position_scores, rank_positions
-from obcache_sglang.compress.scores import accumulate_scores_in_slots, relative_error_weights
+from obcache_sglang.compress.scores import ScoringQueries, accumulate_scores_in_slots, relative_error_weights
 from obcache_sglang.kv.cells import KeptTokens, KVSpace
 from obcache_sglang.kv.copy import copy_cells, copy_tokens
 
@@ -74,24 +74,6 @@ class ScoringRows:
     first_position: int
     slots: torch.Tensor
     last: bool
-
-
-@dataclass(frozen=True)
-class ScoringQueries:
-    """The queries of one layer that score a context.
-
-    q: [rows, num_q_heads, head_dim], any float dtype, after RoPE. start: position of the first among the tokens they see.
-    scale: factor of the logits. o: like q, the attention outputs. lse: [rows, num_q_heads] float32, natural log-sum-exps, if known.
-    weights: [rows, num_q_heads] float32, what a query's squared errors count (`scores.relative_error_weights`); None where no
-    errors are compared.
-    """
-
-    q: torch.Tensor
-    start: int
-    scale: float
-    o: torch.Tensor
-    lse: torch.Tensor | None
-    weights: torch.Tensor | None
 
 
 class Compression:
@@ -228,20 +210,10 @@ class Compression:
             visible = torch.cat([visible[:num_sinks], visible[chunk], visible[context.num_tokens :]])
             queries = replace(queries, start=len(visible) - rows.num_rows, lse=None)
             scored = torch.nn.functional.pad(scored[:, chunk], (num_sinks, 0))
-        compressor.accumulate(
-            scored,
-            queries.q,
-            pool.get_key_buffer(layer.layer_id),
-            pool.get_value_buffer(layer.layer_id),
-            visible,
-            start=queries.start,
-            scale=queries.scale,
-            score=settings.score,
-            o=queries.o,
-            lse=queries.lse,
-            query_weights=queries.weights if settings.weighs_queries else None,
-            reduce=settings.reduce,
-        )
+        if not settings.weighs_queries:
+            queries = replace(queries, weights=None)
+        keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        compressor.accumulate(scored, queries, keys, values, visible, score=settings.score, reduce=settings.reduce)
         if scored is not scores:
             scores[:, chunk] = scored[:, num_sinks:]
         return scores

@@ -18,7 +18,7 @@ def head_gains(model: torch.nn.Module, dtype: torch.dtype) -> dict[int, torch.Te
 
     With W_h the columns of the projection that belong to head h, that is ``||W_h||_F^2 / head_dim``, up to a factor that all heads of
     a layer share. Measured by projecting unit vectors, so that quantized and repacked weights need no reading.
-    model: SGLang's, loaded; dtype: its activations'. Where a projection is not found or fails, that layer and those behind it are
+    model: SGLang's, loaded; dtype: its activations'. Where a projection is not found or fails, that layer and those after it are
     left out, which is logged.
     """
     gains = {}

@@ -29,11 +29,11 @@ _LARGEST_STEP = 4096
 
 @dataclass(frozen=True)
 class SampledQueries:
-    """Some queries of one layer that stand behind a context, and what they see there. group = num_q_heads / num_kv_heads.
+    """Some queries of one layer that stand after a context, and what they see there. group = num_q_heads / num_kv_heads.
 
     q: [num_kv_heads, group, queries, head_dim] float32, after RoPE and times the scale of the logits.
     weights: [num_kv_heads, group, queries] float32, what a squared error counts, as of `scores.relative_error_weights`.
-    output, lse: of attention to the tokens behind the context alone: outputs as q, log-sum-exps [num_kv_heads, group, queries].
+    output, lse: of attention to the tokens after the context alone: outputs as q, log-sum-exps [num_kv_heads, group, queries].
     """
 
     q: torch.Tensor
@@ -48,13 +48,13 @@ class SampledQueries:
         """Copies the queries.
 
         q: [queries, num_q_heads, head_dim], any float dtype; weights: [queries, num_q_heads] float32.
-        keys, values: [tokens, num_kv_heads, head_dim], any float dtype, of the tokens behind the context.
+        keys, values: [tokens, num_kv_heads, head_dim], any float dtype, of the tokens after the context.
         seen: [queries], how many of these each query sees, at least 1. scale: factor of the logits.
         """
         queries = (q.float() * scale).transpose(0, 1).unflatten(0, (keys.shape[1], -1)).contiguous()
         unseen = torch.arange(len(keys), device=q.device) >= seen[:, None]
-        behind = _attend(queries, keys.float().transpose(0, 1), values.float().transpose(0, 1), unseen)
-        return cls(queries, weights.T.unflatten(0, (keys.shape[1], -1)).contiguous(), *behind)
+        after = _attend(queries, keys.float().transpose(0, 1), values.float().transpose(0, 1), unseen)
+        return cls(queries, weights.T.unflatten(0, (keys.shape[1], -1)).contiguous(), *after)
 
     @classmethod
     def joined(cls, samples: Sequence[SampledQueries]) -> SampledQueries:
@@ -92,7 +92,7 @@ def pruning_errors(
     numbers: of kept tokens, ascending, the last of them context_len.
     keys, values: [pool slots, num_kv_heads, head_dim], contiguous, any float dtype; slots: [context_len] where the context lies.
 
-    What stands behind the context is never removed. Returns [num_kv_heads, len(numbers)] float32: weighted, summed over queries
+    What stands after the context is never removed. Returns [num_kv_heads, len(numbers)] float32: weighted, summed over queries
     and the query heads of a KV head.
     """
     num_kv_heads = len(order)

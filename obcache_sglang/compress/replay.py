@@ -1,6 +1,6 @@
 """What the model re-reads when a context is scored by replay (KVzip, arXiv 2505.23416; prompts as in KVPress's KVzipPress).
 
-A pass is an ordinary prefill behind the context's exact KV: a prompt that asks for the context again, the chat template's words
+A pass is an ordinary prefill after the context's exact KV: a prompt that asks for the context again, the chat template's words
 before an answer, and a chunk of the context as that answer. Its queries, which look for what they repeat, score the context.
 """
 
@@ -19,7 +19,7 @@ _SEPARATOR = "\n#############"
 
 @dataclass(frozen=True)
 class ReplayPass:
-    """tokens: what the model reads behind the context; first, last: the context's tokens first ... last - 1 that it repeats."""
+    """tokens: what the model reads after the context; first, last: the context's tokens first ... last - 1 that it repeats."""
 
     tokens: array[int]
     first: int

@@ -16,7 +16,7 @@ logarithm of its sum over i is the log-sum-exp of an attention in which tokens l
 returns that. And the largest ``A_ij`` is ``exp(max_i z_ij - l_i)``.
 """
 
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,39 +31,50 @@ _MASKED_LOGIT = -1e30
 # matrix products, which cost more than the better cache use gains.
 _TILE_ELEMENTS = 1 << 21
 
-# Queries score each other in blocks of this many: what a block's tokens cannot see is masked inside it, and left out behind it.
+# Queries score each other in blocks of this many: what a block's tokens cannot see is masked inside it, and left out after it.
 _OWN_BLOCK = 256
 
 
+@dataclass(frozen=True)
+class ScoringQueries:
+    """The queries of one layer that score the tokens they see. Raises ValueError when the tensors do not fit together.
+
+    q: [rows, num_q_heads, head_dim], any float dtype, after RoPE, of positions ``start .. start + rows - 1``. Attention is causal:
+        the query at position p sees tokens 0 .. p.
+    scale: factor of the logits ``q.k``, usually ``head_dim ** -0.5``.
+    o: like q, the attention outputs of these queries, if the caller has them. Read for obcache-k and obcache-kv: `accumulate_scores`
+        saves one of three matrix products with them, GPU kernels need them.
+    lse: [rows, num_q_heads] float32: the natural log-sum-exps of these queries' logits, if the caller has them.
+    weights: [rows, num_q_heads] float32, positive: what each query's squared errors are multiplied with, as of
+        `relative_error_weights`; None for 1.
+    """
+
+    q: torch.Tensor
+    start: int
+    scale: float
+    o: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.o is not None and self.o.shape != self.q.shape:
+            raise ValueError(f"o {list(self.o.shape)} must have the shape of q, {list(self.q.shape)}")
+        for name, tensor in (("lse", self.lse), ("weights", self.weights)):
+            check_row_heads(name, tensor, self.q)
+
+
 def accumulate_scores(
-    scores: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    start: int,
-    scale: float,
-    score: str,
-    o: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    query_weights: torch.Tensor | None = None,
-    reduce: str = "sum",
+    scores: torch.Tensor, queries: ScoringQueries, k: torch.Tensor, v: torch.Tensor, *, score: str, reduce: str = "sum"
 ) -> None:
-    """Add the scores that the queries at positions ``start .. start + rows - 1`` give to the tokens they see.
+    """Add the scores that queries give to the tokens they see.
 
     scores: [num_kv_heads, context_len] float32; changed in place. The first context_len tokens are scored, however many more
         the queries see; where they see fewer, the scores of the others stay.
-    q: [rows, num_q_heads, head_dim], any float dtype, after RoPE.
+    queries: their log-sum-exps save attention and obcache-v on a CPU up to half of their work; nothing else reads them. Their weights
+        are for the obcache scores.
     k, v: [start + rows, num_kv_heads, head_dim], any float dtype and strides: the tokens at positions
-        ``0 .. start + rows - 1``, keys after RoPE. Attention is causal: the query at position p sees tokens 0 .. p.
-    scale: factor of the logits ``q.k``, usually ``head_dim ** -0.5``.
+        ``0 .. start + rows - 1``, keys after RoPE.
     score: one of ``config.SCORES``.
-    o: [rows, num_q_heads, head_dim], any float dtype: the attention outputs of these queries, if the caller has them. It
-        saves obcache-k and obcache-kv one of their three matrix products; the other scores do not read it.
-    lse: [rows, num_q_heads] float32: the natural log-sum-exps of these queries' logits, if the caller has them. It saves attention
-        and obcache-v on a CPU up to half of their work; nothing else reads it.
-    query_weights: [rows, num_q_heads] float32, positive: what each query's scores are multiplied with, as of
-        `relative_error_weights`; None for 1. For the obcache scores.
     reduce: "sum" adds to each token the sum of its scores over queries, averaged over the query heads that share its KV head
         (GQA); "max" leaves it the largest of its scores from any query and query head, and of what it had (KVzip's statistic,
         arXiv 2505.23416; score "attention" only).
@@ -78,31 +89,26 @@ def accumulate_scores(
 
     Raises ValueError when score or reduce is unknown or the shapes do not fit together.
     """
+    q, start, o, lse = queries.q, queries.start, queries.o, queries.lse
     rows, num_q_heads, head_dim = q.shape
     num_tokens, num_kv_heads, _ = k.shape
-    check_statistic(score, reduce)
+    check_statistic(score, reduce, weighted=queries.weights is not None)
     if v.shape != k.shape or k.shape[2] != head_dim or num_q_heads % num_kv_heads or num_tokens != start + rows:
         raise ValueError(
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} and start={start} do not fit: k and v need shape "
             "[start + rows, num_kv_heads, head_dim], and num_q_heads must be a multiple of num_kv_heads"
         )
-    if o is not None and o.shape != q.shape:
-        raise ValueError(f"o {list(o.shape)} must have the shape of q, {list(q.shape)}")
     if scores.dtype != torch.float32 or scores.shape[0] != num_kv_heads:
         raise ValueError(f"scores is {list(scores.shape)} {scores.dtype}; it must be float32 [{num_kv_heads}, tokens]")
 
-    if lse is not None and (lse.dtype != torch.float32 or lse.shape != q.shape[:2]):
-        raise ValueError(f"lse is {list(lse.shape)} {lse.dtype}; it must be float32 {list(q.shape[:2])}")
-    check_query_weights(query_weights, q, score)
-
     if q.device.type == "cpu" and score in ("attention", "obcache-v"):
         if lse is None:
-            queries, keys, values = _in_one_dtype(q, k.transpose(0, 1), v.transpose(0, 1))
-            lse = causal_attention_with_lse(queries, keys, values, scale)[1]
+            rows_q, keys, values = _in_one_dtype(q, k.transpose(0, 1), v.transpose(0, 1))
+            lse = causal_attention_with_lse(rows_q, keys, values, queries.scale)[1]
         if reduce == "max":
-            _accumulate_weight_maxima(scores, q, k, start, scale, lse)
+            _accumulate_weight_maxima(scores, replace(queries, lse=lse), k)
         else:
-            _accumulate_weight_sums(scores, q, k, v, start, scale, score, weighted_lse(lse, query_weights))
+            _accumulate_weight_sums(scores, replace(queries, lse=weighted_lse(lse, queries.weights)), k, v, score)
         return
     group = num_q_heads // num_kv_heads
     tile_rows = min(rows, max(1, _TILE_ELEMENTS // (group * _row_stride(num_tokens))))
@@ -122,8 +128,8 @@ def accumulate_scores(
             logits, weights = buffers[:, : num_queries * stride].view(2, num_queries, stride).unbind()
 
             heads = slice(head * group, (head + 1) * group)
-            queries = q[first:last, heads].float().mul(scale).reshape(num_queries, head_dim)
-            torch.mm(queries, k_head[:visible].T, out=logits[:, :visible])
+            tile = q[first:last, heads].float().mul(queries.scale).reshape(num_queries, head_dim)
+            torch.mm(tile, k_head[:visible].T, out=logits[:, :visible])
             _mask_unseen(logits.view(last - first, group, stride), visible)
             torch.softmax(logits, dim=-1, out=weights)
             scored = min(visible, scores.shape[1])
@@ -131,26 +137,22 @@ def accumulate_scores(
                 torch.maximum(total[:scored], weights[:, :scored].amax(0), out=total[:scored])
             else:
                 o_tile = None if o is None else o[first:last, heads].float().reshape(num_queries, head_dim)
-                roots = None if query_weights is None else query_weights[first:last, heads].sqrt().reshape(num_queries, 1)
+                if queries.weights is None:
+                    roots = None
+                else:
+                    roots = queries.weights[first:last, heads].sqrt().reshape(num_queries, 1)
                 total[:scored] += _tile_scores(logits, weights, v_head[:, :visible], v_sq[:scored], o_tile, roots, score)
         if reduce == "sum":
             scores[head].add_(total, alpha=1.0 / group)
 
 
-def _accumulate_weight_sums(
-    scores: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    start: int,
-    scale: float,
-    score: str,
-    lse: torch.Tensor,
-) -> None:
+def _accumulate_weight_sums(scores: torch.Tensor, scoring: ScoringQueries, k: torch.Tensor, v: torch.Tensor, score: str) -> None:
     """Adds sums of attention or obcache-v to scores [num_kv_heads, L] float32, by PyTorch's flash attention for CPUs.
 
-    q: [rows, num_q_heads, head_dim]; k, v: [start + rows, num_kv_heads, head_dim]; lse: [rows, num_q_heads] float32.
+    scoring: with their lse, weighted; k, v: [start + rows, num_kv_heads, head_dim].
     """
+    q, start, lse = scoring.q, scoring.start, scoring.lse
+    assert lse is not None
     rows, num_q_heads, head_dim = q.shape
     num_kv_heads, scored = k.shape[1], min(k.shape[0], scores.shape[1])
     group, power = num_q_heads // num_kv_heads, 1 if score == "attention" else 2
@@ -171,8 +173,8 @@ def _accumulate_weight_sums(
         seen_by = slice(first_row * group, last_row * group)
         added = bias[..., seen_by] if mask is None else bias[..., seen_by] + mask
         added = added.expand(-1, -1, tokens.stop - tokens.start, -1)
-        rows_of = queries[:, :, seen_by]
-        sums[:, tokens] += attention_with_lse(keys[None, :, tokens], rows_of, rows_of, power * scale, added)[1][0].exp_()
+        seen = queries[:, :, seen_by]
+        sums[:, tokens] += attention_with_lse(keys[None, :, tokens], seen, seen, power * scoring.scale, added)[1][0].exp_()
 
     add(slice(0, min(start, scored)), 0, rows)
     for first in range(0, scored - start, _OWN_BLOCK):
@@ -187,13 +189,13 @@ def _accumulate_weight_sums(
     scores[:, :scored].add_(sums, alpha=1.0 / group)
 
 
-def _accumulate_weight_maxima(
-    scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, start: int, scale: float, lse: torch.Tensor
-) -> None:
+def _accumulate_weight_maxima(scores: torch.Tensor, scoring: ScoringQueries, k: torch.Tensor) -> None:
     """Raises scores [num_kv_heads, L] float32 to the largest attention weights, without a softmax: one product and one exponential a token.
 
-    q: [rows, num_q_heads, head_dim]; k: [start + rows, num_kv_heads, head_dim]; lse: [rows, num_q_heads] float32.
+    scoring: with their lse; k: [start + rows, num_kv_heads, head_dim].
     """
+    q, start, lse = scoring.q, scoring.start, scoring.lse
+    assert lse is not None
     rows, num_q_heads, head_dim = q.shape
     num_kv_heads, scored = k.shape[1], min(k.shape[0], scores.shape[1])
     group, stride = num_q_heads // num_kv_heads, _row_stride(scored)
@@ -206,7 +208,7 @@ def _accumulate_weight_maxima(
             last = min(rows, first + tile_rows)
             seen, num_queries = min(start + last, scored), (last - first) * group
             logits = buffer[: num_queries * stride].view(num_queries, stride)[:, :seen]
-            queries = q[first:last, heads].float().mul(scale).reshape(num_queries, head_dim)
+            queries = q[first:last, heads].float().mul(scoring.scale).reshape(num_queries, head_dim)
             torch.mm(queries, k_head[:, :seen], out=logits)
             _mask_unseen(logits.unflatten(0, (-1, group)), start + last)
             logits.sub_(lse[first:last, heads].reshape(num_queries, 1))
@@ -219,31 +221,27 @@ def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors if len({each.dtype for each in tensors}) == 1 else tuple(each.float() for each in tensors)
 
 
-def check_statistic(score: str, reduce: str) -> None:
-    """Raises ValueError when there is no such score, or it cannot be reduced so over queries."""
+def check_statistic(score: str, reduce: str, *, weighted: bool) -> None:
+    """Raises ValueError when there is no such score, or it cannot be reduced so over queries. weighted: whether these have weights."""
     if score not in SCORES:
         raise ValueError(f"score {score!r} is unknown; choose one of {', '.join(SCORES)}")
     if reduce not in ("sum", "max") or (reduce == "max" and score != "attention"):
         raise ValueError(f"reduce {reduce!r} of score {score!r} is unknown; choose sum, or max with attention")
+    if weighted and score == "attention":
+        raise ValueError("weights cannot be used with score 'attention', which is comparable without them")
 
 
-def check_query_weights(query_weights: torch.Tensor | None, q: torch.Tensor, score: str) -> None:
-    """Raises ValueError when these are not weights of the queries q [rows, num_q_heads, head_dim] for this score."""
-    if query_weights is None:
-        return
-    if score == "attention":
-        raise ValueError("query_weights cannot be used with score 'attention', whose weights are comparable without them")
-    if query_weights.dtype != torch.float32 or query_weights.shape != q.shape[:2]:
-        raise ValueError(
-            f"query_weights is {list(query_weights.shape)} {query_weights.dtype}; it must be float32 {list(q.shape[:2])}"
-        )
+def check_row_heads(name: str, tensor: torch.Tensor | None, q: torch.Tensor) -> None:
+    """Raises ValueError when there is a tensor, and it is not one number for each row and head of q [rows, num_q_heads, head_dim]."""
+    if tensor is not None and (tensor.dtype != torch.float32 or tensor.shape != q.shape[:2]):
+        raise ValueError(f"{name} is {list(tensor.shape)} {tensor.dtype}; it must be float32 {list(q.shape[:2])}")
 
 
 def relative_error_weights(o: torch.Tensor, head_gains: torch.Tensor | None = None) -> torch.Tensor:
     """The query weights with which an obcache score is relative to what its layer gives: then layers and heads can be compared.
 
     A squared error of head h at query i is divided by the squared norm of all that the layer's attention adds to the residual
-    stream there, both behind the output projection, where head h's squares are `head_gains[h]` times as large on average:
+    stream there, both after the output projection, where head h's squares are `head_gains[h]` times as large on average:
     ``w_ih = g_h / sum_h' g_h' ||o_ih'||^2``.
 
     o: [rows, num_q_heads, head_dim], any float dtype: attention outputs. head_gains: [num_q_heads] float32, positive up to a
@@ -265,14 +263,21 @@ def weighted_lse(lse: torch.Tensor, query_weights: torch.Tensor | None, base: st
 
 
 def accumulate_scores_in_slots(
-    scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, **arguments: Any
+    scores: torch.Tensor,
+    queries: ScoringQueries,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    score: str,
+    reduce: str = "sum",
 ) -> None:
     """As `accumulate_scores`, of tokens in a pool.
 
-    k, v: [pool slots, num_kv_heads, head_dim]; slots: [start + rows] int32 or int64, where the tokens lie. `arguments` and errors
+    k, v: [pool slots, num_kv_heads, head_dim]; slots: [start + rows] int32 or int64, where the tokens lie. The others and the errors
     are those of `accumulate_scores`.
     """
-    accumulate_scores(scores, q, k.index_select(0, slots), v.index_select(0, slots), **arguments)
+    accumulate_scores(scores, queries, k.index_select(0, slots), v.index_select(0, slots), score=score, reduce=reduce)
 
 
 def _row_stride(num_tokens: int) -> int:
@@ -285,7 +290,7 @@ def _row_stride(num_tokens: int) -> int:
 
 
 def _mask_unseen(logits: torch.Tensor, visible: int) -> None:
-    """Mask, in logits [rows, group, stride], what lies behind each query, and the padding behind all of them.
+    """Mask, in logits [rows, group, stride], what lies after each query, and the padding after all of them.
 
     The rows' own positions are the last of the visible tokens; logits may end before them.
     """
@@ -306,7 +311,7 @@ def _tile_scores(
 ) -> torch.Tensor:
     """Scores [scored] of the first tokens, summed over the queries of one tile.
 
-    logits, weights: [queries, stride], stride >= visible; weights are 0 behind what a query sees. Both are overwritten.
+    logits, weights: [queries, stride], stride >= visible; weights are 0 after what a query sees. Both are overwritten.
     v: [head_dim, visible]; v_sq: [scored], the squared norms of its first columns. o: [queries, head_dim], None to compute it.
     roots: [queries, 1], of the query weights: obcache scores are quadratic in the attention weights.
     """

@@ -6,7 +6,7 @@ rows of the pool are gathered with index_select, query heads share their KV head
 lengths are read once for a batch, not once for a layer and request.
 
 Behind a compressed context two more things differ. Its heads may keep different numbers of tokens (`obcache_sglang.kv.cells`): each
-is then attended by itself. And requests that decode behind the same context read it together, once.
+is then attended by itself. And requests that decode after the same context read it together, once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Sequence:
     """One request of the batch. slots: [sequence length] int32, its rows of the KV pool; num_new: its query rows.
 
     kept: the kept tokens of the context before it, when its heads keep different numbers of them; suffix_rows, then:
-    [KV heads, tokens behind the context] int32, rows of those tokens in the first layer of the pool's `KVSpace`.
+    [KV heads, tokens after the context] int32, rows of those tokens in the first layer of the pool's `KVSpace`.
     """
 
     slots: torch.Tensor
@@ -50,11 +50,11 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class _Readers:
-    """The requests of a decode batch that stand behind one context: its K and V are read once for all of them.
+    """The requests of a decode batch that stand after one context: its K and V are read once for all of them.
 
     rows: [requests] int64, their rows in the batch. kept: as in _Sequence; slots: [M] int32, the context's.
     suffix_slots: [requests, longest suffix] int32, padded with slots of their own; suffix_mask: [requests, 1, 1, longest suffix],
-    0 where a token stands and -inf behind the end.
+    0 where a token stands and -inf past the end.
     """
 
     rows: torch.Tensor
@@ -68,7 +68,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
     """``torch_native`` with decoder self-attention of its own; everything else is inherited.
 
     Inherited: sliding windows, cross attention, encoders, and K and V of different head dimensions.
-    plan: tells which requests stand behind a compressed context; None without compression.
+    plan: tells which requests stand after a compressed context; None without compression.
     """
 
     def __init__(self, model_runner: ModelRunner) -> None:
@@ -182,7 +182,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             for heads, keys, values in self._gather(sequence, layer, q.dtype):
                 outputs[one, heads] = scaled_dot_product_attention(queries[one, heads], keys, values, scale=layer.scaling)
         for readers in self._readers:
-            outputs[readers.rows] = self._decode_behind_context(queries[readers.rows], readers, layer)
+            outputs[readers.rows] = self._decode_after_context(queries[readers.rows], readers, layer)
         return outputs.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _save(
@@ -198,7 +198,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             location = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
 
-    def _decode_behind_context(self, queries: torch.Tensor, readers: _Readers, layer: RadixAttention) -> torch.Tensor:
+    def _decode_after_context(self, queries: torch.Tensor, readers: _Readers, layer: RadixAttention) -> torch.Tensor:
         """Attention of one query for each reader over their context and its own suffix, merged by the log-sum-exps.
 
         queries: [readers, KV heads, group, head_dim]; returns the same shape.

@@ -7,7 +7,7 @@ from typing import Any
 from obcache_sglang.eval.samples import Question, Sample
 
 Prompt = tuple[list[int], list[int]]
-"""Token ids of a context, and of all behind it."""
+"""Token ids of a context, and of all after it."""
 
 _SEPARATOR = "<|obcache-eval-context-ends-here|>"
 
@@ -53,13 +53,13 @@ class Prompts:
         if not sample.cut_middle:
             raise too_long
         asked = question.text if self._in_chat(sample) else question.text + question.answer_prefix
-        whole, behind = self._encode(sample.context + asked, special=False), len(self._encode(asked, special=False))
+        whole, after = self._encode(sample.context + asked, special=False), len(self._encode(asked, special=False))
         kept = room - (_length(prompt) - len(whole))
         for _ in range(_CUTS):
             half = kept // 2
-            if half <= behind:
+            if half <= after:
                 break
-            parts = (whole[:half], whole[len(whole) - half : len(whole) - behind])
+            parts = (whole[:half], whole[len(whole) - half : len(whole) - after])
             context = "".join(self.tokenizer.decode(part, skip_special_tokens=True) for part in parts)
             prompt = self._of(sample, context, question)
             if _length(prompt) <= room:
@@ -74,7 +74,7 @@ class Prompts:
         return bool(self.tokenizer.chat_template) and not sample.plain and sample.metric != "nll"
 
     def ask(self, context: str, question: Question) -> Prompt:
-        """Ids of the context, with what the template puts before it, and of all behind it."""
+        """Ids of the context, with what the template puts before it, and of all after it."""
         text = f"{context}{_SEPARATOR}{question.text}"
         if self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template(

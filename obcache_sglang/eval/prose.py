@@ -1,7 +1,7 @@
 """Long English prose that needs no network.
 
 RULER hides its needles in Paul Graham's essays, which cannot be shipped. Instead: Newton's Opticks (1730; 140,000 tokens or so),
-which lies inside apache-tvm-ffi, a package that SGLang needs, and behind it Python's own language reference
+which lies inside apache-tvm-ffi, a package that SGLang needs, and after it Python's own language reference
 (`pydoc_data.topics`, as long again). Opticks comes first because it is the same everywhere; the reference differs from one Python
 release to the next.
 """

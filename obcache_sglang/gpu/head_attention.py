@@ -55,4 +55,4 @@ class HeadStep(ABC):
 
     @abstractmethod
     def _run(self, layer: int, queries: torch.Tensor, scale: float, out: torch.Tensor) -> None:
-        """queries, out: [rows, query heads of a KV head, head_dim], contiguous, the sequences one behind the other."""
+        """queries, out: [rows, query heads of a KV head, head_dim], contiguous, the sequences one after the other."""

@@ -56,7 +56,7 @@ class HeadGraphBackend(AttentionBackend):
         return SharedReadEnds.POST_REPLAY
 
     def load(self, contexts: list[tuple[int, Context]], num_requests: int) -> None:
-        """For the next replay. contexts: the uneven ones, each with the row of a request behind it."""
+        """For the next replay. contexts: the uneven ones, each with the row of a request after it."""
         kept: list[KeptTokens | None] = [None] * num_requests
         num_slots = [0] * num_requests
         for row, context in contexts:

@@ -52,13 +52,13 @@ class HeadBatch:
     def head_major(self) -> bool:
         """Whether sequences are ordered by head, then request; else by request, then head.
 
-        The queries of a sequence must lie one behind the other. With one query each, they do as the model leaves them.
+        The queries of a sequence must lie one after the other. With one query each, they do as the model leaves them.
         """
         return self.num_new is not None
 
 
 def count_entries(total_length: int, contexts: Iterable[Context], num_kv_heads: int) -> int:
-    """`HeadBatch.max_entries` of requests whose seq_lens add up to total_length. contexts: those behind which they stand."""
+    """`HeadBatch.max_entries` of requests whose seq_lens add up to total_length. contexts: those after which they stand."""
     most = num_kv_heads * total_length
     for context in contexts:
         assert context.kept is not None, "a context that is read is resident"
@@ -110,7 +110,7 @@ class HeadTables:
     def indices(self, layer: int) -> torch.Tensor:
         """Fills `buffer` [batch.max_entries] with the rows of all sequences of a layer, counted from the pool's first, and returns it.
 
-        What lies behind the last sequence is undefined.
+        What lies after the last sequence is undefined.
         """
         batch, space = self._batch, self._space
         _write_indices[self._grid](

@@ -1,6 +1,6 @@
-"""Requests behind contexts with per-head budgets, beside any of SGLang's attention backends.
+"""Requests after contexts with per-head budgets, beside any of SGLang's attention backends.
 
-The backend computes a batch as it always does, and knows nothing of such contexts: what it computed for the requests behind one
+The backend computes a batch as it always does, and knows nothing of such contexts: what it computed for the requests after one
 is replaced. Batches without such a request take the backend's own path alone; decode batches of nothing else skip it.
 """
 

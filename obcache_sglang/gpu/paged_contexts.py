@@ -161,7 +161,7 @@ def load_tokens(
     BLOCK_D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """K or V [positions, BLOCK_D] in dtype, 0 where not inside and behind HEAD_DIM; float8 divided by _E4M3_FACTOR.
+    """K or V [positions, BLOCK_D] in dtype, 0 where not inside and past HEAD_DIM; float8 divided by _E4M3_FACTOR.
 
     pages: the context's kv_indices.
     """

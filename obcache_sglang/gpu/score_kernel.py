@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from obcache_sglang.compress.scores import check_query_weights, check_statistic, weighted_lse
+from obcache_sglang.compress.scores import ScoringQueries, check_row_heads, check_statistic, weighted_lse
 from obcache_sglang.gpu.paged_contexts import PagedCache, PagedContexts, load_tokens, num_tokens
 from obcache_sglang.gpu.score_lse import MAX_REGISTERS, row_lse
 
@@ -79,18 +79,17 @@ def score_tokens_paged(
     score.
     Nothing waits for the device; results are the same in each run. Raises ValueError when arguments do not fit together.
     """
-    check_statistic(score, reduce)
+    check_statistic(score, reduce, weighted=query_weights is not None)
     if lse_base not in LSE_BASES:
         raise ValueError(f"lse_base {lse_base!r} is unknown; choose one of {', '.join(LSE_BASES)}")
     cache.check_queries("q", q)
-    num_rows, num_q_heads, head_dim = q.shape
+    _, num_q_heads, head_dim = q.shape
     if scores.dtype != torch.float32 or scores.dim() != 2 or scores.shape[0] != cache.num_kv_heads or scores.stride(1) != 1:
         raise ValueError(f"scores is {list(scores.shape)} {scores.dtype}; it must be float32 [{cache.num_kv_heads}, positions]")
+    check_row_heads("lse", lse, q)
+    check_row_heads("query_weights", query_weights, q)
     if lse is None:
         lse, lse_base = row_lse(q, cache, contexts, scale=scale), "2"
-    elif lse.dtype != torch.float32 or lse.shape != (num_rows, num_q_heads):
-        raise ValueError(f"lse is {list(lse.shape)} {lse.dtype}; it must be float32 [{num_rows}, {num_q_heads}]")
-    check_query_weights(query_weights, q, score)
     lse = weighted_lse(lse, query_weights, lse_base)
     o_sq = None
     if not needs_outputs(score):
@@ -141,41 +140,33 @@ def score_tokens_paged(
 
 def accumulate_scores_paged(
     scores: torch.Tensor,
-    q: torch.Tensor,
+    queries: ScoringQueries,
     k: torch.Tensor,
     v: torch.Tensor,
     slots: torch.Tensor,
     *,
-    start: int,
-    scale: float,
     score: str,
-    o: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    query_weights: torch.Tensor | None = None,
     reduce: str = "sum",
-    lse_base: str = "e",
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
 ) -> None:
-    """`compress.scores.accumulate_scores` for one context whose K and V lie in a pool.
+    """`compress.scores.accumulate_scores_in_slots`, by the kernel: with the dtypes of `score_tokens_paged`.
 
     k, v: [pool slots, num_kv_heads, head_dim], the pool's; slots: [start + rows] int32 or int64: where the tokens at positions
-    ``0 .. start + rows - 1`` lie. The other arguments are those of `accumulate_scores` and `score_tokens_paged`, with the dtypes
-    of the latter; obcache-k and obcache-kv need o. Raises ValueError when arguments do not fit together.
+    ``0 .. start + rows - 1`` lie. obcache-k and obcache-kv need the queries' o. Raises ValueError when arguments do not fit together.
     """
+    q, start = queries.q, queries.start
     if len(slots) != start + len(q):
         raise ValueError(f"{len(slots)} slots, {len(q)} rows and start={start} do not fit: there must be start + rows slots")
     score_tokens_paged(
         scores,
         q,
-        PagedCache.of_slots(k, v, k_scale, v_scale),
+        PagedCache.of_slots(k, v),
         PagedContexts.one(slots, rows=len(q), start=start, num_scored=scores.shape[1]),
-        scale=scale,
+        scale=queries.scale,
         score=score,
-        o=o,
-        lse=lse,
-        lse_base=lse_base,
-        query_weights=query_weights,
+        o=queries.o,
+        lse=queries.lse,
+        lse_base="e",
+        query_weights=queries.weights,
         reduce=reduce,
         accumulate=True,
     )

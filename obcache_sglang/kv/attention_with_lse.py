@@ -87,7 +87,7 @@ def attend_as_rows(
 
 @lru_cache(maxsize=8)  # all layers of a forward take the same
 def _causal_mask(rows: int, num_tokens: int, group: int) -> torch.Tensor:
-    """[rows * group, tokens] float32: -inf where one of the last `rows` tokens stands behind the query's own."""
+    """[rows * group, tokens] float32: -inf where one of the last `rows` tokens stands after the query's own."""
     mask = torch.zeros(rows, group, num_tokens)
     unseen = torch.ones(rows, rows, dtype=torch.bool).triu_(diagonal=1)
     mask[:, :, num_tokens - rows :].masked_fill_(unseen.unsqueeze(1), float("-inf"))

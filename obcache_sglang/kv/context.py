@@ -56,14 +56,14 @@ class Namespace:
 class Context:
     """One compressed context.
 
-    id: 32 hexadecimal digits, see `scheduler.context_cache.context_id`. tokens: its L real token ids, whole pages. judges: the tokens behind it
+    id: 32 hexadecimal digits, see `scheduler.context_cache.context_id`. tokens: its L real token ids, whole pages. judges: the tokens after it
     that score it as its own last ones do, and are no part of it. num_slots: M. virtual_ids: [M], empty until slots are reserved.
     is_queued: whether a job of the scheduler's is to compress it, or does.
     kept: which tokens this rank's heads keep, and where; None unless resident. seconds: wall time of its compression; scoring_seconds:
     the part spent on scoring, selecting and copying, as the host saw it; job_cached_tokens: its tokens found in the exact cache.
     node: its node in the radix tree, None where it has none. tree_lock: held while it is compressed or pinned. ttl_seconds, expires_at
     (seconds since the epoch): None for as long as the tree holds it. tails: by context id, the tokens between the last whole page and
-    the end that a client gave it. suffixes: what requests left in the tree behind it, as token ids; suffixes_complete: whether that
+    the end that a client gave it. suffixes: what requests left in the tree after it, as token ids; suffixes_complete: whether that
     is all of it.
     """
 
@@ -97,7 +97,7 @@ class Context:
 
     @property
     def position_offset(self) -> int:
-        """What must be added to the engine's positions behind the context: L - M."""
+        """What must be added to the engine's positions after the context: L - M."""
         return len(self.tokens) - self.num_slots
 
     @property

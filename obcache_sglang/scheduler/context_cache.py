@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 MAX_TRACKED_SUFFIXES = 4096
-"""Prefixes cached behind one context that are remembered, so that deleting it can free them at once."""
+"""Prefixes cached after one context that are remembered, so that deleting it can free them at once."""
 
 MAX_TRACKED_TOKENS = 1 << 19
 """Tokens of all these prefixes of one context, 8 bytes each: long ones that share a beginning hold few slots, and would be remembered whole."""
 
 MAX_TAILS = 256
-"""Different ends of a context behind its last whole page that context ids are remembered for; the oldest is forgotten first."""
+"""Different ends of a context after its last whole page that context ids are remembered for; the oldest is forgotten first."""
 
 PINNED_SHARE = 0.5
 """Of the contexts that are remembered at once, so many may be pinned: compression goes on with the others."""
@@ -94,7 +94,7 @@ class ContextCache:
         return self._contexts.get(identity) or self._deleting.get(identity)
 
     def capability(self, context: Context, tail: array[int]) -> str:
-        """The context id that stands for this context and the tokens behind its last whole page: 32 hexadecimal digits.
+        """The context id that stands for this context and the tokens after its last whole page: 32 hexadecimal digits.
 
         tail: fewer than a page of tokens, which two texts of one context may have different.
         """
@@ -134,7 +134,7 @@ class ContextCache:
         return context
 
     def find_prefix(self, namespace: Namespace, settings: CompressionSettings, tokens: array[int]) -> Context | None:
-        """The longest resident context, made with these settings, that `tokens` starts with and goes on behind."""
+        """The longest resident context, made with these settings, that `tokens` starts with and goes on after."""
         best: Context | None = None
         for context in self._contexts.values():
             length = context.num_tokens
@@ -150,7 +150,7 @@ class ContextCache:
         return best
 
     def key(self, context: Context, suffix: array[int] | None = None) -> RadixKey:
-        """The radix key of a context, or of what is cached behind it."""
+        """The radix key of a context, or of what is cached after it."""
         ids = context.virtual_ids if suffix is None else context.virtual_ids + suffix
         return RadixKey(ids, context.namespace.extra_key, cache_salt=context.namespace.cache_salt)
 
@@ -305,7 +305,7 @@ class ContextCache:
             self._mark_absent(context)
 
     def remember_suffix(self, context: Context, suffix: array[int], *, instead_of: array[int] | None = None) -> None:
-        """A request leaves `suffix`, or a beginning of it, in the tree behind the context.
+        """A request leaves `suffix`, or a beginning of it, in the tree after the context.
 
         instead_of: a beginning of it, remembered before.
         """
@@ -319,15 +319,15 @@ class ContextCache:
             context.suffixes_complete = False
 
     def drop_node(self, context: Context) -> None:
-        """Evicts the context's node and what is cached behind it, as far as no request has it locked.
+        """Evicts the context's node and what is cached after it, as far as no request has it locked.
 
-        What is left (locked, or behind more requests than are tracked) is ordinary evictable content.
+        What is left (locked, or after more requests than are tracked) is ordinary evictable content.
         """
         if context.virtual_ids and context.suffixes_complete:
             self._drop_ends(context, [array("q", raw) for raw in context.suffixes] + [array("q")])
 
     def drop_suffixes(self, context: Context) -> None:
-        """Evicts what is cached behind a context that no request uses; the context itself stays."""
+        """Evicts what is cached after a context that no request uses; the context itself stays."""
         if context.suffixes and context.suffixes_complete:
             left = self._drop_ends(context, [array("q", raw) for raw in context.suffixes])
             context.suffixes = dict.fromkeys(suffix.tobytes() for suffix in left)
@@ -348,7 +348,7 @@ class ContextCache:
             match = self.tree.match_prefix(MatchPrefixParams(key=self.key(context, suffixes[index])))
             depth = match.device_prefix_len
             if depth < context.num_slots:
-                return []  # the context's node itself is gone, and with it everything behind it
+                return []  # the context's node itself is gone, and with it everything after it
             if depth == context.num_slots and suffixes[index]:
                 continue  # nothing of this suffix is left
             if -depth != bound:

@@ -59,9 +59,9 @@ class ForwardPlan(BatchContexts):
         self._rows: list[tuple[CompressionJob, ScoringRows]] = []
 
     def plan_forward(self, forward_batch: ForwardBatch, batch: ScheduleBatch) -> None:
-        """Offsets the positions of requests behind a context, and plans the scoring of jobs.
+        """Offsets the positions of requests after a context, and plans the scoring of jobs.
 
-        Where that fails, on this rank or another one, the requests behind contexts end with an error: their positions are wrong.
+        Where that fails, on this rank or another one, the requests after contexts end with an error: their positions are wrong.
         """
         self.serial += 1
         self._rows, self._contexts, self._rids, self._has_scored_rows = [], [], forward_batch.rids, False
@@ -143,7 +143,7 @@ class ForwardPlan(BatchContexts):
 
 
 def _end_unplanned(batch: ScheduleBatch) -> None:
-    """Requests whose forward runs without a plan: those behind a context end with an error and leave nothing in the tree."""
+    """Requests whose forward runs without a plan: those after a context end with an error and leave nothing in the tree."""
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     for req in batch.reqs:
         if isinstance(req, CompressionJob):
@@ -156,7 +156,7 @@ def _end_unplanned(batch: ScheduleBatch) -> None:
 
 
 def offset_positions(forward_batch: ForwardBatch, contexts: list[Context | None], extend_lens: list[int] | None) -> None:
-    """Adds L - M to the positions of requests that stand behind a context; out of place, the tensor may be a graph's.
+    """Adds L - M to the positions of requests that stand after a context; out of place, the tensor may be a graph's.
 
     contexts: of each request of the batch.
     """

@@ -361,7 +361,7 @@ TOUCHES: tuple[Touch, ...] = (
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
         "after",
         after_init_new,
-        "offsets positions behind a context, plans the scoring",
+        "offsets positions after a context, plans the scoring",
         ("batch", "model_runner"),
     ),
     _hook(

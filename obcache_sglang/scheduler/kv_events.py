@@ -1,4 +1,4 @@
-"""KV events for routers: without virtual tokens, and without what is cached behind them."""
+"""KV events for routers: without virtual tokens, and without what is cached after them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from obcache_sglang.kv.context import FIRST_VIRTUAL_ID
 class VisibleEvents:
     """The events of one tree that routers can do something with.
 
-    A block behind a hidden one is hidden too, also when it is stored long after: hidden blocks are remembered until they are removed.
+    A block after a hidden one is hidden too, also when it is stored long after: hidden blocks are remembered until they are removed.
     """
 
     def __init__(self) -> None:

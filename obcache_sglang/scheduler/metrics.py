@@ -46,7 +46,7 @@ class Metrics:
             self._prometheus.slots_saved.inc(context_tokens - kept_slots)
 
     def replayed(self, tokens: int, seconds: float) -> None:
-        """A pass of method replay has read `tokens` tokens behind its context, in `seconds` from its start."""
+        """A pass of method replay has read `tokens` tokens after its context, in `seconds` from its start."""
         self._totals["replayed_tokens"] += tokens
         self._replay_seconds += seconds
         if self._prometheus:
@@ -144,7 +144,7 @@ class _Prometheus:
 
         self.compressions = counter("compressions_total", "Contexts compressed.")
         self.reuses = counter("reuses_total", "Requests that used a resident compressed context.")
-        self.replayed_tokens = counter("replayed_tokens_total", "Tokens read behind contexts to score them by replay.")
+        self.replayed_tokens = counter("replayed_tokens_total", "Tokens read after contexts to score them by replay.")
         self.tokens_saved = counter("tokens_saved_total", "Prompt tokens not prefilled again thanks to a compressed context.")
         self.slots_saved = counter("slots_saved_total", "KV slots given back by compressions.")
         self.contexts = gauge("contexts", "Compressed contexts resident now.")

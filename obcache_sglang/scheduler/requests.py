@@ -103,12 +103,12 @@ class ContextReq(Req):
             self._cached_tokens_correction = 0
 
     def prompt_suffix_ids(self) -> array[int]:
-        """The prompt behind the context."""
+        """The prompt after the context."""
         assert self.context is not None
         return self.prompt_ids[self.context.num_tokens :]
 
     def suffix_ids(self) -> array[int]:
-        """All tokens behind the context that are known by now."""
+        """All tokens after the context that are known by now."""
         known: array[int] = self.prompt_suffix_ids() + self.output_ids
         return known
 
@@ -166,12 +166,12 @@ class JobId(str):
 
 
 class CompressionJob(Req):
-    """The internal prefill of one context, `[0, L)`, and of its judges behind it, whose attention calls score, select and copy.
+    """The internal prefill of one context, `[0, L)`, and of its judges after it, whose attention calls score, select and copy.
 
     Never streamed, never in the tree: its slots are given back when it ends. If it cannot compress (`error`), what it
     computed is cached exactly, as any prefill is.
 
-    Method replay takes several such prefills in turn: the context alone, which is cached exactly, and each pass behind it. The
+    Method replay takes several such prefills in turn: the context alone, which is cached exactly, and each pass after it. The
     last one selects and copies.
 
     compression: what the forward does for it; carried on from pass to pass. unattended: no request waits for it. replay: the pass
@@ -249,9 +249,9 @@ class CompressionJob(Req):
     def progress(self) -> tuple[int, int]:
         """Tokens read so far, what was found cached included, and in all: the context's, and each pass's."""
         own = self.kv.kv_committed_len if self.kv.holds_kv else len(self.origin_input_ids) if self.finished() else 0
-        behind = 0 if self.replay is None else self.context.num_tokens  # the passes find the context cached
-        total = self.earlier_tokens + len(self.origin_input_ids) - behind + sum(len(each.tokens) for each in self.passes)
-        return self.earlier_tokens + max(0, own - behind), total
+        found = 0 if self.replay is None else self.context.num_tokens  # the passes find the context cached
+        total = self.earlier_tokens + len(self.origin_input_ids) - found + sum(len(each.tokens) for each in self.passes)
+        return self.earlier_tokens + max(0, own - found), total
 
     @property
     def is_final(self) -> bool:

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from obcache_sglang.compress.reference import attention, pair_scores
-from obcache_sglang.compress.scores import accumulate_scores
+from obcache_sglang.compress.scores import ScoringQueries, accumulate_scores
 from obcache_sglang.gpu import score_kernel, score_lse
 from obcache_sglang.gpu.paged_contexts import PagedCache, PagedContexts
 from obcache_sglang.gpu.score_kernel import accumulate_scores_paged, needs_outputs, score_tokens_paged
@@ -372,13 +372,13 @@ def test_adapter_equals_torch(score: str, reduce: str) -> None:
     for first, last in ((40, 100), (100, 150)):
         rows, visible = q[first - 40 : last - 40], slots[:last]
         copies = k.cpu()[visible], v.cpu()[visible]
-        accumulate_scores(expected, rows, *copies, start=first, scale=0.25, score=score, reduce=reduce)
+        accumulate_scores(expected, ScoringQueries(rows, first, 0.25), *copies, score=score, reduce=reduce)
         o = torch.cat(
             [attention(rows[:, h], *(x[:, h // 3] for x in copies), start=first, scale=0.25)[2] for h in range(6)], dim=1
         ).view_as(rows)
         scores = computed.to(DEVICE)
-        options = {"start": first, "scale": 0.25, "score": score, "o": o.to(DEVICE), "reduce": reduce}
-        accumulate_scores_paged(scores, rows.to(DEVICE), k, v, visible.to(DEVICE), **options)
+        queries = ScoringQueries(rows.to(DEVICE), first, 0.25, o.to(DEVICE))
+        accumulate_scores_paged(scores, queries, k, v, visible.to(DEVICE), score=score, reduce=reduce)
         computed = scores.cpu()
     torch.testing.assert_close(computed, expected, rtol=TOLERANCE[torch.float32], atol=1e-6 * float(expected.max()))
 
@@ -417,7 +417,7 @@ def test_nothing_waits_for_the_device(score: str, dtype: torch.dtype, monkeypatc
     pool = torch.empty(5000, 2, 16, dtype=dtype, device="meta")
     q = torch.empty(64, 6, 16, dtype=dtype, device="meta")
     slots, scores = torch.empty(4100, dtype=torch.int64, device="meta"), torch.empty(2, 4000, device="meta")
-    accumulate_scores_paged(scores, q, pool, pool, slots, start=4036, scale=1.0, score=score, o=q)
+    accumulate_scores_paged(scores, ScoringQueries(q, 4036, 1.0, q), pool, pool, slots, score=score)
     assert launches == [(3, 5, 2), (3,), (32, 2, 1)]
 
 
@@ -453,4 +453,4 @@ def test_refuses_what_does_not_fit() -> None:
         with pytest.raises(ValueError, match=message):
             PagedCache(*arguments)
     with pytest.raises(ValueError, match="start \\+ rows"):
-        accumulate_scores_paged(scores, q, k[:, 0], k[:, 0], torch.zeros(4), start=3, scale=1.0, score="attention")
+        accumulate_scores_paged(scores, ScoringQueries(q, 3, 1.0), k[:, 0], k[:, 0], torch.zeros(4), score="attention")

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from obcache_sglang.compress.ranking import keep_across_heads, keep_per_head, rank_positions
-from obcache_sglang.compress.scores import accumulate_scores
+from obcache_sglang.compress.scores import ScoringQueries, accumulate_scores
 from obcache_sglang.settings import CompressionSettings
 
 FIXTURE = json.loads((Path(__file__).parent.parent / "fixtures" / "kvpress.json").read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def kept_by_us(layers: list[Layer], settings: CompressionSettings, judges: int =
     kept = []
     for q, k, v, scale in layers:
         scores = torch.zeros(k.shape[1], num_tokens)
-        accumulate_scores(scores, q[start:], k, v, start=start, scale=scale, score=settings.score)
+        accumulate_scores(scores, ScoringQueries(q[start:], start, scale), k, v, score=settings.score)
         if settings.heads == "shared":
             scores = scores.mean(0, keepdim=True).expand_as(scores)
         ranked = ranked_by(scores, settings)
@@ -192,7 +192,8 @@ def kvzip_scores(passes: list[list[Layer]], run: dict[str, Any], *, reduce: str 
         seen = torch.cat([scored, torch.arange(num_tokens, num_tokens + len(replay["token_ids"]))])
         for layer, (q, k, v, scale) in enumerate(layers):
             of_pass = torch.zeros(k.shape[1], len(scored))
-            accumulate_scores(of_pass, q, k[seen], v[seen], start=len(scored), scale=scale, score="attention", reduce=reduce)
+            queries = ScoringQueries(q, len(scored), scale)
+            accumulate_scores(of_pass, queries, k[seen], v[seen], score="attention", reduce=reduce)
             scores[layer, :, first:last] = of_pass[:, len(others) :]
     return scores
 

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from obcache_sglang.compress import scores as ops
 from obcache_sglang.compress.reference import attention, score_tokens
-from obcache_sglang.compress.scores import accumulate_scores, relative_error_weights
+from obcache_sglang.compress.scores import ScoringQueries, accumulate_scores, relative_error_weights
 from obcache_sglang.settings import SCORES
 
 HEAD_DIM = 16
@@ -46,7 +47,7 @@ def computed(
 ) -> torch.Tensor:
     """Scores of the first num_scored tokens; of all without it."""
     scores = torch.zeros(k.shape[1], k.shape[0] if num_scored is None else num_scored)
-    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, reduce=reduce)
+    accumulate_scores(scores, ScoringQueries(q, start, SCALE), k, v, score=score, reduce=reduce)
     return scores
 
 
@@ -125,8 +126,8 @@ def test_window_over_two_chunks_equals_one_call(score: str, reduce: str) -> None
     scores = torch.zeros(2, 131)
     for first, last in ((0, 22), (22, 63)):
         seen = start + last
-        chunk = q[first:last], k[:seen], v[:seen]
-        accumulate_scores(scores, *chunk, start=start + first, scale=SCALE, score=score, reduce=reduce)
+        chunk = k[:seen], v[:seen]
+        accumulate_scores(scores, ScoringQueries(q[first:last], start + first, SCALE), *chunk, score=score, reduce=reduce)
     assert_agrees(scores, q, k, v, start, score, reduce)
 
 
@@ -152,7 +153,7 @@ def test_only_the_first_tokens_score(
     assert_agrees(computed(q, k, v, start, score, reduce, num_scored), q, k, v, start, score, reduce)
     scores = torch.zeros(2, num_scored)
     o = exact_outputs(q, k, v, start).float()
-    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, o=o, reduce=reduce)
+    accumulate_scores(scores, ScoringQueries(q, start, SCALE, o=o), k, v, score=score, reduce=reduce)
     assert_agrees(scores, q, k, v, start, score, reduce)
 
 
@@ -178,7 +179,7 @@ def test_accumulates_in_place_and_leaves_the_rest(score: str, reduce: str) -> No
     had = expected.mean().item()  # less than some of them, more than others
     scores = torch.full((2, 53), had)
     scores[:, 40:] = float("nan")  # tokens no query has come to
-    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, reduce=reduce)
+    accumulate_scores(scores, ScoringQueries(q, start, SCALE), k, v, score=score, reduce=reduce)
     torch.testing.assert_close(scores[:, :40], expected + had if reduce == "sum" else expected.clamp_min(had))
     assert scores[:, 40:].isnan().all()
     assert all(torch.equal(tensor, before) for tensor, before in zip((q, k, v), inputs, strict=True))
@@ -192,7 +193,7 @@ def test_outputs_the_caller_has(dtype: torch.dtype, score: str) -> None:
     q, k, v, start = make_qkv(129, 63, dtype=dtype)
     scores = torch.zeros(2, 129)
     o = exact_outputs(q, k, v, start).to(dtype)
-    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, o=o)
+    accumulate_scores(scores, ScoringQueries(q, start, SCALE, o=o), k, v, score=score)
     expected = computed(q, k, v, start, score)
     if dtype == torch.float32 or score in ("attention", "obcache-v"):
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6 * expected.mean().item())
@@ -208,9 +209,9 @@ def test_log_sum_exps_the_caller_has(score: str, num_scored: int) -> None:
     q, k, v, start = make_qkv(129, 63)
     lse = exact_lse(q, k, start)
     scores, doubled = torch.zeros(2, 2, num_scored).unbind()
-    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, lse=lse)
+    accumulate_scores(scores, ScoringQueries(q, start, SCALE, lse=lse), k, v, score=score)
     assert_agrees(scores, q, k, v, start, score)
-    accumulate_scores(doubled, q, k, v, start=start, scale=SCALE, score=score, lse=lse - torch.tensor(2.0).log())
+    accumulate_scores(doubled, ScoringQueries(q, start, SCALE, lse=lse - torch.tensor(2.0).log()), k, v, score=score)
     factor = {"attention": 2, "obcache-v": 4}.get(score, 1)
     torch.testing.assert_close(doubled, factor * scores, rtol=1e-4, atol=0)
 
@@ -225,7 +226,7 @@ def test_queries_of_different_weight(score: str, given: str) -> None:
         "o": exact_outputs(q, k, v, start).float() if given in ("outputs", "both") else None,
     }
     scores = torch.zeros(2, 129)
-    accumulate_scores(scores, q, k, v, start=start, scale=SCALE, score=score, query_weights=query_weights, **known)
+    accumulate_scores(scores, ScoringQueries(q, start, SCALE, weights=query_weights, **known), k, v, score=score)
     assert_agrees(scores, q, k, v, start, score, query_weights=query_weights)
 
 
@@ -273,8 +274,8 @@ def test_a_token_with_all_the_attention(score: str) -> None:
         ({"v": torch.zeros(40, 1, HEAD_DIM)}, "do not fit"),
         ({"o": torch.zeros(9, 2, HEAD_DIM)}, r"o \[9, 2, 16\] must have the shape of q, \[9, 6, 16\]"),
         ({"lse": torch.zeros(6, 9)}, r"lse is \[6, 9\] torch.float32; it must be float32 \[9, 6\]"),
-        ({"query_weights": torch.ones(9, 6)}, "query_weights cannot be used with score 'attention'"),
-        ({"query_weights": torch.ones(9, 2), "score": "obcache-v"}, r"query_weights is \[9, 2\] torch.float32; .* \[9, 6\]"),
+        ({"weights": torch.ones(9, 6)}, "weights cannot be used with score 'attention'"),
+        ({"weights": torch.ones(9, 2), "score": "obcache-v"}, r"weights is \[9, 2\] torch.float32; .* \[9, 6\]"),
         ({"scores": torch.zeros(3, 40)}, r"scores is \[3, 40\] torch.float32; it must be float32 \[2, tokens\]"),
         ({"scores": torch.zeros(2, 40, dtype=torch.bfloat16)}, "must be float32"),
         ({"reduce": "mean"}, "reduce 'mean' of score 'attention' is unknown; choose sum, or max with attention"),
@@ -297,6 +298,14 @@ def test_a_token_with_all_the_attention(score: str) -> None:
 )
 def test_refuses(change: dict, message: str) -> None:
     q, k, v, start = make_qkv(40, 9)
-    arguments = {"scores": torch.zeros(2, 40), "q": q, "k": k, "v": v, "start": start, "scale": SCALE, "score": "attention"}
+    of_queries = {"q": q, "start": start, "scale": SCALE}
+
+    def score(**given: Any) -> None:
+        queries = ScoringQueries(
+            **{name: given.pop(name) for name in ("q", "start", "scale", "o", "lse", "weights") if name in given}
+        )
+        accumulate_scores(queries=queries, **given)
+
+    arguments = {"scores": torch.zeros(2, 40), "k": k, "v": v, "score": "attention"} | of_queries | change
     with pytest.raises(ValueError, match=message):
-        accumulate_scores(**(arguments | change))
+        score(**arguments)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTINUATION_TOKENS = 127
-"""Tokens of the held-out text of task continuation, behind the context."""
+"""Tokens of the held-out text of task continuation, after the context."""
 
 
 def continuation(request: Request) -> Sample:
@@ -43,7 +43,7 @@ def continuation(request: Request) -> Sample:
 
 
 def _stretches(text: str, ends: array[int], num_tokens: int) -> list[int]:
-    """Tokens behind which contexts of `num_tokens` can begin, each followed by a continuation, without sharing text."""
+    """Tokens after which contexts of `num_tokens` can begin, each followed by a continuation, without sharing text."""
     starts = []
     start = _word_end(text, ends, 0)
     while start + num_tokens + CONTINUATION_TOKENS < len(ends):

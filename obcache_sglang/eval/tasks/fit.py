@@ -92,7 +92,7 @@ def _prose_start(request: Request) -> int:
 
 
 def _prose(start: int, num_words: int) -> list[str]:
-    """The sentences of `num_words` words of prose; behind the last word comes the first one again."""
+    """The sentences of `num_words` words of prose; after the last word comes the first one again."""
     words = itertools.islice(itertools.cycle(prose.words()), start, start + num_words)
     return prose.sentences(" ".join(words)) if num_words else []
 

@@ -27,7 +27,7 @@ def needle(request: Request, *, haystack: str, code: bool = False, num_keys: int
         build = line_haystack(lambda lines: [NOISE] * lines, needles, depths)
     if code:
         # "in the provided text", as RULER says: without it a small model writes a program ("The code for x is: def ..."). Not in
-        # the prefix: behind it the model says the whole sentence again.
+        # the prefix: after it the model says the whole sentence again.
         text, prefix = f"What is the code for {keys[0]} mentioned in the provided text? ", f"The code for {keys[0]} is"
     else:
         text = NIAH_ONE_QUESTION.format(kind="number", query=keys[0])

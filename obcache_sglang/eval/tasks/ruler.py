@@ -115,7 +115,7 @@ _VT_EXAMPLE_LINES = 10
 
 
 def variable_tracking(request: Request) -> Sample:
-    """RULER's variable tracking: one chain of five variables with one value, behind a worked example."""
+    """RULER's variable tracking: one chain of five variables with one value, after a worked example."""
     rng = request.rng("chains")
     example_names, names = _variables(rng, 3), _variables(rng, 5)
     example_value, value = (str(number) for number in rng.sample(range(10000, 99999), 2))
@@ -151,7 +151,7 @@ _CWE_COMMON = 10
 
 
 def common_words(request: Request) -> Sample:
-    """RULER's common words: ten words that stand more often than others in a list, behind a worked example."""
+    """RULER's common words: ten words that stand more often than others in a list, after a worked example."""
     # Different words of the example, and how often common words and others stand, in the example and in the list.
     short = request.num_tokens < 4096
     num_example, example_often, example_seldom = (20, 3, 1) if short else (40, 10, 3)
