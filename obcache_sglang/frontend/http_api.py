@@ -14,6 +14,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import nullcontext
 from typing import Any
 
 import orjson
@@ -31,6 +32,9 @@ from obcache_sglang.settings import check_number
 SALT_HEADER = "X-Cache-Salt"
 EXTRA_KEY_HEADER = "X-Extra-Key"
 LORA_HEADER = "X-Lora-Path"
+
+POSITIONS_AT_ONCE = 2
+"""Answers with positions that are made at the same time, each of up to a number for each token, head and layer; others wait."""
 
 _ID_IN_PATH = re.compile(r"(/obcache/contexts/[0-9a-f]{8})[0-9a-f]{24}")
 
@@ -107,10 +111,13 @@ def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
     async def status() -> dict[str, Any]:
         return await service.status(tokenizer_manager)
 
-    async def _shown(**asked: Any) -> Response:
-        context = await service.get_context(tokenizer_manager, **asked)
-        # Millions of positions take long to write; other clients need not wait for them.
-        return Response(await asyncio.to_thread(orjson.dumps, context), media_type="application/json")
+    in_turn = asyncio.Semaphore(POSITIONS_AT_ONCE)
+
+    async def _shown(*, positions: bool, **asked: Any) -> Response:
+        async with in_turn if positions else nullcontext():
+            context = await service.get_context(tokenizer_manager, positions=positions, **asked)
+            # Millions of positions take long to write; other clients need not wait for them.
+            return Response(await asyncio.to_thread(orjson.dumps, context), media_type="application/json")
 
     async def _deleted(asked: dict[str, str], caller: service.Caller, wait_seconds: float) -> Response:
         """200 once the context is gone, 202 if it still has readers after `wait_seconds`."""

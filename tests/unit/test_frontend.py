@@ -593,6 +593,36 @@ def test_the_middleware_of_the_host_sees_which_routes_are_for_operators(monkeypa
     assert {level(*each) for each in clients} == {AuthLevel.NORMAL}
 
 
+def test_positions_are_read_for_a_few_clients_at_a_time(monkeypatch):
+    """Each such answer may hold millions of numbers: many at once would take the server's memory."""
+    from fastapi import FastAPI
+    from httpx import ASGITransport, AsyncClient
+
+    from obcache_sglang.frontend import http_api
+
+    reading, most = [], {True: 0, False: 0}
+
+    async def get_context(tokenizer_manager, context_id, *, positions, caller):
+        reading.append(positions)
+        most[positions] = max(most[positions], reading.count(positions))
+        await asyncio.sleep(0.01)
+        reading.remove(positions)
+        return {"id": context_id}
+
+    monkeypatch.setattr(service, "get_context", get_context)
+    app = FastAPI()
+    app.include_router(http_api.make_router(None, has_admin_key=False))
+
+    async def ask(positions):
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://server") as client:
+            path = f"/obcache/contexts/{SOME_ID}"
+            return await asyncio.gather(*(client.get(path, params={"positions": positions}) for _ in range(9)))
+
+    for positions in (True, False):
+        assert {answer.status_code for answer in asyncio.run(ask(positions))} == {200}
+    assert most == {True: http_api.POSITIONS_AT_ONCE, False: 9}
+
+
 def test_context_ids_are_shortened_in_the_access_log():
     import logging
 
