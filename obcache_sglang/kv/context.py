@@ -56,15 +56,24 @@ class Namespace:
 class Context:
     """One compressed context.
 
-    id: 32 hexadecimal digits, see `scheduler.context_cache.context_id`. tokens: its L real token ids, whole pages. judges: the tokens after it
-    that score it as its own last ones do, and are no part of it. num_slots: M. virtual_ids: [M], empty until slots are reserved.
+    id: 32 hexadecimal digits, see `scheduler.context_cache.context_id`.
+    tokens: its L real token ids, whole pages.
+    num_slots: M.
+    virtual_ids: [M], empty until slots are reserved.
+    judges: the tokens after it that score it as its own last ones do, and are no part of it.
     is_queued: whether a job of the scheduler's is to compress it, or does.
-    kept: which tokens this rank's heads keep, and where; None unless resident. seconds: wall time of its compression; scoring_seconds:
-    the part spent on scoring, selecting and copying, as the host saw it; job_cached_tokens: its tokens found in the exact cache.
-    node: its node in the radix tree, None where it has none. tree_lock: held while it is compressed or pinned. ttl_seconds, expires_at
-    (seconds since the epoch): None for as long as the tree holds it. tails: by context id, the tokens between the last whole page and
-    the end that a client gave it. suffixes: what requests left in the tree after it, as token ids; suffixes_complete: whether that
-    is all of it.
+    node: its node in the radix tree, None where it has none.
+    tree_lock: held while it is compressed or pinned.
+    ttl_seconds: how long it was to live when that was set last; None for as long as the tree holds it.
+    expires_at: when it is deleted, in seconds since the epoch; None likewise.
+    kept: which tokens this rank's heads keep, and where; None unless resident.
+    seconds: wall time of its compression.
+    scoring_seconds: the part of it spent on scoring, selecting and copying, as the host saw it.
+    job_cached_tokens: its tokens that the compression found in the exact cache.
+    reuses: questions that it served after the one that had it compressed.
+    tails: by context id, the tokens between the last whole page and the end that a client gave it.
+    suffixes: what requests left in the tree after it, as token ids.
+    suffixes_complete: whether that is all of it.
     """
 
     id: str

@@ -174,10 +174,16 @@ class CompressionJob(Req):
     Method replay takes several such prefills in turn: the context alone, which is cached exactly, and each pass after it. The
     last one selects and copies.
 
-    compression: what the forward does for it; carried on from pass to pass. unattended: no request waits for it. replay: the pass
-    after the context, None for the context alone; passes: those still to come. error: why nothing will be published. slots: [M]
-    int64, the context's, once they are reserved. first_cached_tokens: of the first of several prefills, None in that one.
-    earlier_tokens: that the prefills before it read. pass_started_at: when this one was queued.
+    compression: what the forward does for it; carried on from pass to pass.
+    unattended: no request waits for it.
+    replay: the pass after the context, None for the context alone.
+    passes: those still to come.
+    error: why nothing will be published.
+    slots: [M] int64, the context's, once they are reserved.
+    began: whether its first chunk was made into a batch.
+    first_cached_tokens: of the first of several prefills, None in that one.
+    earlier_tokens: that the prefills before it read.
+    pass_started_at: when this one was queued.
     """
 
     scoring_seconds: float
