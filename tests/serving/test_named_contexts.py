@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import requests
 
 from obcache_sglang.local_server import Server
 from tests.serving.client import MARKER, ask_by_id, document, flush, generate, marker_id, question, report, tokenizer
@@ -48,10 +49,32 @@ def test_a_chat_names_its_context_with_the_marker_where_the_document_stood(serve
         refused = server.request("POST", "/v1/chat/completions", json=body)
         assert refused.status_code == 400, refused.text
         assert "no context before it" in refused.text
-    messages = [{"role": "user", "content": f"Another beginning. {MARKER} What is it about?"}]
-    body = {"model": "m", "messages": messages, "custom_params": {"obcache": {"context_id": context_id}}}
-    refused = server.request("POST", "/v1/chat/completions", json=body)
+    named = {"model": "m", "custom_params": {"obcache": {"context_id": context_id}}}
+    elsewhere = [{"role": "user", "content": f"Another beginning. {MARKER} What is it about?"}]
+    refused = server.request("POST", "/v1/chat/completions", json=named | {"messages": elsewhere})
+    assert refused.status_code == 400 and "stand before the marker" in refused.text
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{MARKER} What is it about?"}]
+    refused = server.request("POST", "/v1/chat/completions", json=named | {"messages": told})
     assert refused.status_code == 400 and "begins with" in refused.text
+
+
+def test_a_document_in_the_system_message_is_named_with_the_marker_at_its_start(server: Server, model_dir: Path) -> None:
+    text = tokenizer(model_dir).decode(document(model_dir, L, "integers"))
+
+    def chat(system: str, **fields: object) -> requests.Response:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "What is it about?"}]
+        body = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 8, **fields}
+        return server.request("POST", "/v1/chat/completions", json=body)
+
+    by_marker = chat(f"{text}{MARKER} Be brief.").json()
+    by_id = chat(
+        f"{MARKER} Be brief.", custom_params={"obcache": {"context_id": by_marker["metadata"]["obcache"]["context_id"]}}
+    ).json()
+    assert by_id["metadata"]["obcache"]["status"] == "reused"
+    assert by_id["choices"][0]["message"] == by_marker["choices"][0]["message"]
+    assert by_id["usage"]["prompt_tokens"] == by_marker["usage"]["prompt_tokens"]
+    dropped = chat(f"{MARKER} Be brief.")
+    assert dropped.status_code == 400 and "no context before it" in dropped.text
 
 
 def test_what_loses_the_id_on_the_way_is_an_error(server: Server, model_dir: Path) -> None:
