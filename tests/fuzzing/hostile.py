@@ -83,6 +83,17 @@ class Attempt:
         return f"{self.method} {self.path} {self.params or ''} {self.headers or ''} {shown!r}"
 
 
+# Of a client's own. They would run in the server's process.
+_TEMPLATES = (
+    "{{ messages }}",
+    "{{ 1 / 0 }}",
+    "{% for a in range(10 ** 8) %}{{ a }}{% endfor %}",
+    "{{ ''.__class__.__mro__ }}",
+    "{%",
+    7,
+)
+
+
 class Hostile:
     """Draws attempts.
 
@@ -346,7 +357,10 @@ class Hostile:
             ("tool_choice", ("required", "auto", "none")),
             ("response_format", ({"type": "json_object"}, {"type": "x"})),
             ("continue_final_message", (True,)),
-            ("chat_template_kwargs", ({"add_generation_prompt": False}, {"x": 1})),
+            (
+                "chat_template_kwargs",
+                ({"add_generation_prompt": False}, {"x": 1}, *({"chat_template": each} for each in _TEMPLATES)),
+            ),
         ):
             if self._one_in(8):
                 body[key] = self._pick(values)
