@@ -56,6 +56,52 @@ def check_scalars(request: Any) -> None:
             raise RequestError(f"{name}={shown(value)} is not allowed: one prompt has one {allowed[0].__name__}.")
 
 
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+MAX_CHOICES = 4096
+"""Answers to one prompt that a request may ask for (`n`). SGLang makes a request of each before anything is checked."""
+
+
+def check_choices(sampling_params: Any) -> None:
+    """Raises RequestError for more than `MAX_CHOICES` answers to a prompt: the tokenizer process would make requests until it has no memory.
+
+    sampling_params: a request's, of one prompt or a list of them, as a client sent them.
+    """
+    for params in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
+        choices = params.get("n") if isinstance(params, dict) else None
+        if isinstance(choices, int) and choices > MAX_CHOICES:
+            raise RequestError(
+                f"n={shown(choices)} is more than {MAX_CHOICES}, the most answers to one prompt. Send more requests."
+            )
+
+
+def check_sampling(request: Any, vocab_size: int) -> None:
+    """Raises RequestError for what SGLang passes on to its scheduler as it is, and what would end the scheduler there.
+
+    request: a GenerateReqInput of one prompt.
+    """
+    params = request.sampling_params if isinstance(request.sampling_params, dict) else {}
+    biases = params.get("logit_bias")
+    for bias in biases.values() if isinstance(biases, dict) else ():
+        # An infinite one arrives there as None.
+        if not isinstance(bias, int | float) or not abs(bias) <= _MAX_FLOAT32:
+            raise RequestError(f"logit_bias has the value {shown(bias)}: give a finite number for each token id.")
+    least, stops = params.get("min_new_tokens"), params.get("stop_token_ids")
+    if isinstance(least, int) and least > 0 and isinstance(stops, list | tuple | set):
+        for token in stops:
+            if isinstance(token, int) and not 0 <= token < vocab_size:
+                raise RequestError(
+                    f"stop_token_ids has {token}, which is outside [0, {vocab_size}), the model's vocabulary. With min_new_tokens it must be inside."
+                )
+    most, start = request.top_logprobs_num, request.logprob_start_len
+    if isinstance(most, int) and most > vocab_size:
+        raise RequestError(f"top_logprobs_num={most} is more than {vocab_size}, the tokens of the model's vocabulary.")
+    if isinstance(start, int) and start < -1:
+        raise RequestError(
+            f"logprob_start_len={start} is below -1: give -1 for none of the prompt, or the position of its first token."
+        )
+
+
 def check_embeddings(request: Any) -> None:
     """Raises RequestError for embeddings that came as JSON: they are not tensors, and would end SGLang's scheduler."""
     value = getattr(request, "positional_embed_overrides", None)

@@ -16,7 +16,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from obcache_sglang.errors import HostError, RequestError, shown
-from obcache_sglang.frontend.checks import check_embeddings, check_ids, check_scalars, check_texts
+from obcache_sglang.frontend.checks import check_choices, check_embeddings, check_ids, check_sampling, check_scalars, check_texts
 from obcache_sglang.frontend.control import ExpiryTimer
 from obcache_sglang.frontend.marker import Marker
 from obcache_sglang.frontend.wish import make_plan, parse_wish, split_marker
@@ -219,6 +219,7 @@ def _validate(original: Callable[..., None], tokenizer_manager: Any, obj: Any, i
             check_ids(input_ids, frontend.vocab_size)
         original(tokenizer_manager, obj, input_ids)
         return
+    check_sampling(obj, frontend.vocab_size)
     if input_ids is None or obj.input_embeds is not None:
         _refuse_embeds(obj)
         original(tokenizer_manager, obj, input_ids)
@@ -229,6 +230,12 @@ def _validate(original: Callable[..., None], tokenizer_manager: Any, obj: Any, i
         # SGLang may have truncated the prompt within its context.
         prepared.plan = replace(prepared.plan, context_len=min(prepared.plan.context_len, len(prepared.sent_ids)))
     frontend.hold(prepared)
+
+
+def _normalize(original: Callable[..., None], request: Any, *args: Any, **kwargs: Any) -> None:
+    """Around GenerateReqInput.normalize_batch_and_arguments, which makes a request of each answer that is asked for."""
+    check_choices(request.sampling_params)
+    original(request, *args, **kwargs)
 
 
 def _prepared(frontend: Frontend, request: Any, token_ids: list[int]) -> _Prepared:
@@ -358,6 +365,14 @@ GUARD_TOUCHES = (
 
 TOUCHES = (
     *GUARD_TOUCHES,
+    Touch(
+        "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
+        "around",
+        "bounds the answers to one prompt before a request is made of each",
+        (),
+        "tokenizer",
+        _normalize,
+    ),
     Touch(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
         "around",

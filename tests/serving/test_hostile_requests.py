@@ -59,6 +59,30 @@ def test_embeddings_that_are_none_do_not_end_the_server(server: Server, value: o
     assert server.request("GET", "/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "words"),
+    [
+        # Read as a float, and None when the scheduler gets it (found by `tests.fuzz --seed 3`).
+        ("/v1/completions", {"logit_bias": {"5": "NaN"}}, "logit_bias has the value nan"),
+        ("/v1/completions", {"logit_bias": {"5": "-inf"}}, "logit_bias has the value -inf"),
+        ("/generate", {"sampling_params": {"stop_token_ids": [999_999], "min_new_tokens": 1}}, "stop_token_ids has 999999"),
+        ("/v1/completions", {"stop_token_ids": [-7], "min_tokens": 1}, "stop_token_ids has -7"),
+        ("/generate", {"sampling_params": {"n": 10**9}}, "n=1000000000 is more than 4096"),
+        ("/v1/completions", {"n": 10**9}, "n=1000000000 is more than 4096"),
+        ("/generate", {"return_logprob": True, "top_logprobs_num": 10**6}, "top_logprobs_num=1000000 is more than 49152"),
+        ("/v1/completions", {"logprobs": 10**6}, "top_logprobs_num=1000000 is more than 49152"),
+        ("/generate", {"return_logprob": True, "logprob_start_len": -5}, "logprob_start_len=-5 is below -1"),
+    ],
+)
+def test_sampling_parameters_that_would_end_the_scheduler_are_refused(
+    server: Server, path: str, fields: dict[str, Any], words: str
+) -> None:
+    """Each ends a stock server of 0.5.23."""
+    prompt: dict[str, Any] = {"text": "The"} if path == "/generate" else {"model": "m", "prompt": "The"}
+    refused(server, path, prompt | fields, words)
+    assert generate(server, "The", max_new_tokens=2)["output_ids"]
+
+
 @pytest.mark.parametrize("path", ["/api/generate", "/api/chat"])
 def test_ollamas_endpoints_say_what_is_wrong(server: Server, path: str) -> None:
     """SGLang's handlers of these let a ValueError out, as a 500."""
