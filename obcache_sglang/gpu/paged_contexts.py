@@ -39,9 +39,9 @@ class PagedCache:
             raise ValueError(f"K and V of {self.k.dtype} are not supported; use float32, float16, bfloat16 or float8_e4m3fn")
 
     @classmethod
-    def of_slots(cls, k: torch.Tensor, v: torch.Tensor, k_scale: float = 1.0, v_scale: float = 1.0) -> PagedCache:
+    def of_slots(cls, k: torch.Tensor, v: torch.Tensor) -> PagedCache:
         """k, v: [slots, num_kv_heads, head_dim], each slot a page of one token, as in SGLang's pools."""
-        return cls(k.unsqueeze(1), v.unsqueeze(1), "NHD", k_scale, v_scale)
+        return cls(k.unsqueeze(1), v.unsqueeze(1), "NHD")
 
     @property
     def page_size(self) -> int:

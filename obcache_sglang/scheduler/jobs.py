@@ -181,8 +181,7 @@ class Jobs:
         for req in batch.reqs:
             if not isinstance(req, CompressionJob) or not req.is_final:
                 continue
-            is_first = not req.began
-            req.began = True
+            is_first = req.slots is None and req.error is None
             if not is_first and req.extend_end != len(req.origin_input_ids):
                 continue
             if self.get(req.context) is not req:

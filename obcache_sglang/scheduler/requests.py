@@ -180,7 +180,6 @@ class CompressionJob(Req):
     passes: those still to come.
     error: why nothing will be published.
     slots: [M] int64, the context's, once they are reserved.
-    began: whether its first chunk was made into a batch.
     first_cached_tokens: of the first of several prefills, None in that one.
     earlier_tokens: that the prefills before it read.
     pass_started_at: when this one was queued.
@@ -240,7 +239,6 @@ class CompressionJob(Req):
         settings = self.context.settings
         self.error: str | None = None
         self.slots: torch.Tensor | None = None
-        self.began = False
         self.pass_started_at = time.perf_counter()
         self.compression.restart_pass()
         self.scoring_seconds = self.earlier_seconds
