@@ -213,7 +213,7 @@ def faulty_ranks(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     faults = Faults(folder / "faults")
     env = {**STRICT, **faults.env, "SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
     flags = (*COMMON, *FLAGS, "--tp-size", str(RANKS), "--obcache-head-profile", "auto")
-    wishes = {"tova": {"method": "tova"}} | {
+    wishes = {"tova": {"method": "tova"}, "replay": WISHES["replay"]} | {
         budget: {"method": "snapkv", "budget": budget} for budget in ("uniform", "adakv", "global", "profile")
     }
     with serve(model_dir, folder / "log", flags, env, module=MODULE) as server:

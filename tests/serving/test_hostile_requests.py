@@ -200,8 +200,10 @@ def test_the_marker_as_ordinary_tokens_is_the_marker(server: Server, model_dir: 
     by_tokens = generate(server, ids)
     assert report(by_tokens)["context_id"] == report(whole)["context_id"]
     assert by_tokens["output_ids"] == whole["output_ids"]
-    joined = tokenizer(model_dir)(f"What is it.{MARKER}?")["input_ids"]
-    if tokenizer(model_dir)(MARKER)["input_ids"] != joined[-8:-1]:
+    # Where a letter of the text before or after is in one token with the marker's own, nobody can say where the context ends.
+    for text in (f"What is it<{MARKER}? And why?", f"What is it?{MARKER}> And why?"):
+        joined = tokenizer(model_dir)(text)["input_ids"]
+        assert not {"<", ">"} <= {*tokenizer(model_dir).convert_ids_to_tokens(joined)}
         refused(server, "/generate", {"input_ids": joined}, "ordinary tokens")
 
 

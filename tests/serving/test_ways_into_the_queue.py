@@ -6,6 +6,7 @@ grammars in `test_sharing.py`, retraction in `test_lifetimes.py`, all at once in
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ FLAGS += ("--obcache", "--obcache-min-tokens", "32", "--obcache-method", "snapkv
 
 WAYS = {
     "preemption": ("--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "1"),
-    "delayed prefill": ("--enable-prefill-delayer", "--prefill-delayer-max-delay-passes", "20"),
+    "delayed prefill": ("--enable-prefill-delayer", "--prefill-delayer-max-delay-passes", "20", "--enable-metrics"),
 }
 
 
@@ -76,5 +77,8 @@ def test_whoever_comes_back_into_the_queue_is_served_from_its_context(
     assert [report(answer)["status"] for answer, _ in answers] == ["reused"] * 3
     if name == "preemption":  # both places were taken, and the last to come was answered first
         assert answers[2][1] < min(answers[0][1], answers[1][1])
+    else:
+        metrics = server.request("GET", "/metrics").text
+        assert re.search(r'prefill_delayer_outcomes_total{.*output_reason="delay".*} [1-9]', metrics), "no prefill was delayed"
     (rank,) = server.get("/obcache/status")["ranks"]
     assert rank["counters"]["exact"].get("undecided", 0) == 0
