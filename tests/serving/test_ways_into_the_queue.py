@@ -25,7 +25,11 @@ FLAGS += ("--obcache", "--obcache-min-tokens", "32", "--obcache-method", "snapkv
 
 WAYS = {
     "preemption": ("--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "1"),
-    "delayed prefill": ("--enable-prefill-delayer", "--prefill-delayer-max-delay-passes", "20", "--enable-metrics"),
+    # While one or two run, the next waits until another one does too; SGLang never delays the first such.
+    "delayed prefill": (
+        *("--enable-prefill-delayer", "--prefill-delayer-max-delay-passes", "20", "--prefill-delayer-queue-min-ratio", "2"),
+        *("--prefill-max-requests", "2", "--max-running-requests", "3", "--enable-metrics"),
+    ),
 }
 
 
