@@ -7,7 +7,10 @@ highest scores across all heads and layers are kept. The share that each head ge
 profile. No server is needed: the model runs in transformers, on the GPU if there is one (in the checkpoint's dtype), else on the CPU
 (in float32).
 
-`--obcache-head-profile auto` runs this before the server starts, once per model.
+With `--gates` the same scores also make gates (`compress.gates`): what each head's scores are, as a function of a token's own K and V. Every
+fifth text is first left out, to say how well the gates of the others predict its scores.
+
+`--obcache-head-profile auto` and `--obcache-gates auto` run this before the server starts, once per model.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -39,9 +42,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from obcache_sglang import __version__
+from obcache_sglang.compress.gates import SUFFIX as GATES_SUFFIX
+from obcache_sglang.compress.gates import GateFile, NormalEquations
 from obcache_sglang.compress.head_profile import PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.compress.ranking import keep_across_heads, rank_positions
 from obcache_sglang.compress.replay import ReplayPrompts
+from obcache_sglang.compress.rotary import rotated_back
 from obcache_sglang.compress.scores import ScoringQueries, accumulate_scores
 from obcache_sglang.errors import ConfigError, HostError, ObcacheError
 from obcache_sglang.settings import CompressionSettings
@@ -53,6 +59,13 @@ DEFAULT_TOPICS = ("compound", "typesseq", "specialnames")
 """The default texts: chapters of Python's documentation, from `pydoc_data`."""
 
 DEFAULT_MAX_TOKENS = 4096
+
+GATE_TOKENS = 1024
+"""Tokens of one text for gates, by default: many short texts teach more than a few long ones in the same time."""
+
+_GATE_CHARACTERS = 9000
+_HELD_OUT = 5
+"""Every so many texts one is left out to say how good the gates are."""
 
 # Shorter texts say little about a head: most of what it keeps would be sinks.
 _MIN_TOKENS = 128
@@ -76,34 +89,58 @@ def main(argv: list[str] | None = None) -> int:
         help="texts like those to be served (default: chapters of Python's manual)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="where to write the profile (default: MODEL.head-profile.json)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write the profile (default: MODEL.head-profile.json, or none with --gates)",
+    )
+    parser.add_argument(
+        "--gates",
+        type=Path,
+        metavar="FILE",
+        help="make gates too, and write them with the profile to this file; five texts or more",
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8, 0.9], help="default: 0.3 0.5 0.7 0.8 0.9")
     parser.add_argument(
         "--max-tokens",
         type=int,
-        default=DEFAULT_MAX_TOKENS,
         metavar="N",
-        help=f"tokens read of each text (default: {DEFAULT_MAX_TOKENS})",
+        help=f"tokens read of each text (default: {DEFAULT_MAX_TOKENS}; with --gates, texts are cut into parts of {GATE_TOKENS})",
     )
     parser.add_argument("--score", choices=SCORES, default=SCORES[0], help="how a query scores a token (default: obcache-v)")
     arguments = parser.parse_args(given)
-    output = arguments.output or Path(f"{Path(arguments.model).name}.head-profile.json")
+    wants_gates = arguments.gates is not None
+    output = arguments.output or (None if wants_gates else Path(f"{Path(arguments.model).name}.head-profile.json"))
     try:
-        profile = calibrate(
+        texts = [_read(file) for file in arguments.text or ()]
+        profile, gates = calibrate(
             arguments.model,
-            [_read(file) for file in arguments.text] if arguments.text else [topics[name] for name in DEFAULT_TOPICS],
+            texts or (_gate_texts() if wants_gates else [topics[name] for name in DEFAULT_TOPICS]),
             ratios=arguments.ratios,
-            max_tokens=arguments.max_tokens,
+            max_tokens=arguments.max_tokens or (GATE_TOKENS if wants_gates else DEFAULT_MAX_TOKENS),
             score=arguments.score,
             command=_command(given),
+            with_gates=wants_gates,
         )
-        profile.save(output)
+        written = []
+        if output is not None:
+            profile.save(output)
+            written.append(output)
+        if gates is not None:
+            gates.save(arguments.gates)
+            written.append(arguments.gates)
+            held_out = gates.r_squared
+            print(f"calibrate: R^2 of the gates on texts left out: mean {held_out.mean():.2f}, lowest head {held_out.min():.2f}")
     except (ObcacheError, OSError) as error:
         print(f"calibrate: {error}", file=sys.stderr)
         return 1
-    print(f"calibrate: {output} written")
+    print(f"calibrate: {' and '.join(map(str, written))} written")
     return 0
+
+
+def _gate_texts() -> list[str]:
+    """The beginnings of all longer chapters of Python's documentation."""
+    return [topics[name][:_GATE_CHARACTERS] for name in sorted(topics) if len(topics[name]) >= _GATE_CHARACTERS // 2]
 
 
 def profile_for(model_name: str) -> Path:
@@ -112,52 +149,61 @@ def profile_for(model_name: str) -> Path:
     model_name: directory or Hugging Face name. Profiles are kept in `$XDG_CACHE_HOME/obcache_sglang`, by default ~/.cache.
     Raises HostError if it cannot be made, and OSError if transformers cannot load the model's configuration.
     """
-    config = AutoConfig.from_pretrained(model_name)
-    digest = ModelIdentity.of(config).digest
-    for packaged in sorted(PACKAGED.glob("*.json")):
-        if HeadProfile.load(packaged).model.digest == digest:
-            return packaged
+    max_tokens = int(min(DEFAULT_MAX_TOKENS, _max_positions(AutoConfig.from_pretrained(model_name)) // 2 - _MIN_TOKENS))
+    packaged = {file: HeadProfile.load(file).model.digest for file in sorted(PACKAGED.glob("*.json"))}
+    return _file_for(model_name, "head profile", packaged, ".head-profile.json", ["--max-tokens", str(max_tokens), "--output"])
+
+
+def gates_for(model_name: str) -> Path:
+    """The file of a model's gates; as `profile_for`."""
+    packaged = {file: GateFile.load(file).profile.model.digest for file in sorted(PACKAGED.glob(f"*{GATES_SUFFIX}"))}
+    return _file_for(model_name, "gates", packaged, GATES_SUFFIX, ["--gates"])
+
+
+def _file_for(model_name: str, what: str, packaged: Mapping[Path, str], suffix: str, arguments: list[str]) -> Path:
+    """packaged: files, and the digests of their models. arguments: of this program, the last of them before the file to be written."""
+    digest = ModelIdentity.of(AutoConfig.from_pretrained(model_name)).digest
+    for known, of_model in packaged.items():
+        if of_model == digest:
+            return known
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "obcache_sglang"
-    file = folder / f"{Path(model_name).name}-{digest}.head-profile.json"
+    file = folder / f"{Path(model_name).name}-{digest}{suffix}"
     if file.exists():
         return file
     folder.mkdir(parents=True, exist_ok=True)
-    max_tokens = int(min(DEFAULT_MAX_TOKENS, _max_positions(config) // 2 - _MIN_TOKENS))
     # The file is complete or absent, even if two servers start at once.
     partial = file.with_suffix(f".{os.getpid()}")
-    command = [
-        sys.executable,
-        "-m",
-        "obcache_sglang.calibrate",
-        model_name,
-        "--output",
-        str(partial),
-        "--max-tokens",
-        str(max_tokens),
-    ]
+    command = [sys.executable, "-m", "obcache_sglang.calibrate", model_name, *arguments, str(partial)]
     print(
-        f"obcache: measuring the head profile of {model_name}, once; this takes minutes: {shlex.join(command)}",
+        f"obcache: measuring the {what} of {model_name}, once; this takes minutes: {shlex.join(command)}",
         file=sys.stderr,
         flush=True,
     )
     # In a process of its own: all its memory, the GPU's too, is free again before the server starts.
     if subprocess.run(command, check=False, stdout=sys.stderr).returncode or not partial.exists():
         raise HostError(
-            f"the head profile of {model_name} could not be measured here, see above. Measure it where the model fits into one process "
-            "(`python -m obcache_sglang.calibrate MODEL --output FILE`) and start with --obcache-head-profile FILE, or without a profile."
+            f"the {what} of {model_name} could not be measured here, see above. Measure it where the model fits into one process "
+            f"(`python -m obcache_sglang.calibrate MODEL {arguments[-1]} FILE`) and start with the file, or without."
         )
     partial.replace(file)
     return file
 
 
 def calibrate(
-    model_name: str, texts: Sequence[str], *, ratios: Sequence[float], max_tokens: int, score: str, command: str
-) -> HeadProfile:
-    """The head profile of a model, from these texts; prints its progress.
+    model_name: str,
+    texts: Sequence[str],
+    *,
+    ratios: Sequence[float],
+    max_tokens: int,
+    score: str,
+    command: str,
+    with_gates: bool = False,
+) -> tuple[HeadProfile, GateFile | None]:
+    """The head profile of a model from these texts, and its gates if asked for; prints its progress.
 
     model_name: directory or Hugging Face name.
     ratios: compression ratios in (0, 1), in any order.
-    max_tokens: read of each text.
+    max_tokens: read of each text; for gates a longer text is cut into several.
     score: one of `SCORES`.
     command: how to make the profile again, for the record.
 
@@ -169,17 +215,26 @@ def calibrate(
         raise ConfigError(f"--ratios {' '.join(map(str, ratios))}: compression ratios must be between 0 and 1.")
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     prompts = ReplayPrompts(tokenizer)
-    contexts = [_context(tokenizer, prompts, text, max_tokens) for text in texts]
+    contexts = [each for text in texts for each in _contexts(tokenizer, prompts, text, max_tokens, whole=with_gates)]
     _check_lengths([len(context) for context in contexts], prompts, AutoConfig.from_pretrained(model_name))
+    if with_gates and len(contexts) < _HELD_OUT:
+        raise ConfigError(
+            f"--gates has {len(contexts)} texts of up to {max_tokens} tokens. Give {_HELD_OUT} or more, or longer ones."
+        )
     on_gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto" if on_gpu else torch.float32)
     replay = Replay(model.to("cuda" if on_gpu else "cpu"), score)
 
+    identity = ModelIdentity.of(model.config)
     shares = torch.zeros(len(ratios), *replay.heads, dtype=torch.float64)
+    made_with, left_out = (NormalEquations(*replay.heads, identity.head_dim) if with_gates else None for _ in range(2))
     for number, context in enumerate(contexts, 1):
         started_at = time.perf_counter()
         print(f"calibrate: text {number} of {len(contexts)}, {len(context)} tokens", flush=True)
         scores = replay.score(context, prompts)
+        equations = left_out if number % _HELD_OUT == 0 else made_with
+        if equations is not None:
+            equations.add(replay.keys_values(), scores)
         shares += torch.stack([_kept_shares(scores, ratio) for ratio in ratios]) / len(contexts)
         print(f"calibrate: text {number} took {time.perf_counter() - started_at:.1f} s", flush=True)
     made = {
@@ -190,7 +245,12 @@ def calibrate(
         "tokens": sum(map(len, contexts)),
         "versions": {"obcache_sglang": __version__} | {name: version(name) for name in ("torch", "transformers")},
     }
-    return HeadProfile(ModelIdentity.of(model.config), ratios, shares.tolist(), made)
+    profile = HeadProfile(identity, ratios, shares.tolist(), made)
+    if made_with is None or left_out is None:
+        return profile, None
+    r_squared = left_out.r_squared(made_with.solve())
+    made_with += left_out
+    return profile, GateFile(made_with.solve(), r_squared, profile, made)
 
 
 class Replay:
@@ -220,7 +280,7 @@ class Replay:
 
         chunk_tokens: how many tokens the model reads at a time.
         """
-        cache = DynamicCache(config=self.model.config)
+        self._cache = cache = DynamicCache(config=self.model.config)
         for first in range(0, len(context), chunk_tokens):
             self._read(context[first : first + chunk_tokens], cache)
         device = self.model.device
@@ -236,6 +296,15 @@ class Replay:
         if self._settings.score != "attention":
             scores /= self._output_sq.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
         return scores
+
+    def keys_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each layer, K before RoPE and V [tokens, kv_heads, head_dim] of the context that was scored last."""
+        for layer in self._cache.layers:
+            k, v = layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)
+            positions = torch.arange(len(k), device=k.device)[None]
+            # Of transformers' models: halves are rotated, each angle stands in both.
+            cos, sin = (each[0].chunk(2, dim=-1)[0] for each in self.model.base_model.rotary_emb(v, positions))
+            yield rotated_back(k, cos, sin), v
 
     def _read(self, tokens: array[int], cache: DynamicCache) -> None:
         # Without the output layer: the logits of all tokens would need more memory than everything else.
@@ -295,10 +364,14 @@ def _kept_shares(scores: torch.Tensor, ratio: float) -> torch.Tensor:
     return shares.view(heads).cpu()
 
 
-def _context(tokenizer: Any, prompts: ReplayPrompts, text: str, max_tokens: int) -> array[int]:
-    """A text as in a prompt: after what the chat template puts before a user's turn, if there is a template."""
-    ids = tokenizer.encode(text, add_special_tokens=not prompts.before)[:max_tokens]
-    return prompts.before + array("q", ids)
+def _contexts(tokenizer: Any, prompts: ReplayPrompts, text: str, max_tokens: int, *, whole: bool) -> list[array[int]]:
+    """A text as in a prompt: after what the chat template puts before a user's turn, if there is a template.
+
+    whole: all parts of max_tokens that it has, but for a short rest; else the first.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=not prompts.before)
+    last = len(ids) - _MIN_TOKENS if whole else 1
+    return [prompts.before + array("q", ids[first : first + max_tokens]) for first in range(0, max(1, last), max_tokens)]
 
 
 def _max_positions(config: Any) -> float:

@@ -31,7 +31,7 @@ class Engine(SGLangEngine):
         settings = settings_from_python(obcache)
         if settings is not None:
             model = getattr(kwargs.get("server_args"), "model_path", kwargs.get("model_path"))
-            plugin.activate(plugin.with_head_profile(settings, str(model)))
+            plugin.activate(plugin.with_measured_files(settings, str(model)))
         try:
             super().__init__(**kwargs)
         finally:

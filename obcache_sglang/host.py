@@ -41,6 +41,7 @@ _DECLARED_IN = (
     "scheduler.forward",
     "scheduler.kv_events",
     "compress.head_gains",
+    "compress.rotary",
     "kv.cells",
     "cpu.platform",
     "gpu",

@@ -19,11 +19,12 @@ import difflib
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
 from obcache_sglang import __version__
+from obcache_sglang.compress.gates import GateFile
 from obcache_sglang.compress.head_profile import AUTO, HeadProfile
 from obcache_sglang.errors import ConfigError, HostError
 from obcache_sglang.frontend.hooks import GUARD_TOUCHES
@@ -78,31 +79,38 @@ def activate(settings: ServerSettings) -> None:
         settings.mode,
         settings.min_tokens,
     )
-    if settings.head_profile is None and settings.mode == "marked" and compression.own_queries_score:
+    if not settings.has_profile and settings.mode == "marked" and compression.own_queries_score:
         logger.warning(
             "obcache: method %s scores a context with its own last queries, which do not know the question. At high ratios it loses "
-            "details. --obcache-head-profile auto or --obcache-method replay keeps more of them (see Limits in the README).",
+            "details. --obcache-gates auto, --obcache-head-profile auto or --obcache-method replay keeps more of them (see Limits in the README).",
             compression.method,
         )
 
 
-def with_head_profile(settings: ServerSettings, model: str) -> ServerSettings:
-    """The settings with the file of the model's head profile in place of `auto`; measures the profile if there is none.
+def with_measured_files(settings: ServerSettings, model: str) -> ServerSettings:
+    """The settings with the files of the model's head profile and gates in place of `auto`; measures what there is none of.
 
-    Raises HostError if that fails, and ConfigError for a file that is not a head profile.
+    Raises HostError if that fails, and ConfigError for a file that is not what it should be.
     """
-    if settings.head_profile is None:
-        return settings
-    if settings.head_profile != AUTO:
-        HeadProfile.load(settings.head_profile)
-        return settings
+    head_profile = _measured_file("head_profile", settings.head_profile, HeadProfile.load, model)
+    gates = _measured_file("gates", settings.gates, GateFile.load, model)
+    return replace(settings, head_profile=head_profile, gates=gates)
+
+
+def _measured_file(name: str, file: str | None, load: Callable[[str], Any], model: str) -> str | None:
+    """The file of one setting, made where it is `auto`, else tried with `load`."""
+    if file is None:
+        return None
+    if file != AUTO:
+        load(file)
+        return file
     # Imports transformers' models, which a launcher does not need otherwise.
-    from obcache_sglang.calibrate import profile_for
+    from obcache_sglang import calibrate
 
     try:
-        return replace(settings, head_profile=str(profile_for(model)))
+        return str((calibrate.profile_for if name == "head_profile" else calibrate.gates_for)(model))
     except (OSError, ValueError) as error:
-        raise HostError(f"--obcache-head-profile auto: {error}") from error
+        raise HostError(f"{OPTIONS[name].flag} auto: {error}") from error
 
 
 def deactivate() -> None:
@@ -161,7 +169,7 @@ def _take_settings(server_args: Any, cls: type, args: argparse.Namespace) -> Non
             deactivate()
             return
         check_supported(settings, server_args)
-        activate(with_head_profile(settings, server_args.model_path))
+        activate(with_measured_files(settings, server_args.model_path))
     except (ConfigError, HostError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
@@ -178,6 +186,8 @@ def _check_before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any)
         check_supported(settings, server_args, model_config)
         if settings.head_profile is not None:
             HeadProfile.load(settings.head_profile).check_model(model_config.hf_config)
+        if settings.gates is not None:
+            GateFile.load(settings.gates).check_model(model_config.hf_config)
     except (ConfigError, HostError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 

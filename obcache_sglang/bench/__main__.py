@@ -44,7 +44,7 @@ from obcache_sglang.bench.served import (
 )
 from obcache_sglang.bench.workload import Workload, least_pool, make_workload, pool_size
 from obcache_sglang.errors import ConfigError, ObcacheError
-from obcache_sglang.eval.arms import check_head_profile
+from obcache_sglang.eval.arms import check_measured_files
 from obcache_sglang.eval.provenance import provenance
 from obcache_sglang.eval.report import check_requirements
 from obcache_sglang.local_server import Server, serve
@@ -154,7 +154,7 @@ class Bench:
         self.arms = parse_bench_arms(arguments.arms)
         self.press = parse_press(arguments.kvpress) if arguments.kvpress else None
         obcache_flags = shlex.split(arguments.obcache_flags)
-        check_head_profile(self.arms, obcache_flags, "--obcache-flags")
+        check_measured_files(self.arms, obcache_flags, "--obcache-flags")
         self.obcache_flags = ["--obcache", *obcache_flags]
         self.stock = parse_stock(arguments.stock)
         chosen = {name: getattr(arguments, name) for name in ("documents", "tokens", "questions", "pool_share", "clients")}

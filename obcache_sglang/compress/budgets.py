@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from obcache_sglang.compress.measured_errors import divide_by_errors
-from obcache_sglang.compress.ranking import keep_across_heads, keep_counts, keep_per_head
+from obcache_sglang.compress.ranking import keep_across_heads, keep_counts, keep_per_head, protect_recent
 
 Division = tuple[torch.Tensor, torch.Tensor]
 """What the next heads keep, in the order of all heads of all layers: positions [kept tokens] int32, head by head and ascending in each,
@@ -36,13 +36,14 @@ class Budget(Protocol):
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every head keeps num_slots tokens."""
+    """Every head keeps num_slots tokens. recent: of the last ones, so many at least."""
 
     num_slots: int
+    recent: int = 0
 
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division:
         """As `Budget.divide`."""
-        positions = keep_per_head(ranked, self.num_slots)
+        positions = keep_per_head(protect_recent(ranked, [self.recent] * len(ranked)), self.num_slots)
         offsets = torch.arange(len(positions) + 1, device=positions.device) * self.num_slots
         return positions.reshape(-1).to(torch.int32), offsets
 
@@ -60,14 +61,19 @@ class AdaKV:
 
 
 class Profile:
-    """What each head keeps is known beforehand. counts: of all heads of all layers, [num_layers * num_kv_heads]."""
+    """What each head keeps is known beforehand.
 
-    def __init__(self, counts: list[int]) -> None:
+    counts: of all heads of all layers, [num_layers * num_kv_heads]. recent: likewise, of the last tokens so many at least.
+    """
+
+    def __init__(self, counts: list[int], recent: list[int]) -> None:
         self._counts = iter(counts)
+        self._recent = iter(recent)
 
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division:
         """As `Budget.divide`."""
-        return keep_counts(ranked, list(islice(self._counts, len(ranked))))
+        counts, recent = (list(islice(each, len(ranked))) for each in (self._counts, self._recent))
+        return keep_counts(protect_recent(ranked, recent), counts)
 
 
 class Global:

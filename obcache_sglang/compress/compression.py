@@ -19,13 +19,25 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+    from obcache_sglang.compress.gates import Gates
     from obcache_sglang.compress.head_profile import HeadProfile
     from obcache_sglang.compress.replay import ReplayPass
+    from obcache_sglang.compress.rotary import InverseRotary
     from obcache_sglang.kv.context import Context
 
 
 class UnsupportedAttention(Exception):
     """A layer's attention is not what scores are defined for: capped logits, or cross attention."""
+
+
+def gate_scores_in_slots(
+    gates: Gates, rotary: InverseRotary, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> torch.Tensor:
+    """The scores [num_kv_heads, L] float32 that gates give the tokens of a context in the pool.
+
+    keys, values: [pool slots, num_kv_heads, head_dim], any float dtype, K after RoPE at positions 0 ... L - 1. slots: [L] int64.
+    """
+    return gates.scores(layer, rotary(keys[slots], torch.arange(len(slots), device=slots.device)), values[slots])
 
 
 @dataclass
@@ -36,6 +48,8 @@ class Compressor:
     accumulate: scores the tokens in slots of the pool; as `scores.accumulate_scores_in_slots`.
     head_gains: of `head_gains.head_gains`, by layer id. head_profile: for budget profile.
     lanes: (first, last + 1) of a layer's KV heads that this rank has.
+    gates: of this rank's heads, for method gate. rotaries: what reads K back to before RoPE for them, by layer id.
+    gate_scores: scores the tokens in slots of the pool by gates; as `gate_scores_in_slots`.
     """
 
     kv_pool: MHATokenToKVPool
@@ -44,17 +58,21 @@ class Compressor:
     head_gains: Mapping[int, torch.Tensor] = field(default_factory=dict)
     head_profile: HeadProfile | None = None
     lanes: tuple[int, int] = (0, 0)
+    gates: Gates | None = None
+    rotaries: Mapping[int, InverseRotary] = field(default_factory=dict)
+    gate_scores: Callable[..., torch.Tensor] = gate_scores_in_slots
 
     def budget(self, context: Context) -> Budget:
         """What divides the kept tokens of a context."""
         settings, num_slots, num_layers = context.settings, context.num_slots, self.kv_pool.layer_num
         if not context.is_uneven:
-            return Uniform(num_slots)
+            return Uniform(num_slots, recent_kept(context, num_slots))
         if settings.budget == "adakv":
             return AdaKV(num_slots, settings.safeguarded_tokens(num_slots))
         if settings.budget == "profile":
             assert self.head_profile is not None
-            return Profile(self.head_profile.counts(context.num_tokens, num_slots, fewest_kept(context), self.lanes))
+            counts = self.head_profile.counts(context.num_tokens, num_slots, fewest_kept(context), self.lanes)
+            return Profile(counts, [recent_kept(context, count) for count in counts])
         if settings.measures_errors:
             return MeasuredGlobal(num_slots, num_layers, kept_numbers(fewest_kept(context), context.num_tokens))
         return Global(num_slots, num_layers)
@@ -120,24 +138,28 @@ class Compression:
         self,
         compressor: Compressor,
         rows: ScoringRows,
-        q: torch.Tensor,
-        output: torch.Tensor,
+        q: torch.Tensor | None,
+        output: torch.Tensor | None,
         lse: torch.Tensor | None,
         layer: RadixAttention,
     ) -> torch.Tensor | None:
         """The scores of this layer's tokens, [num_kv_heads, L] float32, or [1, L] for heads that keep the same ones.
 
         None before the last chunk: they are kept here. q, output: [forward's rows, num_q_heads * head_dim] and lse:
-        [forward's rows, num_q_heads] float32, of the attention call. Raises UnsupportedAttention.
+        [forward's rows, num_q_heads] float32, of the attention call; None for methods whose scores need no query. Raises
+        UnsupportedAttention.
         """
         if layer.logit_cap > 0 or layer.is_cross_attention:
             raise UnsupportedAttention
         if self.reads_queries:
+            assert q is not None and output is not None
             scores = self._add(compressor, rows, self._queries(compressor, rows, q, output, lse, layer), layer)
+        elif self.context.settings.uses_gates:
+            scores = self._gate_scores(compressor, rows, layer)
         else:
             seed = int(self.context.id[:8], 16) + layer.layer_id
             method, num_tokens = self.context.settings.method, self.context.num_tokens
-            scores = position_scores(method, layer.tp_k_head_num, num_tokens, seed, q.device)
+            scores = position_scores(method, layer.tp_k_head_num, num_tokens, seed, rows.slots.device)
         if not rows.last:
             self._scores[layer.layer_id] = scores
             return None
@@ -175,6 +197,14 @@ class Compression:
         self._divisions.append(division)
         if self._num_divided_heads == layer.tp_k_head_num * compressor.kv_pool.layer_num:
             self.kept = self._kept(compressor, slots)
+
+    def _gate_scores(self, compressor: Compressor, rows: ScoringRows, layer: RadixAttention) -> torch.Tensor:
+        """The scores [num_kv_heads, L] float32 that gates give this layer's tokens."""
+        assert compressor.gates is not None
+        pool, layer_id = compressor.kv_pool, layer.layer_id
+        keys, values = pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
+        slots = rows.slots[: self.context.num_tokens]
+        return compressor.gate_scores(compressor.gates, compressor.rotaries[layer_id], layer_id, keys, values, slots)
 
     def _queries(
         self,
@@ -282,6 +312,11 @@ class Compression:
         if earlier is None:
             return scores
         return torch.maximum(scores, earlier) if self.context.settings.reduce == "max" else scores + earlier
+
+
+def recent_kept(context: Context, count: int) -> int:
+    """How many of a context's last tokens a head keeps at least for its method's `recent_share`, if it keeps `count` in all."""
+    return int(context.settings.recent_share * max(0, count - context.settings.sink_tokens))
 
 
 def fewest_kept(context: Context) -> int:

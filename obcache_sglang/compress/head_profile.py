@@ -24,7 +24,7 @@ FORMAT = 1
 """Version of the file format; files of another one are refused."""
 
 PACKAGED = Path(__file__).parent.parent / "profiles"
-"""Where the profiles lie that come with the package."""
+"""Where profiles and gates lie that come with the package."""
 
 AUTO = "auto"
 """The name of a profile that is looked for, or else made, when a server starts: `calibrate.profile_for`."""
@@ -51,6 +51,22 @@ class ModelIdentity:
     hidden_size: int
     vocab_size: int
     digest: str
+
+    def check(self, config: PreTrainedConfig, what: str) -> None:
+        """Raises HostError, with the reason, when this is another model than the one served. what: was made for it."""
+        served = ModelIdentity.of(config)
+        differences = [
+            f"{field.name} {getattr(self, field.name)}, not {getattr(served, field.name)}"
+            for field in fields(ModelIdentity)
+            if field.name != "digest" and getattr(self, field.name) != getattr(served, field.name)
+        ]
+        if not differences and self.digest != served.digest:
+            differences = ["the same shape, but another name in its config.json"]
+        if differences:
+            raise HostError(
+                f"the {what} is for another model than the one served: it has {', '.join(differences)}. "
+                f"Make one for this model with `python -m obcache_sglang.calibrate MODEL`, or start without it."
+            )
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> ModelIdentity:
@@ -143,19 +159,7 @@ class HeadProfile:
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raises HostError, with the reason, when this profile is of another model. config: see `ModelIdentity.of`."""
-        served = ModelIdentity.of(config)
-        differences = [
-            f"{field.name} {getattr(self.model, field.name)}, not {getattr(served, field.name)}"
-            for field in fields(ModelIdentity)
-            if field.name != "digest" and getattr(self.model, field.name) != getattr(served, field.name)
-        ]
-        if not differences and self.model.digest != served.digest:
-            differences = ["the same shape, but another name in its config.json"]
-        if differences:
-            raise HostError(
-                f"the head profile is for another model than the one served: it has {', '.join(differences)}. "
-                "Make one for this model with `python -m obcache_sglang.calibrate MODEL --text FILE...`, or start without a head profile."
-            )
+        self.model.check(config, "head profile")
 
     def counts(self, context_len: int, num_slots: int, floor: int = 0, lanes: tuple[int, int] | None = None) -> list[int]:
         """How many tokens each head keeps of a context of context_len tokens, layer by layer, head by head.

@@ -85,6 +85,17 @@ def rank_positions(
     return ranked
 
 
+def protect_recent(ranked: torch.Tensor, recent: list[int]) -> torch.Tensor:
+    """The ranks [rows, context_len] float32 with the last recent[i] positions of each row i above all others.
+
+    ranked: as of :func:`rank_positions`; not modified. The caller keeps as many of each row, and its sinks. No step waits for the device.
+    """
+    if not any(recent):
+        return ranked
+    first = torch.tensor([ranked.shape[1] - each for each in recent]).to(ranked.device, non_blocking=True).unsqueeze(1)
+    return ranked.masked_fill(torch.arange(ranked.shape[1], device=ranked.device) >= first, float("inf"))
+
+
 def keep_per_head(ranked: torch.Tensor, num_slots: int) -> torch.Tensor:
     """The num_slots highest positions of each head: a uniform budget.
 

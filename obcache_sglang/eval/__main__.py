@@ -20,7 +20,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from obcache_sglang.errors import ConfigError, ObcacheError
-from obcache_sglang.eval.arms import MODES, RATIO_PRESETS, Arm, check_head_profile, parse_arms, parse_ratios
+from obcache_sglang.eval.arms import MODES, RATIO_PRESETS, Arm, check_measured_files, parse_arms, parse_ratios
 from obcache_sglang.eval.datasets import load
 from obcache_sglang.eval.provenance import kv_bytes_per_token, provenance
 from obcache_sglang.eval.report import check_requirements, write_report
@@ -127,7 +127,7 @@ def _server(arguments: argparse.Namespace, arms: list[Arm]) -> Iterator[Client]:
         yield Client(arguments.url)
         return
     flags = ["--obcache", "--obcache-min-tokens", "1", *shlex.split(arguments.server_flags)]
-    check_head_profile(arms, flags, "--server-flags")
+    check_measured_files(arms, flags, "--server-flags")
     log_file = arguments.output / "server.log"
     print(f"eval: starting a server (its log: {log_file})", file=sys.stderr, flush=True)
     with serve(arguments.model, log_file, flags) as server:

@@ -190,9 +190,12 @@ def other_baselines(arm: Arm, arms: Iterable[Arm]) -> list[Arm]:
     return [each for each in dict.fromkeys(wished) if each != arm and each in set(arms)]
 
 
-def check_head_profile(arms: Iterable[Arm], flags: Sequence[str], option: str) -> None:
-    """Raises ConfigError where an arm needs a head profile and `flags`, which `option` gave, bring the server none."""
-    if any(arm.budget == "profile" for arm in arms) and "--obcache-head-profile" not in flags:
+def check_measured_files(arms: Iterable[Arm], flags: Sequence[str], option: str) -> None:
+    """Raises ConfigError where an arm needs a head profile or gates and `flags`, which `option` gave, bring the server none."""
+    arms = list(arms)
+    if any(arm.method == "gate" for arm in arms) and "--obcache-gates" not in flags:
+        raise ConfigError(f"an arm has method gate: say {option} '--obcache-gates FILE'.")
+    if any(arm.budget == "profile" for arm in arms) and not {"--obcache-head-profile", "--obcache-gates"} & {*flags}:
         raise ConfigError(f"an arm has budget profile: say {option} '--obcache-head-profile FILE'.")
 
 

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from obcache_sglang.gpu.gate_kernel import _score_by_gates, gate_config
 from obcache_sglang.gpu.score_kernel import _score_tokens, needs_outputs, score_config
 from obcache_sglang.gpu.score_lse import SPLIT_TOKENS, _split_lse, lse_config
 from obcache_sglang.settings import SCORES
@@ -46,7 +47,7 @@ B200 = Chip("B200", 100, 227 * 1024, 8.0e12, 2250e12)
 
 @dataclass(frozen=True)
 class Configuration:
-    """A kernel as it is shipped, for pages of one token. score: one of config.SCORES, "max" or "lse"; dtype: as Triton names it."""
+    """A kernel as it is shipped, for pages of one token. score: one of config.SCORES, "max", "lse" or "gate"; dtype: as Triton names it."""
 
     score: str
     head_dim: int
@@ -67,6 +68,8 @@ def shipped_configurations() -> Iterator[Configuration]:
             for group in (1, 4, 7, 8):
                 yield Configuration(score, head_dim, group, rows=64)
             yield Configuration(score, head_dim, group=4, rows=1)
+    for head_dim in (64, 128, 256):
+        yield Configuration("gate", head_dim, group=1, rows=0)
     for score in ("obcache-kv", "lse"):
         yield Configuration(score, head_dim=256, group=8, rows=64, dtype="fp32")
 
@@ -83,6 +86,10 @@ class Resources:
 def compile_offline(configuration: Configuration, chip: Chip) -> Resources:
     """Compiles a kernel for a chip as a launch with aligned pointers and strides would. Needs no GPU; takes seconds."""
     head_dim, group, rows = configuration.head_dim, configuration.group, configuration.rows
+    if configuration.score == "gate":
+        types = dict.fromkeys(("k", "v"), f"*{configuration.dtype}")
+        types |= dict.fromkeys(("scores", "cos_sin", "weights", "bias"), "*fp32") | {"slots": "*i64"}
+        return _compiled(_score_by_gates, types, gate_config(head_dim, head_dim // 2, is_neox_style=True), {}, chip)
     constants: dict[str, Any] = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "PAGE_SIZE": 1}
     if configuration.score == "lse":
         kernel, config = _split_lse, lse_config(head_dim, group, rows, configuration.element_size)
@@ -100,7 +107,13 @@ def compile_offline(configuration: Configuration, chip: Chip) -> Resources:
     types |= dict.fromkeys(("scores", "o_sq", "lse", "partial"), "*fp32")
     types |= dict.fromkeys(("score_indptr", "q_indptr", "starts", "kv_indptr", "kv_last_page_len"), "*i32")
     types |= dict.fromkeys(("scale_log2", "v_factor", "lse_factor"), "fp32")
-    types |= {"kv_indices": "*i64"} | dict.fromkeys(constants, "constexpr")
+    types |= {"kv_indices": "*i64"}
+    return _compiled(kernel, types, constants, options, chip)
+
+
+def _compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], chip: Chip) -> Resources:
+    """types: of arguments that are no int32; constants: compile-time arguments; options: of the compiler."""
+    types = types | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     varying = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize}
     aligned = {

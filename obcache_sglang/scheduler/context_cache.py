@@ -154,6 +154,12 @@ class ContextCache:
         ids = context.virtual_ids if suffix is None else context.virtual_ids + suffix
         return RadixKey(ids, context.namespace.extra_key, cache_salt=context.namespace.cache_salt)
 
+    def slots_of(self, node: int, context: Context) -> torch.Tensor:
+        """The slots [num_tokens] int64 of a context's exact tokens, that end at a node of the tree or before it."""
+        root = self.tree.root_node_handle(context.namespace.extra_key)
+        slots: torch.Tensor = self.tree.tree_core.collect_full_device_indices(node, root)[: context.num_tokens].to(torch.int64)
+        return slots
+
     def is_resident(self, context: Context) -> bool:
         """Whether the tree holds the context's slots, with the content that this record's compression left there.
 
@@ -418,6 +424,13 @@ TOUCHES = (
         "call",
         "whether a context's node is still there, without using it; ids of nodes are never used again",
         ("end_node_ids",),
+    ),
+    use(f"{_TREE}.root_node_handle", "call", "where a path in the tree begins", ("extra_key",)),
+    use(
+        "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface.collect_full_device_indices",
+        "call",
+        "the slots of a context's exact KV",
+        ("from_node_id", "until_node_id"),
     ),
     use(f"{_TREE}.insert", "call", "a context's node", ("params",)),
     use(f"{_TREE}.lock", "call", "holds a node while it is made or pinned", ("node_id",)),

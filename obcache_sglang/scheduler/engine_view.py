@@ -105,6 +105,13 @@ class EngineView:
         common.release_kv_cache(req, self._scheduler.tree_cache, checkpoint=False)
         self._scheduler.chunked_req = None
 
+    def wait_for_forwards(self) -> None:
+        """What is computed from now on starts on the device when the forward under way has ended, whose stray last writes may be to
+        slots that are free by now. Nothing waits on the host; SGLang's next forward waits for what is computed here."""
+        scheduler = self._scheduler
+        if scheduler.device != "cpu":
+            scheduler.device_module.current_stream().wait_stream(scheduler.forward_stream)
+
     def forget_last_batch(self) -> None:
         """Nothing of it runs any more."""
         self._scheduler.last_batch = None
@@ -118,6 +125,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 TOUCHES = (
     use(f"{_SCHEDULER}.collect_inflight_reqs", "call", "the readers of a context"),
+    use(_SCHEDULER, "read", "device, device_module, forward_stream: what copies between two forwards waits for the first"),
     use(f"{_SCHEDULER}.process_batch_result", "call", "takes the result of a forward before a flush"),
     use(
         "sglang.srt.managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper",

@@ -19,6 +19,7 @@ from obcache_sglang.compress.compression import Compressor, ScoringRows, Unsuppo
 from obcache_sglang.compress.scores import accumulate_scores_in_slots
 from obcache_sglang.host import use
 from obcache_sglang.kv.batch import BatchContexts
+from obcache_sglang.scheduler.in_place import CachedCompression
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 
 if TYPE_CHECKING:
@@ -115,20 +116,35 @@ class ForwardPlan(BatchContexts):
         if not self.is_scored(forward_batch):
             return
         for job, rows in self._rows:
-            started_at = time.perf_counter()
-            scores = self._contained(job, job.compression.score, self.compressor, rows, q, output, lse, layer)
-            if rows.last and job.context.settings.heads == "shared" and self.mean_over_ranks is not None:
-                # A collective: every rank takes part, also one that has failed and has nothing to give.
-                failed = scores is None
-                given = torch.zeros(1, job.context.num_tokens, device=q.device) if scores is None else scores
-                scores = self.mean_over_ranks(given)
-                scores = None if failed else scores
-            if rows.last and scores is not None:
-                self._contained(job, job.compression.keep, self.compressor, rows, scores, layer, job.slots)
-            job.scoring_seconds += time.perf_counter() - started_at
+            self.compress_layer(job, rows, layer, q, output, lse)
+
+    def compress_layer(
+        self,
+        job: CompressionJob | CachedCompression,
+        rows: ScoringRows,
+        layer: RadixAttention,
+        q: torch.Tensor | None = None,
+        output: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """Scores one layer for a job; in its last chunk also selects and copies. Never raises.
+
+        q, output, lse: of the attention call, as in `Compression.score`; None for a job whose scores need no query.
+        """
+        started_at = time.perf_counter()
+        scores = self._contained(job, job.compression.score, self.compressor, rows, q, output, lse, layer)
+        if rows.last and job.context.settings.heads == "shared" and self.mean_over_ranks is not None:
+            # A collective: every rank takes part, also one that has failed and has nothing to give.
+            failed = scores is None
+            given = torch.zeros(1, job.context.num_tokens, device=self.kv_pool.device) if scores is None else scores
+            scores = self.mean_over_ranks(given)
+            scores = None if failed else scores
+        if rows.last and scores is not None:
+            self._contained(job, job.compression.keep, self.compressor, rows, scores, layer, job.slots)
+        job.scoring_seconds += time.perf_counter() - started_at
 
     @staticmethod
-    def _contained(job: CompressionJob, step: Callable[..., T], *args: Any) -> T | None:
+    def _contained(job: CompressionJob | CachedCompression, step: Callable[..., T], *args: Any) -> T | None:
         """A step of a job; None where it raised, or one before it did. Whatever it is, the context must be served exactly."""
         if job.error is not None:
             return None

@@ -232,13 +232,17 @@ class Jobs:
             logger.exception("obcache: finishing the compression of context %s failed", context.id)
         if completed and job.error is not None:
             job.skip_radix_cache_insert = job.replay is not None  # what was computed of the context is worth caching exactly
-            for req in self.engine.queue:
-                if isinstance(req, ContextReq) and req.context is context:
-                    req.exact_reason = job.error
+            self.refuse(context, job.error)
         if not done:
             self.discard(context)
         if completed:
             self._count(job, published=done and job.is_final)
+
+    def refuse(self, context: Context, reason: str) -> None:
+        """Lets the questions that wait for a context be served exactly."""
+        for req in self.engine.queue:
+            if isinstance(req, ContextReq) and req.context is context:
+                req.exact_reason = reason
 
     def _go_on_or_publish(self, job: CompressionJob) -> bool:
         """What follows a prefill of a job that ran to the end; False where nothing does, with the reason in `job.error` if it failed.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from http import HTTPStatus
@@ -23,6 +23,7 @@ from obcache_sglang.kv.context import Context, ContextState, Namespace
 from obcache_sglang.messages import Plan
 from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.engine_view import EngineView
+from obcache_sglang.scheduler.in_place import InPlace
 from obcache_sglang.scheduler.jobs import Jobs
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq
@@ -51,6 +52,7 @@ class CompressionManager:
     agree: whether all ranks of this scheduler's tensor-parallel group say True; called by all of them at the same point.
     clock: seconds since the epoch; None with several ranks, whose clocks differ: then the stamps that requests carry tell the time.
     secret: as in ContextCache.
+    layers, compress_layer: as in InPlace.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class CompressionManager:
         agree: Callable[[bool], bool],
         clock: Callable[[], float] | None,
         secret: bytes = b"",
+        layers: Sequence[Any] = (),
+        compress_layer: Callable[..., None] | None = None,
     ) -> None:
         self.engine = engine
         self.settings = settings
@@ -72,6 +76,7 @@ class CompressionManager:
         self.cache = ContextCache(engine.tree, settings.max_contexts, secret, on_evicted=metrics.evicted)
         self.room = Room(engine, self.cache, settings.max_pinned_slots)
         self.jobs = Jobs(engine, self.cache, self.room, metrics, agree=agree, secret=secret)
+        self.in_place = InPlace(self.jobs, layers, compress_layer)
         self._deferred: dict[str, tuple[Context, ContextReq]] = {}
         self._now = 0.0
 
@@ -127,6 +132,7 @@ class CompressionManager:
         try:
             if admitted:
                 self.room.make(self.room.tight_slots)
+            self.in_place.advance()
             if not engine.admits_nobody():
                 order, admitted = self._decide()
         except Exception:  # a defect of ours must not end the scheduler
@@ -254,6 +260,10 @@ class CompressionManager:
         if context.is_queued or self.room.must_wait(context, self.jobs.all()):
             return Verdict.HOLD, None
         self.jobs.discard(context)  # what a job has left that failed to end
+        if req.compressions_started < MAX_COMPRESSIONS_PER_REQUEST and self.in_place.start(context):
+            req.compressions_started += 1
+            self.in_place.advance()
+            return (Verdict.HOLD, None) if context.is_queued else self._resolve(req)
         return self._start_job(req, context)
 
     def _may_defer(self, req: ContextReq) -> bool:
@@ -268,7 +278,7 @@ class CompressionManager:
 
     def _compress_deferred(self) -> None:
         """Starts the compression of a context whose questions were served exactly, the longest waiting first, one at a time."""
-        if not self._deferred or self.jobs.all() or self.engine.must_become_idle:
+        if not self._deferred or self.jobs.all() or self.in_place.is_busy or self.engine.must_become_idle:
             return
         if not self._engine_is_idle() and not self.room.is_tight:
             return
@@ -276,6 +286,9 @@ class CompressionManager:
         if self.cache.get(context.id) is not context or self.cache.is_resident(context):
             return
         try:
+            if self.in_place.start(context):
+                self.in_place.advance()  # nothing else may call for another pass
+                return
             job, refusal = self.jobs.make(req, context)
             if job is None:
                 logger.warning("obcache: context %s is not compressed: %s", context.id, refusal)
@@ -383,6 +396,7 @@ class CompressionManager:
 
     def after_flush(self) -> None:
         """The tree was reset: every context is gone."""
+        self.in_place.forget()
         self.cache.clear()
         self._deferred.clear()
         self.metrics.set_gauges(self.cache)

@@ -45,6 +45,12 @@ class Metrics:
             self._prometheus.seconds.observe(seconds)
             self._prometheus.slots_saved.inc(context_tokens - kept_slots)
 
+    def compressed_in_place(self) -> None:
+        """That compression took its context from the cache and read no token of it."""
+        self._totals["in_place"] += 1
+        if self._prometheus:
+            self._prometheus.in_place.inc()
+
     def replayed(self, tokens: int, seconds: float) -> None:
         """A pass of method replay has read `tokens` tokens after its context, in `seconds` from its start."""
         self._totals["replayed_tokens"] += tokens
@@ -107,6 +113,7 @@ class Metrics:
         """JSON-safe, for `GET /obcache/status`."""
         names = (
             "compressions",
+            "in_place",
             "reuses",
             "context_tokens",
             "slots_saved",
@@ -143,6 +150,7 @@ class _Prometheus:
             return Gauge(f"sglang:obcache_{name}", text, labelnames=names, multiprocess_mode="mostrecent").labels(**labels)
 
         self.compressions = counter("compressions_total", "Contexts compressed.")
+        self.in_place = counter("in_place_total", "Contexts compressed from their cached exact KV, without a forward.")
         self.reuses = counter("reuses_total", "Requests that used a resident compressed context.")
         self.replayed_tokens = counter("replayed_tokens_total", "Tokens read after contexts to score them by replay.")
         self.tokens_saved = counter("tokens_saved_total", "Prompt tokens not prefilled again thanks to a compressed context.")

@@ -22,8 +22,10 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_parallel
 
+from obcache_sglang.compress.gates import GateFile
 from obcache_sglang.compress.head_gains import head_gains
 from obcache_sglang.compress.head_profile import HeadProfile
+from obcache_sglang.compress.rotary import attention_layers, inverse_rotaries
 from obcache_sglang.compress.scores import accumulate_scores_in_slots
 from obcache_sglang.cpu.attention import CpuAttentionBackend
 from obcache_sglang.errors import HostError
@@ -78,6 +80,12 @@ class Wiring:
             _scoring(model_runner),
             head_gains(model_runner.model, model_runner.dtype),
         )
+        if settings.gates is not None:
+            plan.compressor.rotaries = inverse_rotaries(model_runner.model)
+            if torch.device(model_runner.device).type == "cuda":
+                from obcache_sglang.gpu.gate_kernel import gate_scores_paged
+
+                plan.compressor.gate_scores = gate_scores_paged
         overlay = _head_overlay(plan, model_runner, settings)
         backends = {id(b): b for b in (model_runner.attn_backend, model_runner.decode_attn_backend) if b is not None}.values()
         for backend in backends:
@@ -158,13 +166,23 @@ class Wiring:
             raise HostError(
                 f"--obcache-budget={settings.compression.budget} cannot be served here: {refusal}. Set --obcache-budget uniform."
             )
+        compressor, config = self.plan.compressor, scheduler.model_config.hf_config
+        num_heads = scheduler.model_config.get_total_num_kv_heads()
+        # As SGLang divides them; where there are fewer heads than ranks, several ranks have the same one.
+        first = get_parallel().attn_tp_rank * num_heads // get_parallel().attn_tp_size
+        compressor.lanes = (first, first + pool.head_num)
+        if settings.gates is not None:
+            if pool.store_dtype.itemsize < 2:
+                raise HostError(
+                    f"--obcache-gates cannot read a KV cache of {pool.dtype}. Set --kv-cache-dtype auto, or serve without gates."
+                )
+            file = GateFile.load(settings.gates)
+            file.check_model(config)
+            compressor.head_profile = file.profile
+            compressor.gates = file.gates.lanes(*compressor.lanes).to(pool.device)
         if settings.head_profile is not None:
-            profile = self.plan.compressor.head_profile = HeadProfile.load(settings.head_profile)
-            profile.check_model(scheduler.model_config.hf_config)
-            num_heads = scheduler.model_config.get_total_num_kv_heads()
-            # As SGLang divides them; where there are fewer heads than ranks, several ranks have the same one.
-            first = get_parallel().attn_tp_rank * num_heads // get_parallel().attn_tp_size
-            self.plan.compressor.lanes = (first, first + pool.head_num)
+            compressor.head_profile = HeadProfile.load(settings.head_profile)
+            compressor.head_profile.check_model(config)
         group_size = scheduler.attn_tp_group.world_size
         self.plan.agree = _agreement(scheduler.attn_tp_cpu_group, group_size)
         if group_size > 1:
@@ -179,6 +197,8 @@ class Wiring:
             agree=self.plan.agree,
             clock=time.time if group_size == 1 else None,
             secret=server_secret(),
+            layers=attention_layers(scheduler.tp_worker.model_runner.model),
+            compress_layer=self.plan.compress_layer,
         )
 
 

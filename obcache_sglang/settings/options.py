@@ -155,7 +155,7 @@ COMPRESSION_OPTIONS = (
         _one_of(METHODS),
         "Which queries score a context's tokens. "
         + " ".join(f"{name}: {method.summary}." for name, method in METHODS.items())
-        + " Default: tova (presets kvpress and paper: snapkv).",
+        + " Default: gate with --obcache-gates, else tova (presets kvpress and paper: snapkv).",
         metavar="|".join(METHODS),
     ),
     Option(
@@ -290,6 +290,17 @@ SERVER_OPTIONS = (
             "Shares kept tokens between heads as a replay would, without one (budget profile becomes the default). auto: "
             "measure the served model before its first start; takes minutes. FILE: made by python -m "
             "obcache_sglang.calibrate, or the name of a profile in the package."
+        ),
+        metavar="auto|FILE",
+        per_request=False,
+    ),
+    Option(
+        "gates",
+        _text,
+        (
+            "Gates score a token from its own K and V (method gate becomes the default), and bring a head profile. auto: make "
+            "them for the served model before its first start; takes minutes. FILE: made by python -m obcache_sglang.calibrate "
+            "--gates, or the name of gates in the package."
         ),
         metavar="auto|FILE",
         per_request=False,

@@ -25,7 +25,7 @@ class CompressionSettings:
 
     compression_ratio: fraction of KV pairs removed, in [0, 1), as in KVPress and the OBCache paper (arXiv 2510.07651).
     method: which queries score, and what is always kept (snapkv, h2o, tova, streaming, random; replay: the model's queries while it
-        reads the context again).
+        reads the context again; gate: none, the server's gates look at each token's own K and V).
     score: how a query scores a token (attention, obcache-v, obcache-k, obcache-kv).
     preset: `kvpress` protects nothing but the window, and never shrinks it; `default` and `paper` also protect sinks and
         shrink a window that is larger than half of the kept tokens. `kvzip`: KVPress's KVzip, method replay only: a replayed
@@ -102,18 +102,19 @@ class CompressionSettings:
             )
 
     @classmethod
-    def resolve(cls, given: Mapping[str, Any], *, has_profile: bool = False) -> CompressionSettings:
+    def resolve(cls, given: Mapping[str, Any], *, has_profile: bool = False, has_gates: bool = False) -> CompressionSettings:
         """Settings from the values that were given; the method and preset decide the rest (`settings.methods`).
 
         given: any of this class's field names; `window` may be "all".
         has_profile: whether the server has a head profile. Then the default budget is `profile`, except for replay, which measures
             heads itself.
+        has_gates: whether it has gates. Then the default method is `gate`.
         Raises InvalidValue.
         """
         for name in ("preset", "method"):
             if name in given:
                 OPTIONS[name].check(name, given[name])
-        return cls(**methods.resolve(given, has_profile=has_profile))
+        return cls(**methods.resolve(given, has_profile=has_profile, has_gates=has_gates))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; `from_dict` gives back an equal object."""
@@ -131,8 +132,13 @@ class CompressionSettings:
 
     @property
     def needs_queries(self) -> bool:
-        """Whether scoring reads attention queries; if not, positions alone decide."""
-        return METHODS[self.method].scored_by != "nobody"
+        """Whether scoring reads attention queries; if not, gates or positions alone decide."""
+        return METHODS[self.method].scored_by in ("window", "replay")
+
+    @property
+    def uses_gates(self) -> bool:
+        """Whether a token's own K and V score it, so that a context whose KV is cached needs no forward."""
+        return METHODS[self.method].scored_by == "gates"
 
     @property
     def own_queries_score(self) -> bool:
@@ -180,6 +186,11 @@ class CompressionSettings:
         return max(self.window, self.recent_tokens)
 
     @property
+    def recent_share(self) -> float:
+        """Part of what each head keeps that is the context's last tokens, for budgets that know how much a head keeps."""
+        return METHODS[self.method].recent_share
+
+    @property
     def reduce(self) -> str:
         """How the scores of several queries are combined: `max` for the attention of a replay (KVzip's statistic), else `sum`."""
         return "max" if self.is_replay and self.score == "attention" else "sum"
@@ -208,6 +219,7 @@ class ServerSettings:
     compression: the settings of a request that gives none.
     mode: `marked`: prompts say where their context ends; `prompt`: the context is all of a prompt but its last token, which scores it.
     head_profile: file of a head profile, or the name of one in the package. Then the default budget is `profile`, except for replay.
+    gates: file of gates, or the name of those in the package; they bring a head profile. Then the default method is `gate`.
     when: `first`: a context's first question compresses it; `idle`: questions are served exactly until the engine has nothing
         else to do or its pool gets tight; then their contexts are compressed.
     min_tokens: shorter contexts are served exactly.
@@ -225,6 +237,7 @@ class ServerSettings:
     mode: str = "marked"
     when: str = "first"
     head_profile: str | None = None
+    gates: str | None = None
     min_tokens: int = 256
     marker: str = "<|obcache|>"
     max_contexts: int = 1024
@@ -246,7 +259,12 @@ class ServerSettings:
                 "on",
                 f"cannot be used with head_attention={self.head_attention}, which plans each step on the host. Set head_attention=triton.",
             )
-        self._check_budget(self.compression)
+        self._check_files(self.compression)
+
+    @property
+    def has_profile(self) -> bool:
+        """Whether there is a head profile, by itself or with gates."""
+        return self.head_profile is not None or self.gates is not None
 
     @property
     def captures_decode_graphs(self) -> bool:
@@ -255,12 +273,19 @@ class ServerSettings:
             return self.compression.budget != "uniform" and self.head_attention == "triton"
         return self.decode_graphs == "on"
 
-    def _check_budget(self, compression: CompressionSettings) -> CompressionSettings:
-        if compression.budget == "profile" and self.head_profile is None:
+    def _check_files(self, compression: CompressionSettings) -> CompressionSettings:
+        """The settings, if the server has what they need. Raises InvalidValue."""
+        if compression.budget == "profile" and not self.has_profile:
             raise InvalidValue(
                 "budget",
                 "profile",
-                "needs a server started with --obcache-head-profile. Choose uniform, adakv or global.",
+                "needs a server started with --obcache-head-profile or --obcache-gates. Choose uniform, adakv or global.",
+            )
+        if compression.uses_gates and self.gates is None:
+            raise InvalidValue(
+                "method",
+                "gate",
+                f"needs a server started with --obcache-gates. Choose {', '.join(name for name in METHODS if name != compression.method)}.",
             )
         return compression
 
@@ -274,7 +299,9 @@ class ServerSettings:
         compression = {name: value for name, value in values.items() if OPTIONS[name].per_request}
         server = {name: value for name, value in values.items() if not OPTIONS[name].per_request}
         return cls(
-            compression=CompressionSettings.resolve(compression, has_profile="head_profile" in server),
+            compression=CompressionSettings.resolve(
+                compression, has_profile="head_profile" in server or "gates" in server, has_gates="gates" in server
+            ),
             given=compression,
             **server,
         )
@@ -288,7 +315,10 @@ class ServerSettings:
             return self.compression
         dropped = methods.superseded({"preset": self.compression.preset, "method": self.compression.method}, overrides)
         kept = {name: value for name, value in self.given.items() if name not in dropped}
-        return self._check_budget(CompressionSettings.resolve({**kept, **overrides}, has_profile=self.head_profile is not None))
+        has_gates = self.gates is not None
+        return self._check_files(
+            CompressionSettings.resolve({**kept, **overrides}, has_profile=self.has_profile, has_gates=has_gates)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for reports. A marker that the operator chose is left out: documents must not contain it."""

@@ -28,7 +28,7 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Compression on; page size 1, overlap scheduling, chunks of 512 tokens."""
     flags = (*COMMON, "--max-total-tokens", "16384", "--chunked-prefill-size", "512", "--enable-metrics")
     flags += ("--obcache", "--obcache-min-tokens", "32", "--obcache-compression-ratio", "0.5", "--obcache-method", "snapkv")
-    flags += ("--obcache-head-profile", "auto", "--obcache-budget", "adakv")
+    flags += ("--obcache-head-profile", "auto", "--obcache-budget", "adakv", "--obcache-gates", "auto")
     with serve(model_dir, tmp_path_factory.mktemp("server") / "log", flags, STRICT) as running:
         yield from checked(running)
 
@@ -38,6 +38,7 @@ def tight_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     """Compression on in a pool of 1536 slots; page size 16, no overlap scheduling, chunks of 256 tokens, forced retractions."""
     flags = (*COMMON, "--max-total-tokens", "1536", "--chunked-prefill-size", "256", "--page-size", "16")
     flags += ("--disable-overlap-schedule", "--obcache", "--obcache-min-tokens", "32", "--obcache-method", "snapkv")
+    flags += ("--obcache-gates", "smollm2-135m")
     env = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
     with serve(model_dir, tmp_path_factory.mktemp("tight") / "log", flags, env) as running:
         yield from checked(running)

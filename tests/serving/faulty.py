@@ -41,6 +41,8 @@ FAULTY = (
     "scheduler.forward.ForwardPlan._plan",
     "scheduler.forward.ForwardPlan._scoring_rows",
     "scheduler.hooks.client_view",
+    "scheduler.in_place.InPlace.advance",
+    "scheduler.in_place.InPlace.start",
     "scheduler.jobs.Jobs._make",
     "scheduler.jobs.Jobs.discard",
     "scheduler.jobs.Jobs.discard_orphans",

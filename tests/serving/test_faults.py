@@ -151,6 +151,7 @@ WISHES: dict[str, Any] = {
     "snapkv": {"method": "snapkv", "budget": "adakv"},
     "replay": {"method": "replay", "replay_chunk": 50, "budget": "global"},
     "tova": {"method": "tova", "pin": True, "ttl_seconds": 30},
+    "gate": {"method": "gate", "budget": "profile"},
 }
 
 
@@ -170,7 +171,8 @@ class Restarting:
             # Retracts now and then, so that a job or a question starts over.
             env = {**STRICT, **faults.env, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "13"}
             log_file = self.folder / f"log{self.starts}"
-            server = self.running.enter_context(serve(self.model_dir, log_file, (*COMMON, *FLAGS), env, module=MODULE))
+            flags = (*COMMON, *FLAGS, "--obcache-gates", "auto")
+            server = self.running.enter_context(serve(self.model_dir, log_file, flags, env, module=MODULE))
             self.faulty = Faulty.on(server, faults, self.model_dir, WISHES)
         return self.faulty
 
@@ -212,8 +214,8 @@ def faulty_ranks(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("ranks")
     faults = Faults(folder / "faults")
     env = {**STRICT, **faults.env, "SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
-    flags = (*COMMON, *FLAGS, "--tp-size", str(RANKS), "--obcache-head-profile", "auto")
-    wishes = {"tova": {"method": "tova"}, "replay": WISHES["replay"]} | {
+    flags = (*COMMON, *FLAGS, "--tp-size", str(RANKS), "--obcache-gates", "auto")
+    wishes = {"tova": {"method": "tova"}, "replay": WISHES["replay"], "gate": {"method": "gate", "budget": "profile"}} | {
         budget: {"method": "snapkv", "budget": budget} for budget in ("uniform", "adakv", "global", "profile")
     }
     with serve(model_dir, folder / "log", flags, env, module=MODULE) as server:
@@ -239,6 +241,8 @@ def test_a_defect_of_one_rank_is_all_ranks_defect(faulty_ranks: Faulty, name: st
         assert f"{name}@1" in faults.raised()
     assert server.process.poll() is None, server.log()[-4000:]
     faulty_ranks.check_answers(answers)
-    marked = [answer.json()["meta_info"]["obcache"] for each, answer in answers.items() if not each.startswith("ordinary")]
+    # Method gate goes on from the exact KV that its first, exact answer has left in the cache.
+    others = [answer for each, answer in answers.items() if not each.startswith(("ordinary", "gate"))]
+    marked = [answer.json()["meta_info"]["obcache"] for answer in others]
     assert {each["status"] for each in marked} == {"exact"}
     faulty_ranks.check_works_again()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,6 +73,7 @@ class Engine(EngineView):
                 output_streamer=SimpleNamespace(stream_output=lambda reqs, return_logprob: self.answered.extend(reqs)),
                 enable_priority_preemption=False,
                 enable_overlap=False,
+                device="cpu",
             )
         )
 
@@ -100,7 +102,10 @@ class Engine(EngineView):
 class Driven:
     """A manager, and the engine whose steps a test takes."""
 
-    def __init__(self, size: int = 200, agree: Any = bool, **settings: Any) -> None:
+    def __init__(
+        self, size: int = 200, agree: Any = bool, layers: Sequence[Any] = (), compress_layer: Any = None, **settings: Any
+    ) -> None:
+        """layers, compress_layer: as in CompressionManager. settings: of the server."""
         self.engine = Engine(size)
         self.now = 1000.0
         given = {"min_tokens": 4, "compression_ratio": 0.5, "method": "tova", **settings}
@@ -112,6 +117,8 @@ class Driven:
             agree=agree,
             clock=lambda: self.now,
             secret=b"of the test",
+            layers=layers,
+            compress_layer=compress_layer,
         )
 
     def ask(self, context: array[int], question: int = 7, num_tokens: int = 1, **plan: Any) -> ContextReq:

@@ -365,7 +365,7 @@ def test_auto_takes_the_profile_that_comes_with_the_package(model_dir: Path, mon
     assert calibrate.profile_for(str(model_dir)) == PACKAGED / f"{PACKAGED_NAME}.json"
     settings = settings_from_python({"head_profile": AUTO})
     assert settings is not None
-    found = plugin.with_head_profile(settings, str(model_dir))
+    found = plugin.with_measured_files(settings, str(model_dir))
     assert found == replace(settings, head_profile=str(PACKAGED / f"{PACKAGED_NAME}.json"))
     assert found.compression.budget == "profile"
 
@@ -397,6 +397,6 @@ def test_auto_that_fails_stops_the_server_with_the_reason(
     settings = settings_from_python({"head_profile": AUTO})
     assert settings is not None
     with pytest.raises(HostError, match=r"could not be measured here, see above\. Measure it where the model fits"):
-        plugin.with_head_profile(settings, str(renamed_model(model_dir, tmp_path / "model", weights=False)))
+        plugin.with_measured_files(settings, str(renamed_model(model_dir, tmp_path / "model", weights=False)))
     with pytest.raises(HostError, match=f"head-profile auto: .*{tmp_path / 'nowhere'}"):
-        plugin.with_head_profile(settings, str(tmp_path / "nowhere"))
+        plugin.with_measured_files(settings, str(tmp_path / "nowhere"))

@@ -1,0 +1,156 @@
+"""Compression of a context whose exact KV is cached: scored and copied between two batches, without a token of prefill.
+
+Only for method gate, whose scores need no query. One context at a time. While requests run it goes on in bounded steps, one in each pass of
+the scheduler. The exact KV stays in the tree like any other cached text, and is evicted when it has not been used for longest.
+
+Ranks of one tensor-parallel group run this in step. `agree` is a collective: all come to it, or none.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from obcache_sglang.compress.compression import Compression, ScoringRows
+from obcache_sglang.kv.context import Context
+from obcache_sglang.scheduler.jobs import Jobs
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+STEP_TOKENS = 4096
+"""Tokens, each counted once for every layer, that a step compresses while requests run: one layer of a context of 4k tokens."""
+
+
+class CachedCompression:
+    """What one compression holds until it ends. As a `CompressionJob`, it is what `ForwardPlan.compress_layer` works for.
+
+    rows: with the slots of the context's exact KV. lock: of that.
+    """
+
+    def __init__(self, context: Context, slots: torch.Tensor, rows: ScoringRows, lock: Any) -> None:
+        """slots: [M] int64, the context's."""
+        self.context = context
+        self.slots: torch.Tensor | None = slots
+        self.rows = rows
+        self.lock = lock
+        self.compression = Compression(context)
+        self.error: str | None = None
+        self.scoring_seconds = 0.0
+        self.started_at = time.perf_counter()
+        self.num_layers_done = 0
+
+
+class InPlace:
+    """Of one scheduler. jobs: the compressions that prefill.
+
+    layers: the model's attention layers in order. compress_layer: `ForwardPlan.compress_layer`; None where there is no model.
+    """
+
+    def __init__(self, jobs: Jobs, layers: Sequence[Any], compress_layer: Callable[..., None] | None) -> None:
+        self.jobs = jobs
+        self.engine, self.cache, self.metrics = jobs.engine, jobs.cache, jobs.metrics
+        self._layers = layers
+        self._compress_layer = compress_layer
+        self._under_way: CachedCompression | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        return self._under_way is not None
+
+    def start(self, context: Context) -> bool:
+        """Begins the compression of a context; False where its method needs a forward, its exact KV is not all cached, or there is no room.
+
+        All ranks come to the vote: their trees are equal.
+        """
+        if self._under_way is not None or self._compress_layer is None or not context.settings.uses_gates:
+            return False
+        key = RadixKey(context.tokens, context.namespace.extra_key, cache_salt=context.namespace.cache_salt)
+        match = self.cache.tree.match_prefix(MatchPrefixParams(key=key))
+        if match.device_prefix_len < context.num_tokens:
+            return False
+        lock = self.cache.tree.lock(match.last_device_node)  # what makes room must not take what is read
+        job = None
+        try:
+            self.jobs.room.make(context.num_slots)
+            if (slots := self.cache.reserve(context)) is not None:
+                rows = ScoringRows(0, 0, context.num_tokens, self.cache.slots_of(match.last_device_node, context), last=True)
+                job = CachedCompression(context, slots, rows, lock)
+        except Exception:
+            logger.exception("obcache: reserving slots for context %s failed", context.id)
+        if not self.jobs.agree(job is not None):
+            self.jobs.discard(context)
+            self.cache.tree.unlock(lock)
+            return False
+        self._under_way, context.is_queued = job, True
+        return True
+
+    def advance(self) -> None:
+        """One step; to the end where nothing runs. Whatever fails, on this rank or another one, the context's questions are served exactly.
+
+        Ranks that fail go on to the vote at the end, where the others wait for them.
+        """
+        job = self._under_way
+        if job is None:
+            return
+        assert self._compress_layer is not None
+        most = max(1, STEP_TOKENS // job.context.num_tokens) if self.engine.runs_something else len(self._layers)
+        step = self._layers[job.num_layers_done : job.num_layers_done + most]
+        self._contained(job, self.engine.wait_for_forwards)
+        for layer in step:
+            self._contained(job, self._compress_layer, job, job.rows, layer)
+        job.num_layers_done += len(step)
+        if job.num_layers_done < len(self._layers):
+            return
+        if self.jobs.agree(job.error is None and job.compression.kept is not None):
+            self._contained(job, self._publish, job)
+            if job.error is None:
+                return
+        self._give_back(job)
+        self.jobs.refuse(job.context, job.error or "error")
+
+    @staticmethod
+    def _contained(job: CachedCompression, step: Callable[..., None], *args: Any) -> None:
+        try:
+            step(*args)
+        except Exception:
+            job.error = job.error or "error"
+            logger.exception("obcache: compressing context %s from its cached KV failed", job.context.id)
+
+    def _publish(self, job: CachedCompression) -> None:
+        context, kept = job.context, job.compression.kept
+        assert kept is not None
+        self.cache.publish(context, kept)
+        self._under_way, context.is_queued = None, False
+        self.cache.tree.unlock(job.lock)
+        context.seconds = time.perf_counter() - job.started_at
+        context.scoring_seconds = job.scoring_seconds
+        context.job_cached_tokens = context.num_tokens
+        self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
+        self.metrics.compressed_in_place()
+        self.metrics.set_gauges(self.cache)
+        logger.info(
+            "obcache: compressed context %s from its cached KV: %d tokens to %d slots in %.3f s, ratio %g",
+            context.id, context.num_tokens, context.num_slots, context.seconds, context.settings.compression_ratio,
+        )  # fmt: skip
+
+    def _give_back(self, job: CachedCompression) -> None:
+        """What a compression that failed holds."""
+        logger.warning("obcache: context %s is not compressed and is served exactly: %s", job.context.id, job.error or "error")
+        if self._under_way is job:
+            self._under_way, job.context.is_queued = None, False
+            self.cache.tree.unlock(job.lock)
+        self.jobs.discard(job.context)
+
+    def forget(self) -> None:
+        """The tree was reset: nodes, locks and slots are gone."""
+        if self._under_way is not None:
+            self._under_way.context.is_queued = False
+            self._under_way = None

@@ -1,0 +1,182 @@
+"""Contexts that are compressed from their cached KV: what the manager does between two batches, on SGLang's own radix tree."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from obcache_sglang.kv.context import ContextState
+from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
+from tests.unit.engine import KEPT, Driven
+from tests.unit.test_manager import report
+
+CONTEXT = array("q", range(100, 140))
+LAYERS = ("first", "second", "third")
+
+
+class Layers:
+    """Stands for `ForwardPlan.compress_layer`: what it is asked, and what it does."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.fails_at = ""
+
+    def __call__(self, job: Any, rows: Any, layer: str) -> None:
+        assert rows.last and rows.num_rows == 0 and len(rows.slots) == len(CONTEXT)
+        self.done.append(layer)
+        if layer == self.fails_at:
+            job.error = "unsupported_attention"
+        if layer == LAYERS[-1] and job.error is None:
+            job.compression.kept = KEPT
+
+
+def driven(agree: Any = bool, **settings: Any) -> tuple[Driven, Layers]:
+    """A manager whose model has three layers, and method gate."""
+    layers = Layers()
+    settings = {"method": "gate", "gates": "smollm2-135m", **settings}
+    return Driven(agree=agree, layers=LAYERS, compress_layer=layers, **settings), layers
+
+
+def cache_exactly(driven: Driven, tokens: array[int] = CONTEXT) -> None:
+    slots = driven.engine.tree.token_to_kv_pool_allocator.alloc(len(tokens))
+    driven.engine.tree.insert(InsertParams(key=RadixKey(tokens, None), value=slots))
+
+
+def busy(driven: Driven) -> None:
+    """Some request decodes."""
+    driven.engine.running = [object()]  # type: ignore[list-item]
+
+
+def test_a_cached_context_is_compressed_in_the_pass_that_wants_it() -> None:
+    drive, layers = driven()
+    cache_exactly(drive)
+    req = drive.ask(CONTEXT)
+    assert drive.step() == [req]
+    assert layers.done == list(LAYERS)
+    assert req.is_virtual
+    assert report(req)["status"] == "compressed"
+    assert drive.manager.metrics.to_dict()["in_place"] == drive.manager.metrics.to_dict()["compressions"] == 1
+    # The exact tokens stay cached, and can be evicted; so can the context.
+    assert drive.accounts() == (200 - 40 - 20, 60, 0)
+
+
+def test_what_is_not_all_cached_is_prefilled() -> None:
+    drive, layers = driven()
+    cache_exactly(drive, CONTEXT[:-1])
+    req = drive.ask(CONTEXT)
+    (job,) = drive.step()
+    assert isinstance(job, CompressionJob)
+    assert not layers.done
+    assert not req.decided
+
+
+def test_methods_that_need_queries_are_prefilled() -> None:
+    drive, layers = driven(method="tova")
+    cache_exactly(drive)
+    drive.ask(CONTEXT)
+    (job,) = drive.step()
+    assert isinstance(job, CompressionJob)
+    assert not layers.done
+
+
+def test_while_requests_run_it_goes_on_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obcache_sglang.scheduler.in_place.STEP_TOKENS", len(CONTEXT))
+    drive, layers = driven()
+    cache_exactly(drive)
+    busy(drive)
+    first, second = drive.ask(CONTEXT), drive.ask(CONTEXT, question=8)
+    for done in (1, 2):
+        assert drive.step() == []
+        assert layers.done == list(LAYERS[:done])
+        # Nobody may evict what is read, nor what is written.
+        drive.evict_all()
+        assert drive.accounts()[2] == 60
+    assert drive.step() == [first, second]
+    assert layers.done == list(LAYERS)
+    assert [report(each)["status"] for each in (first, second)] == ["compressed", "reused"]
+
+
+def test_one_that_fails_gives_all_back_and_is_served_exactly() -> None:
+    drive, layers = driven()
+    layers.fails_at = "second"
+    cache_exactly(drive)
+    req = drive.ask(CONTEXT)
+    assert drive.step() == [req]
+    assert (report(req)["status"], report(req)["reason"]) == ("exact", "unsupported_attention")
+    assert drive.accounts() == (160, 40, 0)
+
+
+def test_a_defect_gives_all_back_and_is_served_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    drive, _ = driven()
+    cache_exactly(drive)
+
+    def defect(*args: Any) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Layers, "__call__", defect)
+    req = drive.ask(CONTEXT)
+    assert drive.step() == [req]
+    assert (report(req)["status"], report(req)["reason"]) == ("exact", "error")
+    assert drive.accounts() == (160, 40, 0)
+    assert not drive.manager.in_place.is_busy
+
+
+def test_ranks_that_do_not_agree_give_all_back() -> None:
+    votes = iter((False, True, False))
+    drive, layers = driven(agree=lambda verdict: next(votes))
+    cache_exactly(drive)
+    drive.ask(CONTEXT)
+    # About its slots: then it is prefilled, which may find room.
+    (job,) = drive.step()
+    assert isinstance(job, CompressionJob)
+    assert not layers.done
+    assert drive.accounts() == (160, 40, 0)
+    # About its content.
+    other, layers = driven(agree=lambda verdict: next(votes))
+    cache_exactly(other)
+    req = other.ask(CONTEXT)
+    assert other.step() == [req]
+    assert report(req)["status"] == "exact"
+    assert other.accounts() == (160, 40, 0)
+
+
+def test_a_flush_in_between_forgets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obcache_sglang.scheduler.in_place.STEP_TOKENS", len(CONTEXT))
+    drive, _ = driven()
+    cache_exactly(drive)
+    busy(drive)
+    req = drive.ask(CONTEXT)
+    drive.step()
+    assert drive.manager.in_place.is_busy
+    context = req.context
+    assert context is not None
+    drive.engine.queue.remove(req)
+    drive.engine.running = []
+    drive.engine.tree.reset()
+    drive.engine.tree.token_to_kv_pool_allocator.clear()
+    drive.manager.after_flush()
+    assert context.state is ContextState.ABSENT
+    assert not context.is_queued
+    cache_exactly(drive)
+    again = drive.ask(CONTEXT)
+    assert drive.step() == [again]
+    assert isinstance(again, ContextReq) and again.is_virtual
+
+
+def test_idle_engines_compress_what_was_served_exactly_from_its_cache() -> None:
+    drive, layers = driven(when="idle")
+    cache_exactly(drive)
+    req = drive.ask(CONTEXT, num_tokens=3)
+    assert drive.step() == [req]
+    assert report(req)["reason"] == "deferred"
+    assert not layers.done
+    drive.engine.queue.remove(req)
+    assert drive.step() == []  # and SGLang sleeps until somebody asks
+    assert layers.done == list(LAYERS)
+    again = drive.ask(CONTEXT, num_tokens=3)
+    assert drive.step() == [again]
+    assert report(again)["status"] == "reused"
