@@ -1,7 +1,7 @@
 """What compression costs and what a later question saves, on real servers:  python -m launch.bench_serving
 
-Prints three tables: a context's compression by a window, by a window with a head profile and by replay, against its exact prefill
-(which is what the first question waits for with --obcache-when idle), with the share spent on scoring, selecting and copying; time
+Prints three tables: a context's compression by a window, by a window with a head profile, by gates (prefilled, and from its cached exact KV)
+and by replay, against its exact prefill (which is what the first question waits for with --obcache-when idle), with the share spent on scoring, selecting and copying; time
 to the first token of a later question, exact radix hit against compressed hit, in turn; and plain requests (no compression asked
 for) on a server with --obcache against one without, burst by burst. Machines are noisy: medians, and ratios pair by pair.
 """
@@ -20,22 +20,25 @@ from launch.model import cache_dir, ensure_model
 from obcache_sglang.eval.prose import opticks
 from obcache_sglang.local_server import Server, serve
 
-ARMS = (("snapkv", "obcache-k", "adakv"), ("snapkv", "obcache-k", "profile"), ("replay", "obcache-v", "global"))
+GATE = ("gate", "obcache-v", "profile")
+ARMS = (("snapkv", "obcache-k", "adakv"), ("snapkv", "obcache-k", "profile"), GATE, ("replay", "obcache-v", "global"))
+IN_PLACE = "gate, exact KV cached"
 COMMON = ("--chunked-prefill-size", "8192", "--sleep-on-idle")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each measurement (default: 5)")
-    parser.add_argument("--model", type=Path, help="model directory (default: SmolLM2-135M-Instruct in bfloat16)")
+    parser.add_argument("--model", type=Path, help="model directory (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the default model (bfloat16)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="context lengths (1024 2048 4096)")
     arguments = parser.parse_args()
-    model_dir = arguments.model or ensure_model("bfloat16")
+    model_dir = arguments.model or ensure_model(arguments.dtype)
     ids = tokenize(model_dir, max(arguments.tokens))
     logs = cache_dir()
     # Room for a context, its compressed copy and a replay's chunk, several times.
-    common = (*COMMON, "--max-total-tokens", str(8 * len(ids)))
-    flags = (*common, "--obcache", *(() if arguments.model else ("--obcache-head-profile", "smollm2-135m")))
+    common = (*COMMON, "--max-total-tokens", str(8 * len(ids)), *(() if arguments.model else ("--dtype", arguments.dtype)))
+    flags = (*common, "--obcache", *(() if arguments.model else ("--obcache-gates", "smollm2-135m")))
     arms = [arm for arm in ARMS if arguments.model is None or arm[2] != "profile"]
     with serve(model_dir, logs / "bench-obcache.log", flags) as server:
         generate(server, ids[:200])
@@ -71,23 +74,29 @@ def generate(server: Server, ids: list[int], *, obcache: Any = False, max_new_to
 
 
 def compression_rows(server: Server, ids: list[int], arms: Sequence[tuple[str, str, str]], repeats: int) -> Iterator[str]:
-    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {arm: [] for arm in arms}
+    runs: dict[str, list[dict[str, Any]]] = {}
     exact = []
+
+    def compress(name: str, arm: tuple[str, str, str], *, counts: bool) -> None:
+        made = server.post("/obcache/compress", {"input_ids": ids, **dict(zip(("method", "score", "budget"), arm, strict=True))})
+        if counts:
+            runs.setdefault(name, []).append(server.get(f"/obcache/contexts/{made['id']}"))
+
     for repeat in range(repeats + 1):
         server.flush_cache()
         seconds = generate(server, ids)
         if repeat:  # the first warms up
             exact.append(seconds)
-        for method, score, budget in arms:
+        if GATE in arms:
+            compress(IN_PLACE, GATE, counts=bool(repeat))
+        for arm in arms:
             server.flush_cache()
-            made = server.post("/obcache/compress", {"input_ids": ids, "method": method, "score": score, "budget": budget})
-            if repeat:
-                runs[method, score, budget].append(server.get(f"/obcache/contexts/{made['id']}"))
-    for arm, made in runs.items():
+            compress("/".join(arm), arm, counts=bool(repeat))
+    for name, made in runs.items():
         seconds = statistics.median(run["seconds"] for run in made)
         share = statistics.median(run["scoring_seconds"] / run["seconds"] for run in made)
         ratios = spread([run["seconds"] / prefill for run, prefill in zip(made, exact, strict=True)])
-        yield f"{len(ids):6d} {made[0]['slots']:6d}  {'/'.join(arm):24s} {seconds:5.2f} {share:14.1%}  {ratios}"
+        yield f"{len(ids):6d} {made[0]['slots']:6d}  {name:24s} {seconds:5.2f} {share:14.1%}  {ratios}"
 
 
 def first_token_row(server: Server, ids: list[int], repeats: int) -> str:

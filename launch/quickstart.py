@@ -1,10 +1,11 @@
 """Reads a real document with a real server, and asks the same questions with exact and with compressed cache.
 
-    python -m launch.quickstart [--tokens 3000] [--compression-ratio R] [--method M] [--score S]
+    python -m launch.quickstart [--tokens 3000] [--ratios 0.8 0.9] [--method M] [--score S]
 
 The document is the first pages of Newton's Opticks (1730) with eight facts hidden in it, which the questions ask for. Nothing
-of a question is known when the document is compressed: it is compressed once, by the first question, and reused by all. How much
-each head keeps comes from the head profile of the model, which was measured on other texts.
+of a question is known when the document is compressed: it is compressed once, by the first question, and reused by all. Which
+tokens stay, the gates of the model say, which were made with other texts; they need no more than the exact KV cache that the questions
+before have left.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class Round:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=3000, help="length of the document in tokens (default: 3000)")
-    parser.add_argument("--compression-ratio", type=float, default=0.8, help="fraction of the KV cache removed (0.8)")
-    parser.add_argument("--method", default="tova", help="which queries score (default: tova)")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.8, 0.9], help="fractions of the KV cache removed (0.8 0.9)")
+    parser.add_argument("--method", default="gate", help="what scores (default: gate)")
     parser.add_argument("--score", default="obcache-v", help="how they score (default: obcache-v)")
     arguments = parser.parse_args()
     # End like on Ctrl-C, through the `with` block that stops the server.
@@ -87,21 +88,20 @@ def main() -> None:
     flags = [
         f"--dtype={dtype}",  # what SGLang takes by itself is 16-bit
         "--obcache",
-        f"--obcache-compression-ratio={arguments.compression_ratio}",
         f"--obcache-method={arguments.method}",
         f"--obcache-score={arguments.score}",
-        "--obcache-head-profile=smollm2-135m",
+        "--obcache-gates=smollm2-135m",
     ]
     log_file = cache_dir() / "quickstart-server.log"
     progress(f"starting: sglang serve --model-path {model_dir} {' '.join(flags)}")
     progress(f"(its log: {log_file}; half a minute, the first time in a new environment two)")
     with serve(model_dir, log_file, flags) as server:
         progress("the server is ready; warming up")
-        ask(server, "Hello", compressed=False)
-        exact = ask_all(server, questions, compressed=False)
-        server.flush_cache()
-        compressed = ask_all(server, questions, compressed=True)
-    print_tables(questions, num_tokens, arguments, exact, compressed)
+        ask(server, "Hello", False)
+        rounds = {"exact": ask_all(server, questions, "exact", False)}
+        for ratio in arguments.ratios:
+            rounds[f"{ratio:g} removed"] = ask_all(server, questions, f"{ratio:g} removed", {"compression_ratio": ratio})
+    print_tables(questions, num_tokens, arguments, rounds)
 
 
 def make_questions(model_dir: Path, num_tokens: int) -> tuple[list[Question], int]:
@@ -133,14 +133,15 @@ def make_questions(model_dir: Path, num_tokens: int) -> tuple[list[Question], in
     return questions, len(tokenizer(document).input_ids)
 
 
-def ask(server: Server, prompt: str, *, compressed: bool) -> Answer:
+def ask(server: Server, prompt: str, wish: Any) -> Answer:
+    """wish: what the request says in custom_params["obcache"]."""
     body = {
         "text": prompt,
         "stream": True,
         "sampling_params": {
             "max_new_tokens": MAX_NEW_TOKENS,
             "temperature": 0,
-            "custom_params": {"obcache": compressed},
+            "custom_params": {"obcache": wish},
         },
     }
     start = time.perf_counter()
@@ -150,19 +151,18 @@ def ask(server: Server, prompt: str, *, compressed: bool) -> Answer:
     return Answer(last["text"].strip(), seconds, last["meta_info"])
 
 
-def ask_all(server: Server, questions: list[Question], *, compressed: bool) -> Round:
-    """Asks one by one, which shows what each waits for, and then all at once, which shows how many a second."""
-    kind = "compressed" if compressed else "exact"
+def ask_all(server: Server, questions: list[Question], name: str, wish: Any) -> Round:
+    """Asks one by one, which shows what each waits for, and then all at once, which shows how many a second. wish: as in `ask`."""
     answers = []
     for number, question in enumerate(questions, start=1):
-        answers.append(ask(server, question.prompt, compressed=compressed))
-        progress(f"{kind} cache: question {number} of {len(questions)}, {answers[-1].seconds:.2f} s to the first token")
-    progress(f"{kind} cache: all {len(questions)} questions at once")
+        answers.append(ask(server, question.prompt, wish))
+        progress(f"{name}: question {number} of {len(questions)}, {answers[-1].seconds:.2f} s to the first token")
+    progress(f"{name}: all {len(questions)} questions at once")
     start = time.perf_counter()
     with ThreadPoolExecutor(len(questions)) as pool:
-        list(pool.map(lambda question: ask(server, question.prompt, compressed=compressed), questions))
+        list(pool.map(lambda question: ask(server, question.prompt, wish), questions))
     rate = len(questions) / (time.perf_counter() - start)
-    if compressed:
+    if wish:
         report = answers[-1].meta.get("obcache") or {}
         if report.get("status") != "reused":
             raise RuntimeError(f"the last question was not answered from the compressed context: {report}")
@@ -175,30 +175,27 @@ def ask_all(server: Server, questions: list[Question], *, compressed: bool) -> R
     return Round(answers, slots, answers[0].seconds, later, rate)
 
 
-def print_tables(
-    questions: list[Question], num_tokens: int, arguments: argparse.Namespace, exact: Round, compressed: Round
-) -> None:
+def print_tables(questions: list[Question], num_tokens: int, arguments: argparse.Namespace, rounds: dict[str, Round]) -> None:
+    """rounds: by name, the exact one first."""
     print()
-    print(
-        f"{MODEL_NAME}, {served_dtype()}; a document of {num_tokens} tokens; {arguments.method}, {arguments.score}, "
-        f"{arguments.compression_ratio:.0%} of the KV cache removed"
-    )
+    print(f"{MODEL_NAME}, {served_dtype()}; a document of {num_tokens} tokens; {arguments.method}, {arguments.score}")
     print()
-    print(f"{'question':48} {'exact cache':24} {'compressed cache':24}")
-    for question, left, right in zip(questions, exact.answers, compressed.answers, strict=True):
-        cells = [f"{'right' if is_right(question, a) else 'WRONG'}  {a.text[:16]!r}" for a in (left, right)]
-        print(f"{question.text:48} {cells[0]:24} {cells[1]:24}")
+    print(f"{'question':48}" + "".join(f" {name:24}" for name in rounds))
+    for number, question in enumerate(questions):
+        answers = [each.answers[number] for each in rounds.values()]
+        cells = [f"{'right' if is_right(question, answer) else 'WRONG'}  {answer.text[:16]!r}" for answer in answers]
+        print(f"{question.text:48}" + "".join(f" {cell:24}" for cell in cells))
     print()
     rows: list[tuple[str, str, list[float]]] = [
-        ("right answers", "{:.0f}", [sum(map(is_right, questions, r.answers)) for r in (exact, compressed)]),
-        ("KV slots held by the document", "{:.0f}", [exact.slots, compressed.slots]),
-        ("first question, seconds to first token", "{:.2f}", [exact.first_seconds, compressed.first_seconds]),
-        ("later questions, seconds to first token", "{:.2f}", [exact.later_seconds, compressed.later_seconds]),
-        ("questions per second, all at once", "{:.2f}", [exact.rate, compressed.rate]),
+        ("right answers", "{:.0f}", [sum(map(is_right, questions, each.answers)) for each in rounds.values()]),
+        ("KV slots held by the document", "{:.0f}", [each.slots for each in rounds.values()]),
+        ("first question, seconds to first token", "{:.2f}", [each.first_seconds for each in rounds.values()]),
+        ("later questions, seconds to first token", "{:.2f}", [each.later_seconds for each in rounds.values()]),
+        ("questions per second, all at once", "{:.2f}", [each.rate for each in rounds.values()]),
     ]
-    print(f"{'':40} {'exact':>10} {'compressed':>11}")
-    for name, form, (left_value, right_value) in rows:
-        print(f"{name:40} {form.format(left_value):>10} {form.format(right_value):>11}")
+    print(f"{'':40}" + "".join(f"{name:>13}" for name in rounds))
+    for name, form, values in rows:
+        print(f"{name:40}" + "".join(f"{form.format(value):>13}" for value in values))
 
 
 def is_right(question: Question, answer: Answer) -> bool:

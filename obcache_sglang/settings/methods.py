@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
     ),
     "gate": Method(
         "gates",
-        "no query; each token's own K and V, through --obcache-gates: nearly as replay would, without one",
+        "no query; each token's own K and V, through --obcache-gates; a cached context needs no forward",
         {"window": 1, "recent_tokens": GATE_RECENT_TOKENS},
         window=1,
         window_reason="cannot be used with method=gate, which scores with no query. Remove window; recent_tokens keeps last tokens.",
