@@ -149,6 +149,13 @@ class InPlace:
             self.cache.tree.unlock(job.lock)
         self.jobs.discard(job.context)
 
+    def cancel(self, lora_id: str) -> None:
+        """Gives back the context under way, if it is of this LoRA adapter: nobody may read it any more."""
+        job = self._under_way
+        if job is not None and job.context.namespace.lora_id == lora_id:
+            job.error = "adapter_unloaded"
+            self._give_back(job)
+
     def forget(self) -> None:
         """The tree was reset: nodes, locks and slots are gone."""
         if self._under_way is not None:

@@ -403,6 +403,7 @@ class CompressionManager:
 
     def forget_adapter(self, lora_id: str) -> None:
         """A LoRA adapter was unloaded: its contexts are deleted, since another one may be loaded under the same name."""
+        self.in_place.cancel(lora_id)
         for context in [each for each in self.cache if each.namespace.lora_id == lora_id]:
             if not context.is_queued and context.state is not ContextState.DELETING:
                 self.cache.delete(context)

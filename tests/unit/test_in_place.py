@@ -167,6 +167,23 @@ def test_a_flush_in_between_forgets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(again, ContextReq) and again.is_virtual
 
 
+def test_a_context_of_an_unloaded_adapter_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obcache_sglang.scheduler.in_place.STEP_TOKENS", len(CONTEXT))
+    drive, _ = driven()
+    cache_exactly(drive)
+    busy(drive)
+    req = drive.ask(CONTEXT)
+    drive.step()
+    assert drive.manager.in_place.is_busy and req.context is not None
+    object.__setattr__(req.context.namespace, "lora_id", "an adapter")
+    drive.manager.forget_adapter("another adapter")
+    assert drive.manager.in_place.is_busy
+    drive.engine.queue.remove(req)
+    drive.manager.forget_adapter("an adapter")
+    assert not drive.manager.in_place.is_busy
+    assert drive.accounts() == (160, 40, 0)
+
+
 def test_idle_engines_compress_what_was_served_exactly_from_its_cache() -> None:
     drive, layers = driven(when="idle")
     cache_exactly(drive)
