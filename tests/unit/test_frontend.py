@@ -504,6 +504,7 @@ def test_metrics_count_once_for_status_and_prometheus():
     labels = {"model_name": "m", "tp_rank": "0"}
     metrics = Metrics.create(True, labels)
     metrics.compressed(0.5, context_tokens=100, kept_slots=30)
+    metrics.compressed_in_place()
     metrics.reused(100)
     metrics.reused(100)
     metrics.replayed(300, 1.5)
@@ -518,6 +519,7 @@ def test_metrics_count_once_for_status_and_prometheus():
     metrics.pass_decided(0.25)
     assert metrics.to_dict() == {
         "compressions": 1,
+        "in_place": 1,
         "reuses": 2,
         "context_tokens": 100,
         "slots_saved": 70,
@@ -538,6 +540,7 @@ def test_metrics_count_once_for_status_and_prometheus():
     assert REGISTRY.get_sample_value("sglang:obcache_reuses_total", labels) == 2
     assert REGISTRY.get_sample_value("sglang:obcache_exact_total", labels | {"reason": "session"}) == 1
     assert REGISTRY.get_sample_value("sglang:obcache_compression_seconds_count", labels) == 1
+    assert REGISTRY.get_sample_value("sglang:obcache_in_place_total", labels) == 1
     silent = Metrics.create(False, labels)
     silent.reused(5)
     assert silent.to_dict()["tokens_saved"] == 5
