@@ -155,20 +155,20 @@ def profile_for(model_name: str) -> Path:
     model_name: directory or Hugging Face name. Profiles are kept in `$XDG_CACHE_HOME/obcache_sglang`, by default ~/.cache.
     Raises HostError if it cannot be made, and OSError if transformers cannot load the model's configuration.
     """
-    max_tokens = int(min(DEFAULT_MAX_TOKENS, _max_positions(AutoConfig.from_pretrained(model_name)) // 2 - _MIN_TOKENS))
     packaged = {file: HeadProfile.load(file).model.digest for file in sorted(PACKAGED.glob("*.json"))}
-    return _file_for(model_name, "head profile", packaged, ".head-profile.json", ["--max-tokens", str(max_tokens), "--output"])
+    return _file_for(model_name, "head profile", packaged, ".head-profile.json", "--output", DEFAULT_MAX_TOKENS)
 
 
 def gates_for(model_name: str) -> Path:
     """The file of a model's gates; as `profile_for`."""
     packaged = {file: GateFile.load(file).profile.model.digest for file in sorted(PACKAGED.glob(f"*{GATES_SUFFIX}"))}
-    return _file_for(model_name, "gates", packaged, GATES_SUFFIX, ["--gates"])
+    return _file_for(model_name, "gates", packaged, GATES_SUFFIX, "--gates", GATE_TOKENS)
 
 
-def _file_for(model_name: str, what: str, packaged: Mapping[Path, str], suffix: str, arguments: list[str]) -> Path:
-    """packaged: files, and the digests of their models. arguments: of this program, the last of them before the file to be written."""
-    digest = ModelIdentity.of(AutoConfig.from_pretrained(model_name)).digest
+def _file_for(model_name: str, what: str, packaged: Mapping[Path, str], suffix: str, flag: str, most_tokens: int) -> Path:
+    """packaged: files, and the digests of their models. flag: of this program, before the file. most_tokens: of a text."""
+    config = AutoConfig.from_pretrained(model_name)
+    digest = ModelIdentity.of(config).digest
     for known, of_model in packaged.items():
         if of_model == digest:
             return known
@@ -179,7 +179,9 @@ def _file_for(model_name: str, what: str, packaged: Mapping[Path, str], suffix: 
     folder.mkdir(parents=True, exist_ok=True)
     # The file is complete or absent, even if two servers start at once.
     partial = file.with_suffix(f".{os.getpid()}")
-    command = [sys.executable, "-m", "obcache_sglang.calibrate", model_name, *arguments, str(partial)]
+    max_tokens = int(min(most_tokens, _max_positions(config) // 2 - _MIN_TOKENS))
+    arguments = [flag, str(partial), "--max-tokens", str(max_tokens)]
+    command = [sys.executable, "-m", "obcache_sglang.calibrate", model_name, *arguments]
     print(
         f"obcache: measuring the {what} of {model_name}, once; this takes minutes: {shlex.join(command)}",
         file=sys.stderr,
@@ -189,7 +191,7 @@ def _file_for(model_name: str, what: str, packaged: Mapping[Path, str], suffix: 
     if subprocess.run(command, check=False, stdout=sys.stderr).returncode or not partial.exists():
         raise HostError(
             f"the {what} of {model_name} could not be measured here, see above. Measure it where the model fits into one process "
-            f"(`python -m obcache_sglang.calibrate MODEL {arguments[-1]} FILE`) and start with the file, or without."
+            f"(`python -m obcache_sglang.calibrate MODEL {flag} FILE`) and start with the file, or without."
         )
     partial.replace(file)
     return file

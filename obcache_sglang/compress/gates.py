@@ -197,8 +197,9 @@ class NormalEquations:
         self.num_texts += 1
 
     def __iadd__(self, other: NormalEquations) -> NormalEquations:
-        for name in ("products", "projections", "squares", "means", "levels", "num_texts"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("products", "projections", "squares", "means", "levels"):
+            getattr(self, name).add_(getattr(other, name))
+        self.num_texts += other.num_texts
         return self
 
     def solve(self) -> Gates:

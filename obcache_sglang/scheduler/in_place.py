@@ -76,20 +76,14 @@ class InPlace:
         match = self.cache.tree.match_prefix(MatchPrefixParams(key=key))
         if match.device_prefix_len < context.num_tokens:
             return False
+        rows = ScoringRows(0, 0, context.num_tokens, self.cache.slots_of(match.last_device_node, context), last=True)
+        self.jobs.room.make(context.num_slots)
         lock = self.cache.tree.lock(match.last_device_node)  # what makes room must not take what is read
-        job = None
-        try:
-            self.jobs.room.make(context.num_slots)
-            if (slots := self.cache.reserve(context)) is not None:
-                rows = ScoringRows(0, 0, context.num_tokens, self.cache.slots_of(match.last_device_node, context), last=True)
-                job = CachedCompression(context, slots, rows, lock)
-        except Exception:
-            logger.exception("obcache: reserving slots for context %s failed", context.id)
-        if not self.jobs.agree(job is not None):
-            self.jobs.discard(context)
+        slots = self.jobs.reserve_on_all_ranks(context)
+        if slots is None:
             self.cache.tree.unlock(lock)
             return False
-        self._under_way, context.is_queued = job, True
+        self._under_way, context.is_queued = CachedCompression(context, slots, rows, lock), True
         return True
 
     def advance(self) -> None:
@@ -130,16 +124,11 @@ class InPlace:
         self.cache.publish(context, kept)
         self._under_way, context.is_queued = None, False
         self.cache.tree.unlock(job.lock)
-        context.seconds = time.perf_counter() - job.started_at
-        context.scoring_seconds = job.scoring_seconds
-        context.job_cached_tokens = context.num_tokens
-        self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
-        self.metrics.compressed_in_place()
-        self.metrics.set_gauges(self.cache)
-        logger.info(
-            "obcache: compressed context %s from its cached KV: %d tokens to %d slots in %.3f s, ratio %g",
-            context.id, context.num_tokens, context.num_slots, context.seconds, context.settings.compression_ratio,
-        )  # fmt: skip
+        try:  # as in `Jobs`: whatever fails here on one rank changes no decision
+            self.metrics.compressed_in_place()
+            self.jobs.record(context, job.started_at, job.scoring_seconds, context.num_tokens)
+        except Exception:
+            logger.exception("obcache: updating the metrics for context %s failed", context.id)
 
     def _give_back(self, job: CachedCompression) -> None:
         """What a compression that failed holds."""

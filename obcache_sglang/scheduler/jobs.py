@@ -22,6 +22,7 @@ from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from obcache_sglang.scheduler.room import Room
 
 if TYPE_CHECKING:
+    import torch
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 logger = logging.getLogger(__name__)
@@ -187,21 +188,35 @@ class Jobs:
             if self.get(req.context) is not req:
                 req.error = "replaced"  # a second node of the same context would free the first one's slots
                 continue
-            try:
-                if is_first:
-                    req.slots = self.cache.reserve(req.context)
-            except Exception:
-                logger.exception("obcache: reserving slots for context %s failed", req.context.id)
-            if self.agree(req.slots is not None and req.error is None):
-                continue
-            req.error, req.slots = req.error or "no_slots", None
-            try:
-                self.discard(req.context)
-                if is_first:
-                    # Where another rank has evicted for it and this one has not: their trees must stay equal.
-                    self.engine.evict(req.context.num_slots)
-            except Exception:
-                logger.exception("obcache: releasing the slots reserved for context %s failed", req.context.id)
+            if is_first:
+                req.slots = self.reserve_on_all_ranks(req.context)
+                req.error = None if req.slots is not None else "no_slots"
+            elif not self.agree(req.slots is not None and req.error is None):
+                req.error, req.slots = req.error or "no_slots", None
+                self._discard_contained(req.context)
+
+    def reserve_on_all_ranks(self, context: Context) -> torch.Tensor | None:
+        """The slots [num_slots] int64 reserved for a context; None where a rank has no room or has failed. All ranks come to the vote."""
+        slots = None
+        try:
+            slots = self.cache.reserve(context)
+        except Exception:
+            logger.exception("obcache: reserving slots for context %s failed", context.id)
+        if self.agree(slots is not None):
+            return slots
+        self._discard_contained(context)
+        try:
+            # Where another rank has evicted for it and this one has not: their trees must stay equal.
+            self.engine.evict(context.num_slots)
+        except Exception:
+            logger.exception("obcache: evicting for context %s as other ranks did failed", context.id)
+        return None
+
+    def _discard_contained(self, context: Context) -> None:
+        try:
+            self.discard(context)
+        except Exception:
+            logger.exception("obcache: releasing the slots reserved for context %s failed", context.id)
 
     def release(self, job: CompressionJob, *, checkpoint: bool) -> None:
         """It gives its KV back: it ends, or starts over after retraction."""
@@ -279,18 +294,25 @@ class Jobs:
                 logger.warning("obcache: context %s is not compressed and is served exactly: %s", context.id, job.error)
             if not published:
                 return
-            context.seconds = time.perf_counter() - job.started_at
-            context.scoring_seconds = job.scoring_seconds
-            context.job_cached_tokens = job.context_cached_tokens
-            self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
-            self.metrics.set_gauges(self.cache)
-            logger.info(
-                "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
-                context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
-                context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
-            )  # fmt: skip
+            self.record(context, job.started_at, job.scoring_seconds, job.context_cached_tokens)
         except Exception:
             logger.exception("obcache: updating the metrics for context %s failed", context.id)
+
+    def record(self, context: Context, started_at: float, scoring_seconds: float, cached_tokens: int) -> None:
+        """What a published compression took, in its context, the metrics and the log.
+
+        started_at: of `time.perf_counter`. cached_tokens: of the context, found cached.
+        """
+        context.seconds = time.perf_counter() - started_at
+        context.scoring_seconds = scoring_seconds
+        context.job_cached_tokens = cached_tokens
+        self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
+        self.metrics.set_gauges(self.cache)
+        logger.info(
+            "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
+            context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
+            context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
+        )  # fmt: skip
 
     def discard(self, context: Context) -> None:
         """Takes the slots back that were reserved for a context."""

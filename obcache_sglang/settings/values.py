@@ -315,9 +315,9 @@ class ServerSettings:
             return self.compression
         dropped = methods.superseded({"preset": self.compression.preset, "method": self.compression.method}, overrides)
         kept = {name: value for name, value in self.given.items() if name not in dropped}
-        has_gates = self.gates is not None
+        given = {**kept, **overrides}
         return self._check_files(
-            CompressionSettings.resolve({**kept, **overrides}, has_profile=self.has_profile, has_gates=has_gates)
+            CompressionSettings.resolve(given, has_profile=self.has_profile, has_gates=self.gates is not None)
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -51,6 +51,17 @@ def busy(driven: Driven) -> None:
     driven.engine.running = [object()]  # type: ignore[list-item]
 
 
+def one_step_done(monkeypatch: pytest.MonkeyPatch) -> tuple[Driven, ContextReq]:
+    """A question waits for a context, of which the first layer is compressed."""
+    monkeypatch.setattr("obcache_sglang.scheduler.in_place.STEP_TOKENS", len(CONTEXT))
+    drive, _ = driven()
+    cache_exactly(drive)
+    busy(drive)
+    req = drive.ask(CONTEXT)
+    drive.step()
+    return drive, req
+
+
 def test_a_cached_context_is_compressed_in_the_pass_that_wants_it() -> None:
     drive, layers = driven()
     cache_exactly(drive)
@@ -145,12 +156,7 @@ def test_ranks_that_do_not_agree_give_all_back() -> None:
 
 
 def test_a_flush_in_between_forgets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obcache_sglang.scheduler.in_place.STEP_TOKENS", len(CONTEXT))
-    drive, _ = driven()
-    cache_exactly(drive)
-    busy(drive)
-    req = drive.ask(CONTEXT)
-    drive.step()
+    drive, req = one_step_done(monkeypatch)
     assert drive.manager.in_place.is_busy
     context = req.context
     assert context is not None
@@ -168,12 +174,7 @@ def test_a_flush_in_between_forgets_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_context_of_an_unloaded_adapter_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obcache_sglang.scheduler.in_place.STEP_TOKENS", len(CONTEXT))
-    drive, _ = driven()
-    cache_exactly(drive)
-    busy(drive)
-    req = drive.ask(CONTEXT)
-    drive.step()
+    drive, req = one_step_done(monkeypatch)
     assert drive.manager.in_place.is_busy and req.context is not None
     object.__setattr__(req.context.namespace, "lora_id", "an adapter")
     drive.manager.forget_adapter("another adapter")
