@@ -79,6 +79,9 @@ class InPlace:
         rows = ScoringRows(0, 0, context.num_tokens, self.cache.slots_of(match.last_device_node, context), last=True)
         self.jobs.room.make(context.num_slots)
         lock = self.cache.tree.lock(match.last_device_node)  # what makes room must not take what is read
+        if self.engine.runs_something and not self.jobs.room.has_spare(context.num_slots):
+            self.cache.tree.unlock(lock)
+            return False  # as a prefill it waits until SGLang admits it
         slots = self.jobs.reserve_on_all_ranks(context)
         if slots is None:
             self.cache.tree.unlock(lock)

@@ -55,6 +55,10 @@ class Room:
         self._one_waits = needed - held + spare > room
         return self._one_waits
 
+    def has_spare(self, num_slots: int) -> bool:
+        """Whether so many can be taken past SGLang's admission, which has promised what is free to the requests that run."""
+        return bool(self.engine.free_slots() + self.cache.tree.evictable_size() - num_slots >= self.tight_slots)
+
     def make(self, num_slots: int) -> None:
         """Frees what answered questions left after contexts, from the least recently used on, until so many slots are free.
 

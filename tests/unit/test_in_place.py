@@ -34,11 +34,11 @@ class Layers:
             job.compression.kept = KEPT
 
 
-def driven(agree: Any = bool, **settings: Any) -> tuple[Driven, Layers]:
+def driven(agree: Any = bool, size: int = 200, **settings: Any) -> tuple[Driven, Layers]:
     """A manager whose model has three layers, and method gate."""
     layers = Layers()
     settings = {"method": "gate", "gates": "smollm2-135m", **settings}
-    return Driven(agree=agree, layers=LAYERS, compress_layer=layers, **settings), layers
+    return Driven(size, agree=agree, layers=LAYERS, compress_layer=layers, **settings), layers
 
 
 def cache_exactly(driven: Driven, tokens: array[int] = CONTEXT) -> None:
@@ -153,6 +153,60 @@ def test_ranks_that_do_not_agree_give_all_back() -> None:
     assert other.step() == [req]
     assert report(req)["status"] == "exact"
     assert other.accounts() == (160, 40, 0)
+
+
+def test_running_requests_keep_the_room_that_was_promised_to_them() -> None:
+    drive, layers = driven(size=64)
+    cache_exactly(drive)
+    busy(drive)
+    drive.ask(CONTEXT)
+    # 64 slots less 40 that are read and 20 that are kept: 4 are left, under a tenth of the pool.
+    (job,) = drive.step()
+    assert isinstance(job, CompressionJob)
+    assert not layers.done
+    assert drive.accounts() == (24, 40, 0)
+    # Nothing runs: nobody needs them.
+    alone, layers = driven(size=64)
+    cache_exactly(alone)
+    req = alone.ask(CONTEXT)
+    assert alone.step() == [req]
+    assert layers.done == list(LAYERS)
+
+
+def test_a_metric_that_fails_changes_no_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the ranks of a group whose metrics work would read what this one does not."""
+    drive, _ = driven()
+    cache_exactly(drive)
+
+    def defect(*args: Any) -> None:
+        raise RuntimeError("a defect")
+
+    for name in ("compressed_in_place", "compressed", "set_gauges"):
+        monkeypatch.setattr(drive.manager.metrics, name, defect)
+    req = drive.ask(CONTEXT)
+    assert drive.step() == [req]
+    assert req.is_virtual and req.context is not None and req.context.state is ContextState.RESIDENT
+    assert drive.accounts() == (200 - 40 - 20, 60, 0)
+
+
+def test_ranks_that_do_not_agree_about_slots_have_evicted_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank evicts for a context and has its slots; on the other one a defect comes before that."""
+    left = []
+    for fails in (False, True):
+        drive, _ = driven(size=100, agree=lambda verdict: False)
+        cache_exactly(drive)
+        cache_exactly(drive, array("q", range(500, 550)))
+        if fails:
+
+            def defect(context: Any) -> None:
+                raise RuntimeError("a defect")
+
+            monkeypatch.setattr(drive.manager.cache, "reserve", defect)
+        drive.ask(CONTEXT)
+        drive.step()
+        left.append(drive.accounts())
+    assert left[0] == left[1]
+    assert left[0][1] < 90  # the first has evicted
 
 
 def test_a_flush_in_between_forgets_it(monkeypatch: pytest.MonkeyPatch) -> None:
