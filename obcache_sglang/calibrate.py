@@ -8,7 +8,7 @@ profile. No server is needed: the model runs in transformers, on the GPU if ther
 (in float32).
 
 With `--gates` the same scores also make gates (`compress.gates`): what each head's scores are, as a function of a token's own K and V. Every
-fifth text is first left out, to say how well the gates of the others predict its scores.
+fifth text is first left out, to say how well the gates of the others predict its scores. Of fewer than five texts, every fifth part is.
 
 `--obcache-head-profile auto` and `--obcache-gates auto` run this before the server starts, once per model.
 """
@@ -113,6 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     wants_gates = arguments.gates is not None
     output = arguments.output or (None if wants_gates else Path(f"{Path(arguments.model).name}.head-profile.json"))
     try:
+        for file in (output, arguments.gates):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise ConfigError(f"{file} cannot be written: there is no directory {file.parent}. Make it first.")
         texts = [_read(file) for file in arguments.text or ()]
         profile, gates = calibrate(
             arguments.model,
@@ -223,7 +226,12 @@ def calibrate(
         raise ConfigError(f"--ratios {' '.join(map(str, ratios))}: compression ratios must be between 0 and 1.")
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     prompts = ReplayPrompts(tokenizer)
-    contexts = [each for text in texts for each in _contexts(tokenizer, prompts, text, max_tokens, whole=with_gates)]
+    parts = [
+        (number, each)
+        for number, text in enumerate(texts, 1)
+        for each in _contexts(tokenizer, prompts, text, max_tokens, whole=with_gates)
+    ]
+    contexts = [context for _, context in parts]
     _check_lengths([len(context) for context in contexts], prompts, AutoConfig.from_pretrained(model_name))
     if with_gates and len(contexts) < _HELD_OUT:
         raise ConfigError(
@@ -232,15 +240,17 @@ def calibrate(
     on_gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto" if on_gpu else torch.float32)
     replay = Replay(model.to("cuda" if on_gpu else "cpu"), score)
+    if with_gates:
+        replay.check_rotation()
 
     identity = ModelIdentity.of(model.config)
     shares = torch.zeros(len(ratios), *replay.heads, dtype=torch.float64)
     made_with, left_out = (NormalEquations(*replay.heads, identity.head_dim) if with_gates else None for _ in range(2))
-    for number, context in enumerate(contexts, 1):
+    for number, (of_text, context) in enumerate(parts, 1):
         started_at = time.perf_counter()
         print(f"calibrate: text {number} of {len(contexts)}, {len(context)} tokens", flush=True)
         scores = replay.score(context, prompts)
-        equations = left_out if number % _HELD_OUT == 0 else made_with
+        equations = left_out if (of_text if len(texts) >= _HELD_OUT else number) % _HELD_OUT == 0 else made_with
         if equations is not None:
             equations.add(replay.keys_values(), scores)
         shares += torch.stack([_kept_shares(scores, ratio) for ratio in ratios]) / len(contexts)
@@ -305,12 +315,28 @@ class Replay:
             scores /= self._output_sq.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
         return scores
 
+    def check_rotation(self) -> None:
+        """Raises HostError if `keys_values` would not undo what this model's layers do to K."""
+        attention = next(module for module in self.model.modules() if hasattr(module, "layer_idx") and hasattr(module, "k_proj"))
+        rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        k = torch.randn(1, 1, 16, attention.head_dim, device=self.model.device)
+        cos, sin = self.model.base_model.rotary_emb(k, torch.arange(16, device=k.device)[None])
+        if rotate is not None:
+            rotated = rotate(k, k, cos, sin)[1][0].transpose(0, 1)
+            cos, sin = (each[0].chunk(2, dim=-1)[0] for each in (cos, sin))
+            if torch.allclose(rotated_back(rotated, cos, sin), k[0].transpose(0, 1), atol=1e-4):
+                return
+        raise HostError(
+            f"gates cannot be made of a {type(self.model).__name__}: its rotary embedding is not that of Llama and Qwen models. "
+            "Measure a head profile without --gates."
+        )
+
     def keys_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Of each layer, K before RoPE and V [tokens, kv_heads, head_dim] of the context that was scored last."""
         for layer in self._cache.layers:
             k, v = layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)
             positions = torch.arange(len(k), device=k.device)[None]
-            # Of transformers' models: halves are rotated, each angle stands in both.
+            # As `check_rotation` has seen: halves are rotated, each angle stands in both.
             cos, sin = (each[0].chunk(2, dim=-1)[0] for each in self.model.base_model.rotary_emb(v, positions))
             yield rotated_back(k, cos, sin), v
 

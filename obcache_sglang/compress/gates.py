@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from obcache_sglang.compress.head_profile import PACKAGED, HeadProfile, ModelIdentity
+from obcache_sglang.compress.head_profile import HeadProfile, ModelIdentity, find_file
 from obcache_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ NUM_SKIPPED = 4
 SMALLEST_SQUARE = 1e-6
 """Norms are compared by their logarithms; one of 0 has none."""
 
+_COMMAND = "python -m obcache_sglang.calibrate MODEL --gates FILE"
 # Of the mean diagonal of the standardised normal equations: features of one head hardly depend on each other, but squares may be 0.
 _RIDGE = 1e-3
 # Scratch of one step: a block of tokens' features in float32.
@@ -124,17 +125,9 @@ class GateFile:
 
     @classmethod
     def load(cls, path: str | Path) -> GateFile:
-        """Reads gates. path: their file, or the name of those that come with the package. Raises ConfigError."""
-        file = Path(path)
-        packaged = {each.name.removesuffix(SUFFIX): each for each in sorted(PACKAGED.glob(f"*{SUFFIX}"))}
-        if not file.is_file():
-            if str(path) not in packaged:
-                raise ConfigError(
-                    f"gates {path}: there is no such file, and no gates of this name in the package ({', '.join(packaged)}). "
-                    "Make them with `python -m obcache_sglang.calibrate MODEL --gates FILE`."
-                )
-            file = packaged[str(path)]
-        again = "Make it again with `python -m obcache_sglang.calibrate MODEL --gates FILE`."
+        """Reads gates. path: as in `find_file`. Raises ConfigError."""
+        file = find_file(path, "gates", SUFFIX, _COMMAND)
+        again = f"Make it again with `{_COMMAND}`."
         try:
             with safe_open(file, "pt") as opened:
                 head = json.loads((opened.metadata() or {})["obcache"])
@@ -154,7 +147,10 @@ class GateFile:
         head = {"format": FORMAT, "model": asdict(self.profile.model), "made": self.made, "ratios": self.profile.ratios}
         shares = torch.tensor(self.profile.shares, dtype=torch.float64)
         tensors = {"weights": self.gates.weights, "bias": self.gates.bias, "r_squared": self.r_squared, "shares": shares}
-        safetensors.torch.save_file(tensors, path, {"obcache": json.dumps(head)})
+        try:
+            safetensors.torch.save_file(tensors, path, {"obcache": json.dumps(head)})
+        except SafetensorError as error:
+            raise OSError(f"gates {path} cannot be written: {error}") from error
 
 
 class NormalEquations:

@@ -29,10 +29,30 @@ PACKAGED = Path(__file__).parent.parent / "profiles"
 AUTO = "auto"
 """The name of a profile that is looked for, or else made, when a server starts: `calibrate.profile_for`."""
 
+SUFFIX = ".json"
+
+_COMMAND = "python -m obcache_sglang.calibrate MODEL --text FILE..."
 # Shares are recorded to this many digits: finer than texts agree, and a small file.
 _DIGITS = 4
 # A head whose share is 0 gets tokens only when no other head can take more.
 _SMALLEST_WEIGHT = 1e-6
+
+
+def find_file(path: str | Path, what: str, suffix: str, command: str) -> Path:
+    """The file that was meant: path itself, or the one of this name in the package. Raises ConfigError where there is neither.
+
+    what: it holds, suffix: of the package's files, and command: that makes one, for the error.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    packaged = {each.name.removesuffix(suffix): each for each in sorted(PACKAGED.glob(f"*{suffix}"))}
+    if str(path) not in packaged:
+        raise ConfigError(
+            f"{what} {path}: there is no such file, and none of this name in the package ({', '.join(packaged)}). "
+            f"Make one with `{command}`."
+        )
+    return packaged[str(path)]
 
 
 @dataclass(frozen=True)
@@ -127,17 +147,9 @@ class HeadProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> HeadProfile:
-        """Reads a profile. path: its file, or the name of one that comes with the package. Raises ConfigError."""
-        file = Path(path)
-        packaged = {profile.stem: profile for profile in sorted(PACKAGED.glob("*.json"))}
-        if not file.is_file():
-            if str(path) not in packaged:
-                raise ConfigError(
-                    f"head profile {path}: there is no such file, and no profile of this name in the package "
-                    f"({', '.join(packaged)}). Make one with `python -m obcache_sglang.calibrate MODEL --text FILE...`."
-                )
-            file = packaged[str(path)]
-        again = "Make it again with `python -m obcache_sglang.calibrate MODEL --text FILE...`."
+        """Reads a profile. path: as in `find_file`. Raises ConfigError."""
+        file = find_file(path, "head profile", SUFFIX, _COMMAND)
+        again = f"Make it again with `{_COMMAND}`."
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             found = values["format"]

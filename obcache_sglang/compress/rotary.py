@@ -74,14 +74,22 @@ def rotated_back(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, is_ne
     return before
 
 
-def inverse_rotaries(model: torch.nn.Module) -> dict[int, InverseRotary]:
-    """Those of a model's layers, by layer id. model: SGLang's, loaded. Raises HostError where a layer's K cannot be read back."""
+def inverse_rotaries(model: torch.nn.Module, num_layers: int) -> dict[int, InverseRotary]:
+    """Those of a model's layers, by layer id.
+
+    model: SGLang's, loaded. num_layers: that have a KV cache. Raises HostError where a layer's K cannot be read back.
+    """
     found = {}
     for name, module in _attentions(model):
         rotary = getattr(module, "rotary_emb", None)
         if rotary is None:
             raise HostError(f"--obcache-gates needs a model with rotary embeddings; {name} has none. Serve without gates.")
         found[module.attn.layer_id] = InverseRotary(rotary)
+    if len(found) != num_layers:
+        raise HostError(
+            f"--obcache-gates found the attention of {len(found)} of {num_layers} layers in {type(model).__name__}. It needs SGLang's own "
+            "implementation of a Llama or Qwen model (not --model-impl transformers). Serve without gates."
+        )
     return found
 
 

@@ -21,7 +21,7 @@ class EngineView:
 
     running_batch: of the pass under way, None outside of one: SGLang's own attribute is that of the pass before.
     late: requests that came into the queue during the pass under way, and wait for the next one; None outside of one.
-    num_kv_heads: of a layer, on this rank. pool_slots: KV slots in all. context_len: the model's longest prompt.
+    on_cpu: whether the model computes on the CPU. num_kv_heads: of a layer, on this rank. pool_slots: KV slots in all. context_len: the model's longest prompt.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -29,6 +29,7 @@ class EngineView:
         self.running_batch: ScheduleBatch | None = None
         self.late: list[Req] | None = None
         self.tree: UnifiedRadixCache = scheduler.tree_cache
+        self.on_cpu = scheduler.device == "cpu"
         self.num_kv_heads: int = scheduler.token_to_kv_pool_allocator.get_kvcache().head_num
         self.pool_slots: int = scheduler.max_total_num_tokens
         self.context_len: int = scheduler.model_config.context_len
@@ -109,7 +110,7 @@ class EngineView:
         """What is computed from now on starts on the device when the forward under way has ended, whose stray last writes may be to
         slots that are free by now. Nothing waits on the host; SGLang's next forward waits for what is computed here."""
         scheduler = self._scheduler
-        if scheduler.device != "cpu":
+        if not self.on_cpu:
             scheduler.device_module.current_stream().wait_stream(scheduler.forward_stream)
 
     def forget_last_batch(self) -> None:

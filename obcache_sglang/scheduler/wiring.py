@@ -81,7 +81,7 @@ class Wiring:
             head_gains(model_runner.model, model_runner.dtype),
         )
         if settings.gates is not None:
-            plan.compressor.rotaries = inverse_rotaries(model_runner.model)
+            plan.compressor.rotaries = inverse_rotaries(model_runner.model, model_runner.token_to_kv_pool.layer_num)
             if torch.device(model_runner.device).type == "cuda":
                 from obcache_sglang.gpu.gate_kernel import gate_scores_paged
 

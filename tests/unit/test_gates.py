@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from obcache_sglang.calibrate import Replay, main
 from obcache_sglang.compress.gates import NUM_SKIPPED, GateFile, Gates, NormalEquations, num_features
@@ -144,7 +155,7 @@ def test_files_that_are_not_gates_are_refused_with_what_to_do(tmp_path: Path) ->
     safetensors.torch.save_file({"weights": torch.zeros(1)}, file, {"obcache": json.dumps({"format": 99})})
     with pytest.raises(ConfigError, match="format is 99"):
         GateFile.load(file)
-    with pytest.raises(ConfigError, match=r"no gates of this name in the package \(smollm2-135m\)"):
+    with pytest.raises(ConfigError, match=r"none of this name in the package \(smollm2-135m\)"):
         GateFile.load("no-such-gates")
 
 
@@ -198,12 +209,25 @@ def test_calibration_sees_k_as_it_was_before_rope(model_dir: Path) -> None:
         torch.testing.assert_close(k, before, rtol=1e-4, atol=1e-4)
 
 
+def test_models_that_rotate_otherwise_are_refused(model_dir: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    for config, model_class in ((LlamaConfig, LlamaForCausalLM), (Qwen3Config, Qwen3ForCausalLM)):
+        Replay(model_class(config(**sizes, **heads)), "obcache-v").check_rotation()
+    for config, model_class in ((Glm4Config, Glm4ForCausalLM), (CohereConfig, CohereForCausalLM)):
+        with pytest.raises(HostError, match=f"gates cannot be made of a {model_class.__name__}: its rotary"):
+            Replay(model_class(config(**sizes, **heads)), "obcache-v").check_rotation()
+
+
 def test_calibration_writes_gates_and_says_how_good_they_are(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, output = tmp_path / "text.txt", tmp_path / "made.gates.safetensors"
     text.write_text(tokenizer(model_dir).decode(document(model_dir, 1100, "class")))
-    command = [str(model_dir), "--text", str(text), "--gates", str(output)]
+    command = [str(model_dir), "--text", str(text), "--gates", str(tmp_path / "none" / "made")]
+    assert main(command) == 1
+    assert "there is no directory" in capsys.readouterr().err
+    command = [*command[:-1], str(output)]
     assert main([*command, "--max-tokens", "600"]) == 1
     assert "--gates has 2 texts" in capsys.readouterr().err
     assert main([*command, "--max-tokens", "200"]) == 0

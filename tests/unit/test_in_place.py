@@ -111,6 +111,18 @@ def test_while_requests_run_it_goes_on_step_by_step(monkeypatch: pytest.MonkeyPa
     assert [report(each)["status"] for each in (first, second)] == ["compressed", "reused"]
 
 
+def test_steps_on_a_gpu_are_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obcache_sglang.scheduler.in_place.GPU_STEP_TOKENS", 2 * len(CONTEXT))
+    drive, layers = driven()
+    monkeypatch.setattr(drive.engine, "on_cpu", False)
+    monkeypatch.setattr(drive.engine, "wait_for_forwards", lambda: None)
+    cache_exactly(drive)
+    busy(drive)
+    drive.ask(CONTEXT)
+    drive.step()
+    assert layers.done == list(LAYERS[:2])
+
+
 def test_one_that_fails_gives_all_back_and_is_served_exactly() -> None:
     drive, layers = driven()
     layers.fails_at = "second"

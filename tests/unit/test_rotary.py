@@ -8,7 +8,7 @@ import pytest
 import torch
 from sglang.srt.layers.rotary_embedding import get_rope
 
-from obcache_sglang.compress.rotary import InverseRotary
+from obcache_sglang.compress.rotary import InverseRotary, inverse_rotaries
 from obcache_sglang.errors import HostError
 
 HEAD_DIM, LONGEST = 64, 4096
@@ -67,6 +67,12 @@ def test_in_16_bits_only_the_rounding_of_k_is_lost() -> None:
     back = InverseRotary(rotary)(rotated.view_as(k), positions)
     assert back.dtype == torch.float32
     torch.testing.assert_close(back, k.float(), rtol=0.02, atol=0.02)
+
+
+def test_a_model_whose_layers_are_not_all_found_is_refused() -> None:
+    """As with --model-impl transformers, whose attention modules hold no RadixAttention."""
+    with pytest.raises(HostError, match="0 of 2 layers in Sequential"):
+        inverse_rotaries(torch.nn.Sequential(torch.nn.Linear(2, 2)), 2)
 
 
 def test_an_embedding_of_another_kind_is_refused_by_name() -> None:
