@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shlex
-import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import distributions, version
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -42,9 +40,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from obcache_sglang import __version__
-from obcache_sglang.compress.gates import SUFFIX as GATES_SUFFIX
 from obcache_sglang.compress.gates import GateFile, NormalEquations
-from obcache_sglang.compress.head_profile import PACKAGED, HeadProfile, ModelIdentity
+from obcache_sglang.compress.head_profile import HeadProfile, ModelIdentity
 from obcache_sglang.compress.ranking import keep_across_heads, rank_positions
 from obcache_sglang.compress.replay import ReplayPrompts
 from obcache_sglang.compress.rotary import rotated_back
@@ -68,8 +65,9 @@ _GATE_TEXTS = 48
 _HELD_OUT = 5
 """Every so many texts one is left out to say how good the gates are."""
 
-# Shorter texts say little about a head: most of what it keeps would be sinks.
-_MIN_TOKENS = 128
+MIN_TOKENS = 128
+"""Of a text. Shorter ones say little about a head: most of what it keeps would be sinks."""
+
 # A profile has four digits of a share.
 _SMALL_SHARE = 5e-5
 _ATTENTION = "obcache_calibrate"
@@ -150,54 +148,6 @@ def _gate_texts() -> list[str]:
     descriptions = {each.name.lower(): str(each.metadata.json.get("description", "")) for each in distributions()}
     texts = [text[:_GATE_CHARACTERS] for _, text in sorted(descriptions.items()) if len(text) >= _GATE_CHARACTERS]
     return texts[:_GATE_TEXTS]
-
-
-def profile_for(model_name: str) -> Path:
-    """The file of a model's head profile: from the package, or made here before. If there is none, makes it, which takes minutes.
-
-    model_name: directory or Hugging Face name. Profiles are kept in `$XDG_CACHE_HOME/obcache_sglang`, by default ~/.cache.
-    Raises HostError if it cannot be made, and OSError if transformers cannot load the model's configuration.
-    """
-    packaged = {file: HeadProfile.load(file).model.digest for file in sorted(PACKAGED.glob("*.json"))}
-    return _file_for(model_name, "head profile", packaged, ".head-profile.json", "--output", DEFAULT_MAX_TOKENS)
-
-
-def gates_for(model_name: str) -> Path:
-    """The file of a model's gates; as `profile_for`."""
-    packaged = {file: GateFile.load(file).profile.model.digest for file in sorted(PACKAGED.glob(f"*{GATES_SUFFIX}"))}
-    return _file_for(model_name, "gates", packaged, GATES_SUFFIX, "--gates", GATE_TOKENS)
-
-
-def _file_for(model_name: str, what: str, packaged: Mapping[Path, str], suffix: str, flag: str, most_tokens: int) -> Path:
-    """packaged: files, and the digests of their models. flag: of this program, before the file. most_tokens: of a text."""
-    config = AutoConfig.from_pretrained(model_name)
-    digest = ModelIdentity.of(config).digest
-    for known, of_model in packaged.items():
-        if of_model == digest:
-            return known
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "obcache_sglang"
-    file = folder / f"{Path(model_name).name}-{digest}{suffix}"
-    if file.exists():
-        return file
-    folder.mkdir(parents=True, exist_ok=True)
-    # The file is complete or absent, even if two servers start at once.
-    partial = file.with_suffix(f".{os.getpid()}")
-    max_tokens = int(min(most_tokens, _max_positions(config) // 2 - _MIN_TOKENS))
-    arguments = [flag, str(partial), "--max-tokens", str(max_tokens)]
-    command = [sys.executable, "-m", "obcache_sglang.calibrate", model_name, *arguments]
-    print(
-        f"obcache: measuring the {what} of {model_name}, once; this takes minutes: {shlex.join(command)}",
-        file=sys.stderr,
-        flush=True,
-    )
-    # In a process of its own: all its memory, the GPU's too, is free again before the server starts.
-    if subprocess.run(command, check=False, stdout=sys.stderr).returncode or not partial.exists():
-        raise HostError(
-            f"the {what} of {model_name} could not be measured here, see above. Measure it where the model fits into one process "
-            f"(`python -m obcache_sglang.calibrate MODEL {flag} FILE`) and start with the file, or without."
-        )
-    partial.replace(file)
-    return file
 
 
 def calibrate(
@@ -404,21 +354,21 @@ def _contexts(tokenizer: Any, prompts: ReplayPrompts, text: str, max_tokens: int
     whole: all parts of max_tokens that it has, but for a short rest; else the first.
     """
     ids = tokenizer.encode(text, add_special_tokens=not prompts.before)
-    last = len(ids) - _MIN_TOKENS if whole else 1
+    last = len(ids) - MIN_TOKENS if whole else 1
     return [prompts.before + array("q", ids[first : first + max_tokens]) for first in range(0, max(1, last), max_tokens)]
 
 
-def _max_positions(config: Any) -> float:
+def max_positions(config: Any) -> float:
     """How many positions this configuration's model has; infinite if it gives no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def _check_lengths(lengths: Sequence[int], prompts: ReplayPrompts, config: Any) -> None:
-    limit = _max_positions(config)
+    limit = max_positions(config)
     for number, num_tokens in enumerate(lengths, 1):
-        if num_tokens < _MIN_TOKENS:
+        if num_tokens < MIN_TOKENS:
             raise ConfigError(
-                f"text {number} has {num_tokens} tokens, too few to measure heads with. Give at least {_MIN_TOKENS}."
+                f"text {number} has {num_tokens} tokens, too few to measure heads with. Give at least {MIN_TOKENS}."
             )
         longest = num_tokens + prompts.num_tokens + min(num_tokens, CompressionSettings.replay_chunk)
         if longest > limit:

@@ -105,10 +105,10 @@ def _measured_file(name: str, file: str | None, load: Callable[[str], Any], mode
         load(file)
         return file
     # Imports transformers' models, which a launcher does not need otherwise.
-    from obcache_sglang import calibrate
+    from obcache_sglang import measured_files
 
     try:
-        return str((calibrate.profile_for if name == "head_profile" else calibrate.gates_for)(model))
+        return str((measured_files.profile_for if name == "head_profile" else measured_files.gates_for)(model))
     except (OSError, ValueError) as error:
         raise HostError(f"{OPTIONS[name].flag} auto: {error}") from error
 

@@ -27,7 +27,7 @@ PACKAGED = Path(__file__).parent.parent / "profiles"
 """Where profiles and gates lie that come with the package."""
 
 AUTO = "auto"
-"""The name of a profile that is looked for, or else made, when a server starts: `calibrate.profile_for`."""
+"""The name of a profile that is looked for, or else made, when a server starts: `measured_files.profile_for`."""
 
 SUFFIX = ".json"
 

@@ -31,7 +31,8 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
             return {"ok": True, "next": min(due) if due else None}
         case "progress":
             asked = [req for req in manager.engine.waiting() if isinstance(req, ContextReq) and req.rid.startswith(call["rid"])]
-            jobs = [job for req in asked if req.context is not None and (job := manager.jobs.get(req.context)) is not None]
+            contexts = [req.context for req in asked if req.context is not None]
+            jobs = [job for each in contexts if (job := manager.jobs.get(each) or manager.in_place.get(each)) is not None]
             done, total = jobs[0].progress if jobs else (0, 0)
             return {"ok": True, "tokens": done, "of": total}
         case "gone":

@@ -35,10 +35,10 @@ GPU_STEP_TOKENS = 40 * STEP_TOKENS
 class CachedCompression:
     """What one compression holds until it ends. As a `CompressionJob`, it is what `ForwardPlan.compress_layer` works for.
 
-    rows: with the slots of the context's exact KV. lock: of that.
+    rows: with the slots of the context's exact KV. lock: of that. num_layers: to compress.
     """
 
-    def __init__(self, context: Context, slots: torch.Tensor, rows: ScoringRows, lock: Any) -> None:
+    def __init__(self, context: Context, slots: torch.Tensor, rows: ScoringRows, lock: Any, num_layers: int) -> None:
         """slots: [M] int64, the context's."""
         self.context = context
         self.slots: torch.Tensor | None = slots
@@ -48,7 +48,13 @@ class CachedCompression:
         self.error: str | None = None
         self.scoring_seconds = 0.0
         self.started_at = time.perf_counter()
+        self.num_layers = num_layers
         self.num_layers_done = 0
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Tokens compressed so far and in all, as if layers were tokens: nothing is read."""
+        return self.context.num_tokens * self.num_layers_done // self.num_layers, self.context.num_tokens
 
 
 class InPlace:
@@ -67,6 +73,10 @@ class InPlace:
     @property
     def is_busy(self) -> bool:
         return self._under_way is not None
+
+    def get(self, context: Context) -> CachedCompression | None:
+        """The compression of a context."""
+        return self._under_way if self._under_way is not None and self._under_way.context is context else None
 
     def start(self, context: Context) -> bool:
         """Begins the compression of a context; False where its method needs a forward, its exact KV is not all cached, or there is no room.
@@ -89,7 +99,8 @@ class InPlace:
         if slots is None:
             self.cache.tree.unlock(lock)
             return False
-        self._under_way, context.is_queued = CachedCompression(context, slots, rows, lock), True
+        self._under_way = CachedCompression(context, slots, rows, lock, len(self._layers))
+        context.is_queued = True
         return True
 
     def advance(self) -> None:

@@ -1,12 +1,11 @@
 """Settings: `values` (what they are), `methods` (what each method decides), `options` (flags, checks, help), `sources`."""
 
-from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, PRESETS, SCORES
+from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, POOLINGS, PRESETS, SCORES
 from obcache_sglang.settings.options import (
     BOUNDS,
     COMPRESSION_OPTIONS,
     MODES,
     OPTIONS,
-    POOLINGS,
     SERVER_OPTIONS,
     Option,
     check_number,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
+POOLINGS = ("none", "average", "max")
 BUDGETS = ("uniform", "adakv", "global", "profile")
 
 EVERY_QUERY = 0
@@ -42,6 +43,7 @@ class Method:
     window: the only window that it allows; None if it allows any.
     window_reason: continues the error "window=VALUE ..." for any other window.
     takes_every_query: whether window may be "all".
+    poolings: those it allows. Averages near the ends of a text count zeros, as KVPress's do, which logarithms do not allow.
     recent_share: part of what each head keeps that is the context's last tokens, if more than the window; where it is known beforehand
         how much a head keeps (budgets uniform and profile).
     position_scores: if no queries score, the function that scores by position, as "module:name"; see
@@ -55,6 +57,7 @@ class Method:
     window: int | None = None
     window_reason: str = ""
     takes_every_query: bool = False
+    poolings: tuple[str, ...] = POOLINGS
     recent_share: float = 0.0
     position_scores: str | None = None
 
@@ -89,6 +92,7 @@ METHODS: dict[str, Method] = {
         {"window": 1, "recent_tokens": GATE_RECENT_TOKENS},
         window=1,
         window_reason="cannot be used with method=gate, which scores with no query. Remove window; recent_tokens keeps last tokens.",
+        poolings=("none", "max"),
         recent_share=GATE_RECENT_SHARE,
     ),
     "streaming": Method(

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from obcache_sglang.errors import InvalidValue
-from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, PRESETS, REPLAY_RECENT_TOKENS, SCORES
+from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, POOLINGS, PRESETS, REPLAY_RECENT_TOKENS, SCORES
 
-POOLINGS = ("none", "average", "max")
 HEADS = ("per-head", "shared")
 NORMALIZATIONS = ("layer", "none")
 MODES = ("marked", "prompt")

@@ -87,6 +87,12 @@ class CompressionSettings:
             )
         if method.window is not None and self.window != method.window:
             raise InvalidValue("window", self.window, method.window_reason)
+        if self.pooling not in method.poolings:
+            raise InvalidValue(
+                "pooling",
+                self.pooling,
+                f"cannot be used with method={self.method}. Choose {' or '.join(method.poolings)}.",
+            )
         if self.pooling == "none" and self.kernel_size != 1:
             raise InvalidValue(
                 "kernel_size",

@@ -76,6 +76,7 @@ def test_method_and_preset_decide_what_is_not_given(given, window, pooling, kern
         ({"window": "all"}, "h2o only"),
         ({"window": 0, "method": "h2o", "score": None}, "choose attention"),
         ({"window": 2, "method": "tova"}, "last query only"),
+        ({"method": "gate", "pooling": "average"}, "cannot be used with method=gate. Choose none or max."),
         ({"window": 1.5}, 'a whole number from 1 to 8192, or "all"'),
         ({"kernel_size": 4}, "an odd whole number"),
         ({"kernel_size": 3, "pooling": "none"}, "no effect without pooling"),

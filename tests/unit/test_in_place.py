@@ -10,6 +10,7 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from obcache_sglang.kv.context import ContextState
+from obcache_sglang.scheduler import control_calls
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from tests.unit.engine import KEPT, Driven
 from tests.unit.test_manager import report
@@ -73,6 +74,14 @@ def test_a_cached_context_is_compressed_in_the_pass_that_wants_it() -> None:
     assert drive.manager.metrics.to_dict()["in_place"] == drive.manager.metrics.to_dict()["compressions"] == 1
     # The exact tokens stay cached, and can be evicted; so can the context.
     assert drive.accounts() == (200 - 40 - 20, 60, 0)
+
+
+def test_its_progress_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    drive, req = one_step_done(monkeypatch)
+    call = {"op": "progress", "rid": req.rid}
+    assert control_calls.answer(drive.manager, call) == {"ok": True, "tokens": len(CONTEXT) // 3, "of": len(CONTEXT)}
+    drive.step()
+    assert control_calls.answer(drive.manager, call)["tokens"] == 2 * len(CONTEXT) // 3
 
 
 def test_what_is_not_all_cached_is_prefilled() -> None:

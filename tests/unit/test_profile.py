@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from array import array
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AttentionInterface, AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from obcache_sglang import calibrate, plugin
+from obcache_sglang import calibrate, measured_files, plugin
 from obcache_sglang.compress import reference
 from obcache_sglang.compress.head_profile import AUTO, PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.compress.ranking import keep_across_heads, rank_positions
@@ -361,8 +363,8 @@ def renamed_model(model_dir: Path, folder: Path, *, weights: bool) -> Path:
 
 
 def test_auto_takes_the_profile_that_comes_with_the_package(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate.subprocess, "run", None)
-    assert calibrate.profile_for(str(model_dir)) == PACKAGED / f"{PACKAGED_NAME}.json"
+    monkeypatch.setattr(measured_files.subprocess, "run", None)
+    assert measured_files.profile_for(str(model_dir)) == PACKAGED / f"{PACKAGED_NAME}.json"
     settings = settings_from_python({"head_profile": AUTO})
     assert settings is not None
     found = plugin.with_measured_files(settings, str(model_dir))
@@ -373,14 +375,37 @@ def test_auto_takes_the_profile_that_comes_with_the_package(model_dir: Path, mon
 def test_auto_measures_another_model_once(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = renamed_model(model_dir, tmp_path / "model", weights=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    file = calibrate.profile_for(str(model))
+    file = measured_files.profile_for(str(model))
     assert file.parent == tmp_path / "cache" / "obcache_sglang"
     profile = HeadProfile.load(file)
     profile.check_model(AutoConfig.from_pretrained(model))
     assert profile.made["texts"] == 3 and 3 * 172 <= profile.made["tokens"] < 3 * 172 + 100
-    monkeypatch.setattr(calibrate.subprocess, "run", None)
-    assert calibrate.profile_for(str(model)) == file
+    monkeypatch.setattr(measured_files.subprocess, "run", None)
+    assert measured_files.profile_for(str(model)) == file
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_auto_measures_again_for_other_weights_and_after_a_change_of_the_format(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = renamed_model(model_dir, tmp_path / "model", weights=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    measured: list[str] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        measured.append(command[3])
+        shutil.copy(PACKAGED / f"{PACKAGED_NAME}.json", command[command.index("--output") + 1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(measured_files.subprocess, "run", run)
+    files = []
+    for value in (0.5, 0.501):  # a model and a fine-tuned one
+        save_file({"weight": torch.full((300_000,), value)}, model / "model.safetensors")
+        files += [measured_files.profile_for(str(model)), measured_files.profile_for(str(model))]
+    assert len(measured) == 2 and files[0] == files[1] != files[2] == files[3]
+    files[3].write_text("{}", encoding="utf-8")
+    assert measured_files.profile_for(str(model)) == files[3]
+    assert len(measured) == 3
 
 
 def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -393,7 +418,7 @@ def test_auto_that_fails_stops_the_server_with_the_reason(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # In this process, which has all imported already; the test above goes into another.
-    monkeypatch.setattr(calibrate.subprocess, "run", run_here)
+    monkeypatch.setattr(measured_files.subprocess, "run", run_here)
     settings = settings_from_python({"head_profile": AUTO})
     assert settings is not None
     with pytest.raises(HostError, match=r"could not be measured here, see above\. Measure it where the model fits"):

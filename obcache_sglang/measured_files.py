@@ -1,0 +1,108 @@
+"""What `auto` stands for in `--obcache-head-profile` and `--obcache-gates`: a file from the package, or one that is measured here once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from obcache_sglang.calibrate import DEFAULT_MAX_TOKENS, GATE_TOKENS, MIN_TOKENS, max_positions
+from obcache_sglang.compress.gates import SUFFIX, GateFile
+from obcache_sglang.compress.head_profile import PACKAGED, HeadProfile, ModelIdentity
+from obcache_sglang.errors import ConfigError, HostError
+
+# Of each file of weights: enough to tell a fine-tuned model from its base, and read in a moment.
+_SAMPLES = 16
+_SAMPLE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """flag: of `obcache_sglang.calibrate`, before the file. max_tokens: of a text. load: raises ConfigError for a file of another release."""
+
+    what: str
+    suffix: str
+    flag: str
+    max_tokens: int
+    load: Callable[[Path], Any]
+    digest: Callable[[Any], str]
+
+
+_HEAD_PROFILE = _Kind(
+    "head profile", ".head-profile.json", "--output", DEFAULT_MAX_TOKENS, HeadProfile.load, lambda loaded: loaded.model.digest
+)
+_GATES = _Kind("gates", SUFFIX, "--gates", GATE_TOKENS, GateFile.load, lambda loaded: loaded.profile.model.digest)
+
+
+def profile_for(model_name: str) -> Path:
+    """The file of a model's head profile: from the package, or made here before. If there is none, makes it, which takes minutes.
+
+    model_name: directory or Hugging Face name. Profiles are kept in `$XDG_CACHE_HOME/obcache_sglang`, by default ~/.cache, one for each
+    model and its weights. Raises HostError if it cannot be made, and OSError if transformers cannot load the model's configuration.
+    """
+    return _file_for(model_name, _HEAD_PROFILE, PACKAGED.glob("*.json"))
+
+
+def gates_for(model_name: str) -> Path:
+    """The file of a model's gates; as `profile_for`."""
+    return _file_for(model_name, _GATES, PACKAGED.glob(f"*{SUFFIX}"))
+
+
+def _file_for(model_name: str, kind: _Kind, packaged: Any) -> Path:
+    config = AutoConfig.from_pretrained(model_name)
+    digest = ModelIdentity.of(config).digest
+    for known in sorted(packaged):
+        if kind.digest(kind.load(known)) == digest:
+            return Path(known)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "obcache_sglang"
+    file = folder / f"{Path(model_name).name}-{digest}-{_weights_digest(model_name, config)}{kind.suffix}"
+    if file.exists():
+        try:
+            kind.load(file)
+            return file
+        except ConfigError as error:
+            print(f"obcache: {error}", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The file is complete or absent, even if two servers start at once.
+    partial = file.with_suffix(f".{os.getpid()}")
+    max_tokens = int(min(kind.max_tokens, max_positions(config) // 2 - MIN_TOKENS))
+    arguments = [kind.flag, str(partial), "--max-tokens", str(max_tokens)]
+    command = [sys.executable, "-m", "obcache_sglang.calibrate", model_name, *arguments]
+    print(
+        f"obcache: measuring the {kind.what} of {model_name}, once; this takes minutes: {shlex.join(command)}",
+        file=sys.stderr,
+        flush=True,
+    )
+    # In a process of its own: all its memory, the GPU's too, is free again before the server starts.
+    if subprocess.run(command, check=False, stdout=sys.stderr).returncode or not partial.exists():
+        raise HostError(
+            f"the {kind.what} of {model_name} could not be measured here, see above. Measure it where the model fits into one process "
+            f"(`python -m obcache_sglang.calibrate MODEL {kind.flag} FILE`) and start with the file, or without."
+        )
+    partial.replace(file)
+    return file
+
+
+def _weights_digest(model_name: str, config: Any) -> str:
+    """12 hexadecimal digits that differ for models of one configuration with other weights.
+
+    Of a model from the Hub its commit tells; of a directory, samples of its weights.
+    """
+    folder = Path(model_name)
+    digest = hashlib.sha256((getattr(config, "_commit_hash", None) or "").encode())
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for sample in range(_SAMPLES):
+                opened.seek(size * sample // _SAMPLES)
+                digest.update(opened.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:12]
