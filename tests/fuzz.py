@@ -288,7 +288,10 @@ def without_compression(attempt: Attempt) -> Attempt:
         if isinstance(value, list):
             return [plain(each) for each in value]
         if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items() if key != "obcache"}
+            wishes = value.get("custom_params")
+            if isinstance(wishes, dict):  # elsewhere the word means nothing, and SGLang says so as it would without the plugin
+                value = {**value, "custom_params": {key: each for key, each in wishes.items() if key != "obcache"}}
+            return {key: plain(each) for key, each in value.items()}
         return value
 
     return Attempt(**{**attempt.__dict__, "body": json.dumps(plain(body)).encode()})
