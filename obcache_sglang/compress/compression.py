@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from obcache_sglang.compress.measured_errors import SampledQueries, kept_numbers
 from obcache_sglang.compress.ranking import comparable, effective_window, position_scores, rank_positions
 from obcache_sglang.compress.scores import ScoringQueries, accumulate_scores_in_slots, relative_error_weights
 from obcache_sglang.kv.cells import KeptTokens, KVSpace
-from obcache_sglang.kv.copy import copy_cells, copy_tokens
+from obcache_sglang.kv.copy import Sources, copy_cells, copy_tokens
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -31,13 +32,21 @@ class UnsupportedAttention(Exception):
 
 
 def gate_scores_in_slots(
-    gates: Gates, rotary: InverseRotary, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    gates: Gates,
+    rotary: InverseRotary,
+    layer: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    first_position: int = 0,
 ) -> torch.Tensor:
     """The scores [num_kv_heads, L] float32 that gates give the tokens of a context in the pool.
 
-    keys, values: [pool slots, num_kv_heads, head_dim], any float dtype, K after RoPE at positions 0 ... L - 1. slots: [L] int64.
+    keys, values: [pool slots, num_kv_heads, head_dim], any float dtype, K after RoPE at positions from `first_position` on.
+    slots: [L] int64.
     """
-    return gates.scores(layer, rotary(keys[slots], torch.arange(len(slots), device=slots.device)), values[slots])
+    positions = torch.arange(first_position, first_position + len(slots), device=slots.device)
+    return gates.scores(layer, rotary(keys[slots], positions), values[slots])
 
 
 @dataclass
@@ -62,8 +71,11 @@ class Compressor:
     rotaries: Mapping[int, InverseRotary] = field(default_factory=dict)
     gate_scores: Callable[..., torch.Tensor] = gate_scores_in_slots
 
-    def budget(self, context: Context) -> Budget:
-        """What divides the kept tokens of a context."""
+    def budget(self, context: Context, most: list[int] | None = None) -> Budget:
+        """What divides the kept tokens of a context.
+
+        most: tokens that each head of all layers has to choose from; None for the whole context.
+        """
         settings, num_slots, num_layers = context.settings, context.num_slots, self.kv_pool.layer_num
         if not context.is_uneven:
             return Uniform(num_slots, recent_kept(context, num_slots))
@@ -71,7 +83,7 @@ class Compressor:
             return AdaKV(num_slots, settings.safeguarded_tokens(num_slots))
         if settings.budget == "profile":
             assert self.head_profile is not None
-            counts = self.head_profile.counts(context.num_tokens, num_slots, fewest_kept(context), self.lanes)
+            counts = self.head_profile.counts(context.num_tokens, num_slots, fewest_kept(context), self.lanes, most)
             return Profile(counts, [recent_kept(context, count) for count in counts])
         if settings.measures_errors:
             return MeasuredGlobal(num_slots, num_layers, kept_numbers(fewest_kept(context), context.num_tokens))
@@ -83,7 +95,8 @@ class ScoringRows:
     """The rows of one forward that belong to one compression.
 
     first_row: row of the query at position `first_position` in the forward's q. num_rows: 0 for methods without queries.
-    slots: [tokens] int64, the rows in the KV pool of all tokens whose K and V are there after this forward's attention.
+    slots: [tokens] int64, the rows in the KV pool of all tokens whose K and V are there after this forward's attention; with a base
+        (`Compression`), the base's come first.
     last: whether the context is scored to the end, so that tokens are chosen and copied.
     """
 
@@ -97,11 +110,15 @@ class ScoringRows:
 class Compression:
     """One context's. It lives over the chunks of its prefill, and over all passes of a replay.
 
+    base: where a context is compressed segment by segment, the compressed context of its tokens before the last segment: each head chooses
+    among what it kept there and the new tokens. None for a context that is compressed whole.
     kept: what every head keeps, and where; None until the last layer is done.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, base: Context | None = None) -> None:
         self.context = context
+        self.base = base
+        self._base_kept = None if base is None else base.kept  # the base may be forgotten meanwhile; its slots are locked
         self.replay: ReplayPass | None = None
         # By layer id: of the passes before this one, and of this one, for its chunks to come.
         self._earlier: dict[int, torch.Tensor] = {}
@@ -189,7 +206,7 @@ class Compression:
             return self._measured_errors(compressor, rows, ranked, numbers, layer)
 
         if self._budget is None:
-            self._budget = compressor.budget(context)
+            self._budget = compressor.budget(context, self._to_choose_from())
         division = self._budget.divide(ranked, measure)
         if division is None:
             return
@@ -201,10 +218,38 @@ class Compression:
     def _gate_scores(self, compressor: Compressor, rows: ScoringRows, layer: RadixAttention) -> torch.Tensor:
         """The scores [num_kv_heads, L] float32 that gates give this layer's tokens."""
         assert compressor.gates is not None
-        pool, layer_id = compressor.kv_pool, layer.layer_id
+        pool, layer_id, sources = compressor.kv_pool, layer.layer_id, self._sources(rows)
         keys, values = pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
-        slots = rows.slots[: self.context.num_tokens]
-        return compressor.gate_scores(compressor.gates, compressor.rotaries[layer_id], layer_id, keys, values, slots)
+        gates, rotary = compressor.gates, compressor.rotaries[layer_id]
+        new = compressor.gate_scores(gates, rotary, layer_id, keys, values, sources.slots, sources.first)
+        if sources.kept is None or sources.kept_slots is None:
+            return new
+        scores = torch.nn.functional.pad(new, (sources.first, 0), value=float("-inf"))
+        first_head = (layer_id - pool.start_layer) * len(new)
+        for head, (first, last) in enumerate(pairwise(sources.kept.bounds[first_head : first_head + len(new) + 1])):
+            positions = sources.kept.positions[first:last].to(torch.int64)
+            if compressor.space is None:  # then all heads keep as many, each in its own layer and lane
+                k, v = keys[sources.kept_slots, head], values[sources.kept_slots, head]
+            else:
+                cells = torch.arange(first, last, device=positions.device)
+                found = compressor.space.rows_of_cells(sources.kept_slots, cells)
+                k, v = compressor.space.k[found], compressor.space.v[found]
+            scores[head, positions] = gates.head_scores(layer_id, head, rotary(k.unsqueeze(1), positions).squeeze(1), v)
+        return scores
+
+    def _to_choose_from(self) -> list[int] | None:
+        """Tokens that each head of all layers has: what it kept of the base, and the new ones. None where that is the whole context."""
+        if self.base is None or self._base_kept is None:
+            return None
+        new = self.context.num_tokens - self.base.num_tokens
+        return [last - first + new for first, last in pairwise(self._base_kept.bounds)]
+
+    def _sources(self, rows: ScoringRows) -> Sources:
+        """Where the K and V of the context's tokens lie."""
+        if self.base is None:
+            return Sources(rows.slots[: self.context.num_tokens])
+        num_kept, new = self.base.num_slots, self.context.num_tokens - self.base.num_tokens
+        return Sources(rows.slots[num_kept : num_kept + new], self.base.num_tokens, self._base_kept, rows.slots[:num_kept])
 
     def _queries(
         self,
@@ -289,13 +334,20 @@ class Compression:
             assert compressor.space is not None
             first_cell = sum(len(each) for each, _ in self._divisions)
             copy_cells(
-                compressor.space, rows.slots, positions, offsets, slots, first_head=self._num_divided_heads, first_cell=first_cell
+                compressor.space,
+                self._sources(rows),
+                positions,
+                offsets,
+                slots,
+                first_head=self._num_divided_heads,
+                first_cell=first_cell,
             )
             return
         # Each goes to a slot's own layer and lane, where any attention backend finds it.
         pool, positions = compressor.kv_pool, positions.view(layer.tp_k_head_num, -1)
+        chosen = self._sources(rows).lane_slots(positions, self._num_divided_heads)
         for buffer in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)):
-            copy_tokens(buffer, rows.slots, positions, slots)
+            copy_tokens(buffer, chosen, slots)
 
     def _kept(self, compressor: Compressor, slots: torch.Tensor) -> KeptTokens:
         """What all heads keep, once every layer is divided. slots: [M] int64, the context's."""

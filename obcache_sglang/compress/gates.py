@@ -91,6 +91,10 @@ class Gates:
             scores[:, block] = torch.bmm(found, weights)[..., 0] + bias
         return scores
 
+    def head_scores(self, layer: int, head: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The scores [tokens] float32 of tokens of one head. k, v: [tokens, head_dim], any float dtype, K before RoPE."""
+        return features(k, v) @ self.weights[layer, head] + self.bias[layer, head]
+
 
 @dataclass(frozen=True)
 class GateFile:

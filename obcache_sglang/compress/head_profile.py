@@ -173,14 +173,22 @@ class HeadProfile:
         """Raises HostError, with the reason, when this profile is of another model. config: see `ModelIdentity.of`."""
         self.model.check(config, "head profile")
 
-    def counts(self, context_len: int, num_slots: int, floor: int = 0, lanes: tuple[int, int] | None = None) -> list[int]:
+    def counts(
+        self,
+        context_len: int,
+        num_slots: int,
+        floor: int = 0,
+        lanes: tuple[int, int] | None = None,
+        most: list[int] | None = None,
+    ) -> list[int]:
         """How many tokens each head keeps of a context of context_len tokens, layer by layer, head by head.
 
         num_slots: tokens that a head keeps on average. floor: tokens that each keeps at least (sinks and window).
         lanes: (first, last), the KV heads first ... last - 1 of each layer that this tensor-parallel rank has; None for all.
             A rank divides its own heads' num_slots * heads: what others keep is not taken from or given to them.
+        most: tokens that each head has to choose from, in the order of the result; None for all of the context.
 
-        The result sums to num_slots * heads exactly, each from floor to context_len. Shares are interpolated between the
+        The result sums to num_slots * heads exactly, each from floor to context_len or `most`. Shares are interpolated between the
         recorded ratios, and between the lowest of them and ratio 0, where each head keeps all; above the highest they shrink in
         proportion. What floor and context_len forbid is divided among the others in proportion to their shares; fractions by the
         largest remainder, the earlier head of equals. Raises ValueError.
@@ -192,14 +200,15 @@ class HeadProfile:
         total = num_slots * weights.size
 
         # The factor at which the shares, kept between floor and context_len, sum to the total: they grow with it, so bisect.
+        highest = np.full(weights.size, context_len) if most is None else np.asarray(most)
         low, high = 0.0, context_len / float(weights.min())
         for _ in range(100):
             middle = (low + high) / 2
-            if np.clip(middle * weights, floor, context_len).sum() < total:
+            if np.clip(middle * weights, floor, highest).sum() < total:
                 low = middle
             else:
                 high = middle
-        exact = np.clip(high * weights, floor, context_len)
+        exact = np.clip(high * weights, floor, highest)
         counts = np.floor(exact).astype(np.int64)
         missing = total - int(counts.sum())
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1

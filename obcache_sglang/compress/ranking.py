@@ -53,7 +53,7 @@ def rank_positions(
 ) -> torch.Tensor:
     """The scores that `keep_per_head` and `keep_across_heads` choose by: pooled, with what is always kept above all others.
 
-    scores: [num_kv_heads, context_len] float32, higher is kept; not modified.
+    scores: [num_kv_heads, context_len] float32, higher is kept; not modified. -inf: a token that the head no longer has.
     num_slots: positions that a head keeps of an even share, 1 <= num_slots <= context_len.
     window: the last positions, always kept; shrink_window applies :func:`effective_window` first.
     sink_tokens: the first positions, always kept (attention sinks, arXiv 2309.17453). If sinks and window exceed
@@ -82,18 +82,19 @@ def rank_positions(
         ranked[:, :before_window] = pooled
     ranked[:, :num_sinks] = float("inf")
     ranked[:, context_len - num_recent :] = float("inf")
-    return ranked
+    return ranked.masked_fill_(scores == float("-inf"), float("-inf"))
 
 
 def protect_recent(ranked: torch.Tensor, recent: list[int]) -> torch.Tensor:
-    """The ranks [rows, context_len] float32 with the last recent[i] positions of each row i above all others.
+    """The ranks [rows, context_len] float32 with the last recent[i] positions of each row i above all others, but for those at -inf.
 
     ranked: as of :func:`rank_positions`; not modified. The caller keeps as many of each row, and its sinks. No step waits for the device.
     """
     if not any(recent):
         return ranked
     first = torch.tensor([ranked.shape[1] - each for each in recent]).to(ranked.device, non_blocking=True).unsqueeze(1)
-    return ranked.masked_fill(torch.arange(ranked.shape[1], device=ranked.device) >= first, float("inf"))
+    is_recent = torch.arange(ranked.shape[1], device=ranked.device) >= first
+    return ranked.masked_fill(is_recent & (ranked != float("-inf")), float("inf"))
 
 
 def keep_per_head(ranked: torch.Tensor, num_slots: int) -> torch.Tensor:

@@ -84,14 +84,20 @@ def _score_by_gates(
 
 
 def gate_scores_paged(
-    gates: Gates, rotary: InverseRotary, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    gates: Gates,
+    rotary: InverseRotary,
+    layer: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    first_position: int = 0,
 ) -> torch.Tensor:
-    """The scores [num_kv_heads, L] float32 of a context; as `compress.compression.gate_scores_in_slots`.
+    """The scores [num_kv_heads, L] float32 of tokens in the pool; as `compress.compression.gate_scores_in_slots`.
 
     keys, values: [pool slots, num_kv_heads, head_dim], contiguous, any float dtype of 16 bits or more. slots: [L] int64.
     """
     _, heads, head_dim = keys.shape
-    cos_sin = rotary.table(len(slots))
+    cos_sin = rotary.table(first_position + len(slots))[first_position:]
     scores = torch.empty(heads, len(slots), dtype=torch.float32, device=keys.device)
     config = gate_config(head_dim, rotary.rotary_dim // 2, is_neox_style=rotary.is_neox_style)
     grid = (triton.cdiv(len(slots), config["BLOCK"]), heads)

@@ -76,7 +76,12 @@ class KVSpace:
 
     def cell_rows(self, slots: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows of the cells first ... last - 1 of a context in `slots` [M], in order; int64 like slots. Default: all."""
-        cells = torch.arange(first, slots.numel() * self.num_heads if last is None else last, device=slots.device)
+        return self.rows_of_cells(
+            slots, torch.arange(first, slots.numel() * self.num_heads if last is None else last, device=slots.device)
+        )
+
+    def rows_of_cells(self, slots: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """Rows of any cells [cells] int64 of a context in `slots` [M]; int64 like slots."""
         lanes = cells // slots.numel()
         return self.rows(lanes // self.num_kv_heads, slots[cells % slots.numel()], lanes % self.num_kv_heads)
 

@@ -8,6 +8,7 @@ During a compression of L tokens to M slots, slots have these owners; nothing is
     its last chunk scores and copies       read                          written
     the job ends: published                freed by SGLang, or cached    the node, evictable; locked on while pinned
     the job ends: failed or aborted        freed by SGLang, or cached    freed with the node  (`ContextCache.withdraw`)
+    its base, meanwhile                    -                             the node, held by the job  (`ContextCache.hold`)
     a question reads it                    -                             the node, locked by the question (SGLang)
     evicted, flushed                       -                             freed by SGLang; we look before each use
     deleted                                -                             freed once no reader is left  (`ContextCache.sweep`)
@@ -62,8 +63,10 @@ class Context:
     virtual_ids: [M], empty until slots are reserved.
     judges: the tokens after it that score it as its own last ones do, and are no part of it.
     is_queued: whether a job of the scheduler's is to compress it, or does.
+    is_segment: whether nobody has asked for it but a longer context, whose beginning it is (`CompressionSettings.segment_start`).
     node: its node in the radix tree, None where it has none.
-    tree_lock: held while it is compressed or pinned.
+    tree_lock: held while it is compressed, pinned, or the base of a compression.
+    num_holders: compressions whose base it is.
     ttl_seconds: how long it was to live when that was set last; None for as long as the tree holds it.
     expires_at: when it is deleted, in seconds since the epoch; None likewise.
     kept: which tokens this rank's heads keep, and where; None unless resident.
@@ -85,8 +88,10 @@ class Context:
     judges: array[int] = field(default_factory=lambda: array("q"))
     state: ContextState = ContextState.ABSENT
     is_queued: bool = False
+    is_segment: bool = False
     node: int | None = None
     tree_lock: Any = None
+    num_holders: int = 0
     pinned: bool = False
     ttl_seconds: float | None = None
     expires_at: float | None = None
@@ -124,6 +129,7 @@ class Context:
             "slots": self.num_slots if self.state in (ContextState.RESIDENT, ContextState.DELETING) else 0,
             "settings": self.settings.to_dict(),
             "pinned": self.pinned,
+            "segment": self.is_segment,
             "ttl_seconds": self.ttl_seconds,
             "reuses": self.reuses,
             "seconds": self.seconds,

@@ -1,28 +1,77 @@
-"""Copies of kept tokens' K and V, from the slots where they were computed to those of their context."""
+"""Copies of kept tokens' K and V, from where they lie to the slots of their context."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from obcache_sglang.kv.cells import KVSpace
+from obcache_sglang.kv.cells import KeptTokens, KVSpace
 
 
-def copy_tokens(buffer: torch.Tensor, sources: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+@dataclass(frozen=True)
+class Sources:
+    """Where the K and V of a context's tokens lie before they are copied.
+
+    slots: [tokens] int64, those of the tokens from `first` on, which were computed exactly. Of the tokens before, each head has only those
+    that an earlier context keeps: `kept`, in the slots `kept_slots` [M] int64; None where first is 0.
+    """
+
+    slots: torch.Tensor
+    first: int = 0
+    kept: KeptTokens | None = None
+    kept_slots: torch.Tensor | None = None
+
+    def rows(self, space: KVSpace, heads: torch.Tensor, positions: torch.Tensor, first_head: int, last_head: int) -> torch.Tensor:
+        """Rows [tokens] int64 in the address space of one token each.
+
+        heads: [tokens] int64, of all heads of all layers, from first_head to last_head - 1. positions: [tokens] int32, that they have.
+        """
+        layers, lanes = heads // space.num_kv_heads, heads % space.num_kv_heads
+        rows = space.rows(layers, self.slots[(positions - self.first).clamp_min(0)], lanes)
+        if self.kept is None or self.kept_slots is None:
+            return rows
+        # The heads' kept tokens in the order of their cells are sorted by head and position.
+        bounds = self.kept.bounds
+        first_cell, last_cell = bounds[first_head], bounds[last_head]
+        counts = self.kept.offsets[first_head : last_head + 1].diff()
+        of_head = torch.arange(first_head, last_head, device=heads.device).repeat_interleave(
+            counts, output_size=last_cell - first_cell
+        )
+        known = of_head * self.first + self.kept.positions[first_cell:last_cell]
+        found = torch.searchsorted(known, heads * self.first + positions).clamp_max(last_cell - first_cell - 1)
+        return torch.where(positions < self.first, space.rows_of_cells(self.kept_slots, first_cell + found), rows)
+
+    def lane_slots(self, positions: torch.Tensor, first_head: int) -> torch.Tensor:
+        """Slots [num_kv_heads, M] int64 of one layer's tokens where all heads keep as many, each in its own layer and lane.
+
+        positions: [num_kv_heads, M] int32, that the layer's heads have, of which first_head is the first of all.
+        """
+        slots = self.slots[(positions - self.first).clamp_min(0)]
+        if self.kept is None or self.kept_slots is None:
+            return slots
+        first, last = self.kept.bounds[first_head], self.kept.bounds[first_head + len(positions)]
+        known = self.kept.positions[first:last].view(len(positions), -1)
+        found = torch.searchsorted(known, positions.contiguous()).clamp_max(known.shape[1] - 1)
+        return torch.where(positions < self.first, self.kept_slots[found], slots)
+
+
+def copy_tokens(buffer: torch.Tensor, sources: torch.Tensor, slots: torch.Tensor) -> None:
     """Copies K or V of one layer where all heads keep as many tokens: each stays in its layer and lane.
 
-    buffer: [pool slots, num_kv_heads, head_dim], whose row `slots[m]` becomes, in lane h, row `sources[positions[h, m]]`.
-    sources: [tokens] int64, where the context was computed. positions: [num_kv_heads, M] int32 or int64. slots: [M] int64, the context's.
+    buffer: [pool slots, num_kv_heads, head_dim], whose row `slots[m]` becomes, in lane h, row `sources[h, m]`.
+    sources: [num_kv_heads, M] int64, where the kept tokens lie. slots: [M] int64, the context's, which are other ones.
     """
-    num_heads, num_slots = positions.shape
-    lanes = torch.arange(num_heads, device=positions.device)
+    num_heads, num_slots = sources.shape
+    lanes = torch.arange(num_heads, device=sources.device)
     # One flat index_select: several times faster on a CPU than indexing with rows and heads.
-    chosen = (sources[positions.t()] * num_heads + lanes).reshape(-1)
+    chosen = (sources.t() * num_heads + lanes).reshape(-1)
     buffer.index_copy_(0, slots, buffer.view(-1, buffer.shape[-1]).index_select(0, chosen).view(num_slots, num_heads, -1))
 
 
 def copy_cells(
     space: KVSpace,
-    sources: torch.Tensor,
+    sources: Sources,
     positions: torch.Tensor,
     offsets: torch.Tensor,
     slots: torch.Tensor,
@@ -32,9 +81,9 @@ def copy_cells(
 ) -> None:
     """Copies K and V of kept tokens to the cells of a context from `first_cell` on, where heads keep different numbers of them.
 
-    sources: [tokens] int64, where the context was computed. positions: [kept tokens] int32 and offsets: [heads + 1] int64, as in
-    `cells.KeptTokens`, of some heads. slots: [M] int64, the context's, which are other ones than sources: nothing is read after it was
-    overwritten. first_head: of all heads of all layers, the one that `offsets` begins with.
+    positions: [kept tokens] int32 and offsets: [heads + 1] int64, as in `cells.KeptTokens`, of some heads. slots: [M] int64, the
+    context's, which are other ones than the sources': nothing is read after it was overwritten. first_head: of all heads of all layers,
+    the one that `offsets` begins with.
     """
     num_heads, num_cells = len(offsets) - 1, positions.numel()
     heads = torch.arange(first_head, first_head + num_heads, device=positions.device)
@@ -43,8 +92,7 @@ def copy_cells(
     step = len(slots) * space.num_kv_heads
     for first in range(0, num_cells, step):
         part = slice(first, first + step)
-        layers, lanes = heads[part] // space.num_kv_heads, heads[part] % space.num_kv_heads
-        rows = space.rows(layers, sources[positions[part]], lanes)
+        rows = sources.rows(space, heads[part], positions[part], first_head, first_head + num_heads)
         cells = space.cell_rows(slots, first_cell + first, first_cell + min(first + step, num_cells))
         for buffer in (space.k, space.v):
             buffer.index_copy_(0, cells, buffer.index_select(0, rows))

@@ -18,7 +18,7 @@ import hashlib
 import heapq
 import json
 from array import array
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,9 +44,6 @@ MAX_TRACKED_TOKENS = 1 << 19
 
 MAX_TAILS = 256
 """Different ends of a context after its last whole page that context ids are remembered for; the oldest is forgotten first."""
-
-PINNED_SHARE = 0.5
-"""Of the contexts that are remembered at once, so many may be pinned: compression goes on with the others."""
 
 
 def context_id(
@@ -113,11 +110,17 @@ class ContextCache:
         return None if context is None else (context, context.tails[identity])
 
     def obtain(
-        self, namespace: Namespace, settings: CompressionSettings, tokens: array[int], judges: array[int] | None = None
+        self,
+        namespace: Namespace,
+        settings: CompressionSettings,
+        tokens: array[int],
+        judges: array[int] | None = None,
+        *,
+        is_segment: bool = False,
     ) -> Context | None:
         """The context of these tokens (whole pages), made on first sight. judges: as in Context, where its method asks any.
 
-        None where as many contexts are pinned or being compressed as may be remembered.
+        is_segment: whether a longer context asks. None where as many contexts are pinned or being compressed as may be remembered.
         """
         if judges is None or not settings.own_queries_score:
             judges = array("q")
@@ -129,9 +132,27 @@ class ContextCache:
             if not self._forget_oldest():
                 return None
             num_slots = settings.kept_slots(len(tokens), self.page_size)
-            context = self._contexts[identity] = Context(identity, namespace, settings, tokens, num_slots, judges=judges)
+            context = Context(identity, namespace, settings, tokens, num_slots, judges=judges, is_segment=is_segment)
+            self._contexts[identity] = context
+        context.is_segment &= is_segment
         self._contexts.move_to_end(identity)
         return context
+
+    def segments(self, context: Context) -> tuple[Context | None, list[Context]] | None:
+        """Its longest resident beginning that is a context of its own, and what must be compressed after that, itself last.
+
+        (None, [context]) where it is compressed whole. None where as many contexts are pinned or being compressed as may be remembered.
+        """
+        base, chain = None, [context]
+        while base is None and (start := context.settings.segment_start(chain[0].num_tokens, self.page_size)) > 0:
+            found = self.obtain(context.namespace, context.settings, context.tokens[:start], is_segment=True)
+            if found is None:
+                return None
+            if self.is_resident(found):
+                base = found
+            else:
+                chain.insert(0, found)
+        return None if any(self.get(each.id) is not each for each in chain) else (base, chain)
 
     def find_prefix(self, namespace: Namespace, settings: CompressionSettings, tokens: array[int]) -> Context | None:
         """The longest resident context, made with these settings, that `tokens` starts with and goes on after."""
@@ -246,38 +267,22 @@ class ContextCache:
 
     def unpin(self, context: Context) -> None:
         context.pinned = False
-        if context.state is not ContextState.COMPRESSING:
+        if context.state is not ContextState.COMPRESSING and not context.num_holders:
             self.unlock(context)
 
-    def make_way_for_pin(self, context: Context, max_slots: int) -> bool:
-        """Whether a context may be pinned: not more than max_slots KV slots and PINNED_SHARE of all contexts are.
+    def hold(self, context: Context) -> None:
+        """Keeps a resident context from being evicted while a longer one is compressed after it."""
+        if context.tree_lock is None:
+            self._lock(context)
+        context.num_holders += 1
 
-        Where the room is taken, the namespace that holds most of it gives way to one that would hold less: its least recently used
-        pins are undone. So nobody can pin others out.
-        """
-        pinned = [each for each in self if each.pinned]
-        max_contexts = int(PINNED_SHARE * self.max_contexts)
-        if context.num_slots > max_slots or max_contexts == 0:
-            return False
-        shares: defaultdict[Namespace, float] = defaultdict(float)
-
-        def share(each: Context) -> float:
-            return max(each.num_slots / max_slots, 1 / max_contexts)
-
-        for each in pinned:
-            shares[each.namespace] += share(each)
-        gives_way: list[Context] = []
-        while sum(each.num_slots for each in pinned) + context.num_slots > max_slots or len(pinned) >= max_contexts:
-            largest = max(shares, key=lambda namespace: shares[namespace])
-            if largest == context.namespace or shares[largest] <= shares[context.namespace] + share(context):
-                return False
-            oldest = next(each for each in pinned if each.namespace == largest)
-            gives_way.append(oldest)
-            pinned.remove(oldest)
-            shares[largest] -= share(oldest)
-        for each in gives_way:
-            self.unpin(each)
-        return True
+    def release(self, context: Context) -> None:
+        """The inverse of `hold`."""
+        if context.num_holders == 0:
+            return  # the tree was reset
+        context.num_holders -= 1
+        if not context.num_holders and not context.pinned:
+            self.unlock(context)
 
     def _lock(self, context: Context) -> None:
         context.node = self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).last_device_node
@@ -369,6 +374,7 @@ class ContextCache:
         """The tree was reset: every node and lock is gone."""
         for context in self:
             context.tree_lock = None
+            context.num_holders = 0
             context.pinned = False
             if not context.is_queued:
                 self._mark_absent(context)

@@ -24,7 +24,7 @@ from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -66,7 +66,7 @@ class ForwardPlan(BatchContexts):
         """
         self.serial += 1
         self._rows, self._contexts, self._rids, self._has_scored_rows = [], [], forward_batch.rids, False
-        contexts = [req.context if isinstance(req, ContextReq) and req.is_virtual else None for req in batch.reqs]
+        contexts = [_context_before(req) for req in batch.reqs]
         jobs = [req for req in batch.reqs if isinstance(req, CompressionJob)]
         if not jobs and not any(contexts):
             return
@@ -156,6 +156,13 @@ class ForwardPlan(BatchContexts):
             job.error = "error"
             logger.exception("obcache: compressing context %s failed; it is served exactly", job.context.id)
         return None
+
+
+def _context_before(req: Req) -> Context | None:
+    """The compressed context that a request's own tokens come after."""
+    if isinstance(req, CompressionJob):
+        return req.base
+    return req.context if isinstance(req, ContextReq) and req.is_virtual else None
 
 
 def _end_unplanned(batch: ScheduleBatch) -> None:

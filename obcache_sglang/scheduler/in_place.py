@@ -85,6 +85,8 @@ class InPlace:
         """
         if self._under_way is not None or self._compress_layer is None or not context.settings.uses_gates:
             return False
+        if context.settings.segment_start(context.num_tokens, self.cache.page_size) > 0:
+            return False  # what is cached exactly is not what a segment's tokens are after compressed ones
         key = RadixKey(context.tokens, context.namespace.extra_key, cache_salt=context.namespace.cache_salt)
         match = self.cache.tree.match_prefix(MatchPrefixParams(key=key))
         if match.device_prefix_len < context.num_tokens:

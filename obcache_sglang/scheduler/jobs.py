@@ -56,12 +56,17 @@ class Jobs:
         self._prompts: ReplayPrompts | None = None
 
     def get(self, context: Context) -> CompressionJob | None:
-        """The job of a context."""
+        """The job of a context: that of its segment under way, where it has several."""
         return self._by_context.get(context.id)
 
     def all(self) -> list[CompressionJob]:
         """Those under way, the longest first."""
         return list(self._by_context.values())
+
+    def makes_a_segment_of(self, context: Context) -> bool:
+        """Whether a job makes a beginning of a context that it is to be compressed after."""
+        segments = self.cache.segments(context)
+        return segments is not None and any(each.is_queued for each in segments[1])
 
     # --- beginning --------------------------------------------------------------------------------------------------
 
@@ -74,13 +79,20 @@ class Jobs:
             return None, "no_room_to_replay"
         if sum(len(each.tokens) for each in passes) > MAX_REPLAY_FACTOR * context.num_tokens:
             return None, "replay_too_long"
+        segments = self.cache.segments(context)
+        if segments is None:
+            return None, "too_many_contexts"
+        base, (first, *following) = segments
+        if any(each.state is ContextState.DELETING for each in (first, *following)):
+            return None, "deleted"
         longest = max((len(each.tokens) for each in passes), default=len(context.judges))
-        needed = context.num_tokens + longest + context.num_slots
+        chain = (first, *following)
+        needed = [_slots(each, before) + longest for each, before in zip(chain, (base, *chain), strict=False)]
         # SGLang admits what is, with a page more, less than the pool.
-        if needed + self.cache.page_size >= self.engine.pool_slots:
+        if max(needed) + self.cache.page_size >= self.engine.pool_slots:
             return None, "pool_too_small"
-        self.room.make(needed)
-        job = self._make(context, like, passes)
+        job = self._make(first, like, passes, base=base, following=following)
+        self.room.make(needed[0])
         if job.window < context.settings.window:
             logger.warning(
                 "obcache: context %s keeps only %d slots, so its window of %d tokens shrinks to %d",
@@ -88,11 +100,24 @@ class Jobs:
             )  # fmt: skip
         return job, ""
 
-    def _make(self, context: Context, like: ContextReq | CompressionJob, passes: Sequence[ReplayPass] = ()) -> CompressionJob:
+    def _make(
+        self,
+        context: Context,
+        like: ContextReq | CompressionJob,
+        passes: Sequence[ReplayPass] = (),
+        *,
+        base: Context | None = None,
+        following: Sequence[Context] = (),
+    ) -> CompressionJob:
         self._num_jobs += 1
         rid = hashlib.blake2b(str(self._num_jobs).encode(), digest_size=16, key=self._secret, person=b"job").hexdigest()
-        job = self._by_context[context.id] = CompressionJob(context, like, rid=rid, passes=passes)
-        context.is_queued = True
+        job = CompressionJob(context, like, rid=rid, passes=passes, base=base, following=following)
+        self._by_context[job.target.id] = job
+        for each in (context, *following):
+            each.is_queued = True
+        if base is not None:
+            self.cache.hold(base)
+            job.holds_base = True
         job.time_stats.set_wait_queue_entry_time()
         return job
 
@@ -124,7 +149,7 @@ class Jobs:
         """Whether a client waits for it, or, where none does, nobody needs the engine idle."""
         if job.unattended:
             return not self.engine.must_become_idle
-        return any(isinstance(req, ContextReq) and req.context is job.context for req in self.engine.waiting())
+        return any(isinstance(req, ContextReq) and req.context is job.target for req in self.engine.waiting())
 
     def end_dead(self) -> None:
         """Ends those that SGLang has dropped."""
@@ -185,7 +210,7 @@ class Jobs:
             is_first = req.slots is None and req.error is None
             if not is_first and req.extend_end != len(req.origin_input_ids):
                 continue
-            if self.get(req.context) is not req:
+            if self.get(req.target) is not req:
                 req.error = "replaced"  # a second node of the same context would free the first one's slots
                 continue
             if is_first:
@@ -223,7 +248,7 @@ class Jobs:
         if job.finished():
             self.end(job, completed=checkpoint and not isinstance(job.finished_reason, FINISH_ABORT))
             return
-        if self.get(job.context) is job:
+        if self.get(job.target) is job:
             self.discard(job.context)
         job.reset()
 
@@ -235,10 +260,11 @@ class Jobs:
         completed: its prefill ran to the end (else it was aborted: its questions may compress again).
         """
         context = job.context
-        if self.get(context) is not job:
+        if self.get(job.target) is not job:
             return  # another one has taken its place
-        del self._by_context[context.id]
-        context.is_queued = False
+        del self._by_context[job.target.id]
+        for each in (context, *job.following):
+            each.is_queued = False
         done = False
         try:
             done = completed and self._go_on_or_publish(job)
@@ -246,12 +272,16 @@ class Jobs:
             job.error = job.error or "error"
             logger.exception("obcache: finishing the compression of context %s failed", context.id)
         if completed and job.error is not None:
-            job.skip_radix_cache_insert = job.replay is not None  # what was computed of the context is worth caching exactly
-            self.refuse(context, job.error)
+            # What was computed of the context is worth caching exactly.
+            job.skip_radix_cache_insert = job.replay is not None or job.base is not None
+            self.refuse(job.target, job.error)
         if not done:
             self.discard(context)
+        if job.holds_base and job.base is not None:
+            job.holds_base = False  # once, also where it raises
+            self.cache.release(job.base)
         if completed:
-            self._count(job, published=done and job.is_final)
+            self._count(job, published=done and job.is_final and not job.following)
 
     def refuse(self, context: Context, reason: str) -> None:
         """Lets the questions that wait for a context be served exactly."""
@@ -282,6 +312,10 @@ class Jobs:
             return False
         assert kept is not None
         self.cache.publish(context, kept)
+        if job.following and self.is_awaited(job):
+            following, *rest = job.following
+            self.engine.queue.insert(0, self._make(following, job, base=context, following=rest))
+            self.room.make(_slots(following, context))
         return True
 
     def _count(self, job: CompressionJob, *, published: bool) -> None:
@@ -326,3 +360,8 @@ class Jobs:
 
     def _dequeue(self, job: CompressionJob) -> None:
         self.engine.queue = [req for req in self.engine.queue if req is not job]
+
+
+def _slots(context: Context, base: Context | None) -> int:
+    """KV slots that a context's compression holds at once. base: as in `CompressionJob`."""
+    return context.num_tokens + context.num_slots - (0 if base is None else base.position_offset)

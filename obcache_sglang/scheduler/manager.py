@@ -259,6 +259,8 @@ class CompressionManager:
             return self._serve_exact(req, "deferred"), None
         if context.is_queued or self.room.must_wait(context, self.jobs.all()):
             return Verdict.HOLD, None
+        if self.jobs.makes_a_segment_of(context):
+            return Verdict.HOLD, None
         self.jobs.discard(context)  # what a job has left that failed to end
         if req.compressions_started < MAX_COMPRESSIONS_PER_REQUEST and self.in_place.start(context):
             req.compressions_started += 1

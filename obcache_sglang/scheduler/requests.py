@@ -6,6 +6,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,6 +175,13 @@ class CompressionJob(Req):
     Method replay takes several such prefills in turn: the context alone, which is cached exactly, and each pass after it. The
     last one selects and copies.
 
+    A context that is compressed segment by segment takes a job for each. Its `origin_input_ids` are [virtual ids of the base | new tokens],
+    as those of a question after the base would be, and its positions are offset like a question's.
+
+    base: the compressed context before the segment; None for the first one, and for a context that is compressed whole.
+    holds_base: whether the base is held (`ContextCache.hold`), until the job ends.
+    following: the contexts that are compressed after this one.
+    target: the last of them, which questions wait for; where there is none, the context.
     compression: what the forward does for it; carried on from pass to pass.
     unattended: no request waits for it.
     replay: the pass after the context, None for the context alone.
@@ -185,12 +193,20 @@ class CompressionJob(Req):
     pass_started_at: when this one was queued.
     """
 
+    context: Context
     scoring_seconds: float
     extra_key: str | None
     tokenizer: Any
 
     def __init__(
-        self, context: Context, like: ContextReq | CompressionJob, *, rid: str, passes: Sequence[ReplayPass] = ()
+        self,
+        context: Context,
+        like: ContextReq | CompressionJob,
+        *,
+        rid: str,
+        passes: Sequence[ReplayPass] = (),
+        base: Context | None = None,
+        following: Sequence[Context] = (),
     ) -> None:
         """like: whose LoRA adapter, priority and namespace it has; the prefill that came before it, if one did.
 
@@ -200,21 +216,27 @@ class CompressionJob(Req):
         sampling_params.normalize(None)
         self.replay: ReplayPass | None = None
         self.passes = list(passes)
-        self.compression = Compression(context)
+        self.base, self.following = base, list(following)
+        self.holds_base = False
+        self.target = self.following[-1] if self.following else context
+        self.compression = Compression(context, base)
         self.unattended = False
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_cached_tokens: int | None = None
         self.earlier_tokens = 0
         if isinstance(like, CompressionJob):
-            self.replay, *self.passes = like.passes
-            self.compression = like.compression
-            self.compression.next_pass(self.replay)
             self.unattended = like.unattended
             self.started_at, self.earlier_seconds = like.started_at, like.scoring_seconds
             self.first_cached_tokens = like.context_cached_tokens
-            self.earlier_tokens = like.progress[0]
+            if like.context is context:
+                self.replay, *self.passes = like.passes
+                self.compression = like.compression
+                self.compression.next_pass(self.replay)
+                self.earlier_tokens = like.progress[0]
         tokens = context.tokens + (context.judges if self.replay is None else self.replay.tokens)
+        if base is not None:
+            tokens = base.virtual_ids + tokens[base.num_tokens :]
         super().__init__(
             JobId(rid),
             "",
@@ -253,6 +275,8 @@ class CompressionJob(Req):
     def progress(self) -> tuple[int, int]:
         """Tokens read so far, what was found cached included, and in all: the context's, and each pass's."""
         own = self.kv.kv_committed_len if self.kv.holds_kv else len(self.origin_input_ids) if self.finished() else 0
+        if self.base is not None or self.following:
+            return max(own + self.position_offset, 0 if self.base is None else self.base.num_tokens), self.target.num_tokens
         found = 0 if self.replay is None else self.context.num_tokens  # the passes find the context cached
         total = self.earlier_tokens + len(self.origin_input_ids) - found + sum(len(each.tokens) for each in self.passes)
         return self.earlier_tokens + max(0, own - found), total
@@ -263,15 +287,28 @@ class CompressionJob(Req):
         return not self.passes
 
     @property
+    def position_offset(self) -> int:
+        """As of a question after the base."""
+        return 0 if self.base is None else self.base.position_offset
+
+    @property
     def first_scoring_position(self) -> int:
-        """Queries from here on must be computed, not found in the cache: they score."""
-        num_tokens = self.context.num_tokens
+        """Queries from here on, counted in `origin_input_ids`, must be computed, not found in the cache: they score."""
+        num_tokens = self.context.num_tokens - self.position_offset
         settings = self.context.settings
         if settings.is_replay:
             return num_tokens
         if not settings.needs_queries:
             return num_tokens - 1
         return 0 if settings.window == EVERY_QUERY else max(0, num_tokens + len(self.context.judges) - self.window)
+
+    def init_next_round_input(self, tree_cache: BasePrefixCache | None = None, cow_mamba: bool | None = None) -> None:
+        """SGLang's, with a last check: virtual ids that the tree does not hold must never reach the model's embedding."""
+        super().init_next_round_input(tree_cache, cow_mamba)
+        if tree_cache is not None and self.base is not None and self.prefix_len < self.base.num_slots:
+            self.error = "evicted"
+            self.set_finish_with_abort("The beginning of the context is gone.", HTTPStatus.INTERNAL_SERVER_ERROR)
+            super().init_next_round_input(tree_cache, cow_mamba)
 
     def _compute_max_prefix_len(self, input_len: int) -> int:
         return min(int(super()._compute_max_prefix_len(input_len)), self.first_scoring_position)

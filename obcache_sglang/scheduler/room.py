@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection
 
-from obcache_sglang.kv.context import Context, ContextState
+from obcache_sglang.kv.context import Context, ContextState, Namespace
 from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
@@ -15,6 +15,9 @@ logger = logging.getLogger(__name__)
 
 TIGHT_POOL = 0.1
 """A pool with less than this share of its KV slots free is tight: with when=idle a context is compressed although the engine is busy."""
+
+PINNED_SHARE = 0.5
+"""Of the contexts that are remembered at once, so many may be pinned: compression goes on with the others."""
 
 
 class Room:
@@ -44,12 +47,16 @@ class Room:
             return True  # in the order of the queue, so that small ones do not overtake a large one for ever
         if not jobs:
             return False
-        needed = sum(slots_to_compress(each) for each in (context, *(job.context for job in jobs)))
+        needed = sum(slots_to_compress(each) for each in (context, *(job.target for job in jobs)))
         spare = self.tight_slots  # for the questions that are being answered
         if needed <= spare:
             return False
         held = sum(job.kv.kv_allocated_len + (0 if job.slots is None else job.context.num_slots) for job in jobs)
-        kept = sum(each.num_slots for each in self.cache if each.state is ContextState.RESIDENT and each.tree_lock is None)
+        kept = sum(
+            each.num_slots
+            for each in self.cache
+            if each.state is ContextState.RESIDENT and each.tree_lock is None and not each.is_segment
+        )
         self.make(needed - held + spare)
         room = self.engine.free_slots() + max(0, self.cache.tree.evictable_size() - kept)
         self._one_waits = needed - held + spare > room
@@ -60,7 +67,8 @@ class Room:
         return bool(self.engine.free_slots() + self.cache.tree.evictable_size() - num_slots >= self.tight_slots)
 
     def make(self, num_slots: int) -> None:
-        """Frees what answered questions left after contexts, from the least recently used on, until so many slots are free.
+        """Frees beginnings of contexts that only longer ones asked for, and then what answered questions left after contexts, from the least
+        recently used on, until so many slots are free.
 
         By last use alone the tree would evict idle contexts before: a question's own tokens are newer than every context but one,
         and are rarely asked for again.
@@ -68,14 +76,16 @@ class Room:
         if self.engine.free_slots() >= num_slots:
             return
         # A pool full of cached text is an ordinary state, and this runs in each pass of it: mostly there is nothing to drop.
-        followed = [context for context in self.cache if context.suffixes and context.state is ContextState.RESIDENT]
-        if not followed:
+        resident = [context for context in self.cache if context.state is ContextState.RESIDENT]
+        segments = [context for context in resident if context.is_segment and context.tree_lock is None]
+        followed = [context for context in resident if context.suffixes and not context.is_segment]
+        if not segments and not followed:
             return
         # What these will leave is not in the tree yet.
         readers = self.readers()
-        for context in followed:
+        for context in [*segments, *followed]:
             if context.id not in readers:
-                self.cache.drop_suffixes(context)
+                (self.cache.withdraw if context.is_segment else self.cache.drop_suffixes)(context)
                 if self.engine.free_slots() >= num_slots:
                     return
 
@@ -85,11 +95,13 @@ class Room:
         for req in {*self.engine.in_flight(), *self.engine.waiting()}:
             if isinstance(req, ContextReq) and req.is_virtual and req.context is not None and not req.finished():
                 readers[req.context.id] += 1
+            elif isinstance(req, CompressionJob) and req.base is not None:
+                readers[req.base.id] += 1
         return readers
 
     def pin(self, context: Context) -> None:
         """Pins a context, if there is room for one more pin."""
-        if not context.pinned and self.cache.make_way_for_pin(context, self.max_pinned_slots):
+        if not context.pinned and make_way_for_pin(self.cache, context, self.max_pinned_slots):
             self.cache.pin(context)
 
     def release_a_pin(self) -> None:
@@ -109,5 +121,39 @@ def slots_to_compress(context: Context) -> int:
 
     Asked of waiting requests in each pass: what `Jobs.make` knows exactly would take the replay's prompts.
     """
-    replayed = context.settings.replay_chunk if context.settings.is_replay else 0
+    settings = context.settings
+    if settings.segment_tokens is not None:  # the base of the last segment is kept until that is compressed
+        return min(context.num_tokens, 3 * settings.segment_tokens // 2) + 2 * context.num_slots
+    replayed = settings.replay_chunk if settings.is_replay else 0
     return context.num_tokens + min(replayed, context.num_tokens) + context.num_slots
+
+
+def make_way_for_pin(cache: ContextCache, context: Context, max_slots: int) -> bool:
+    """Whether a context may be pinned: not more than max_slots KV slots and PINNED_SHARE of all contexts are.
+
+    Where the room is taken, the namespace that holds most of it gives way to one that would hold less: its least recently used
+    pins are undone. So nobody can pin others out.
+    """
+    pinned = [each for each in cache if each.pinned]
+    max_contexts = int(PINNED_SHARE * cache.max_contexts)
+    if context.num_slots > max_slots or max_contexts == 0:
+        return False
+    shares: defaultdict[Namespace, float] = defaultdict(float)
+
+    def share(each: Context) -> float:
+        return max(each.num_slots / max_slots, 1 / max_contexts)
+
+    for each in pinned:
+        shares[each.namespace] += share(each)
+    gives_way: list[Context] = []
+    while sum(each.num_slots for each in pinned) + context.num_slots > max_slots or len(pinned) >= max_contexts:
+        largest = max(shares, key=lambda namespace: shares[namespace])
+        if largest == context.namespace or shares[largest] <= shares[context.namespace] + share(context):
+            return False
+        oldest = next(each for each in pinned if each.namespace == largest)
+        gives_way.append(oldest)
+        pinned.remove(oldest)
+        shares[largest] -= share(oldest)
+    for each in gives_way:
+        cache.unpin(each)
+    return True

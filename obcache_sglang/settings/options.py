@@ -25,6 +25,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
     "sink_tokens": (0, _LONGEST_CONTEXT, "no context is longer"),
     "recent_tokens": (0, _LONGEST_CONTEXT, "no context is longer"),
     "max_kept_tokens": (1, _LONGEST_CONTEXT, "no context is longer"),
+    "segment_tokens": (128, _LONGEST_CONTEXT, "each segment is a compression of its own, which shorter ones would not be worth"),
     "replay_chunk": (32, 1 << 20, "each pass also reads a prompt of its own, which would outweigh shorter chunks"),
     "context_len": (1, _LONGEST_CONTEXT, "no context is longer"),
     "ttl_seconds": (1, 366 * 86400, "at most a year"),
@@ -230,6 +231,16 @@ COMPRESSION_OPTIONS = (
         "max_kept_tokens",
         _whole_number("the most tokens kept per KV head of one context", optional=True),
         "Upper bound of kept tokens per KV head and context, in addition to the ratio. Default: none.",
+        _number,
+        "TOKENS",
+    ),
+    Option(
+        "segment_tokens",
+        _whole_number("the tokens of a segment", optional=True),
+        (
+            "Method gate: long contexts are prefilled and compressed segment by segment, each after the compressed ones before it, so that "
+            "a compression takes room for what is kept and about one segment. Default: off, contexts are compressed whole."
+        ),
         _number,
         "TOKENS",
     ),

@@ -43,6 +43,7 @@ class CompressionSettings:
         shares of the server's head profile.
     adakv_safeguard: the part of an equal share that each head keeps whatever the other heads score, in [0, 1]; for adakv.
     replay_chunk: context tokens that one replay pass reads again; method replay only.
+    segment_tokens: method gate only. Longer contexts are compressed segment by segment (`segment_start`); None for whole ones.
     normalization: for budget global. `layer` divides each query's errors by the squared norm of what the layer's attention adds there,
         both after the output projection (`compress.scores.relative_error_weights`), so that layers and heads can be compared. It
         applies to obcache scores, and to the errors that are measured for a replay (`compress.measured_errors`). These errors decide
@@ -65,6 +66,7 @@ class CompressionSettings:
     adakv_safeguard: float = 0.2
     normalization: str = "layer"
     replay_chunk: int = 2048
+    segment_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidValue for the first setting that is not allowed, alone or with the others."""
@@ -87,6 +89,12 @@ class CompressionSettings:
             )
         if method.window is not None and self.window != method.window:
             raise InvalidValue("window", self.window, method.window_reason)
+        if self.segment_tokens is not None and method.scored_by != "gates":
+            raise InvalidValue(
+                "segment_tokens",
+                self.segment_tokens,
+                f"can be used with method=gate only; with {self.method} the queries of a whole context score. Remove it, or set method=gate.",
+            )
         if self.pooling not in method.poolings:
             raise InvalidValue(
                 "pooling",
@@ -133,7 +141,10 @@ class CompressionSettings:
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits, equal in every process and release for equal settings."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        values = self.to_dict()
+        if values["segment_tokens"] is None:  # a later setting, which changes nothing of what was stored without it
+            del values["segment_tokens"]
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -212,6 +223,17 @@ class CompressionSettings:
         """KV slots that a context of `context_tokens` (whole pages) holds: `min(L, ceil_to_page(kept_tokens))`."""
         pages = math.ceil(self.kept_tokens(context_tokens) / page_size)
         return min(context_tokens, pages * page_size)
+
+    def segment_start(self, context_tokens: int, page_size: int) -> int:
+        """Where the last segment of a context of `context_tokens` (whole pages) begins: its tokens before are a context of their own.
+
+        0 for a context of one segment. All but the last segment have `segment_tokens` (whole pages), the last a half to one and a half
+        times as many.
+        """
+        if self.segment_tokens is None:
+            return 0
+        segment = max(1, self.segment_tokens // page_size) * page_size
+        return max(0, math.ceil((context_tokens - 1.5 * segment) / segment)) * segment
 
     def safeguarded_tokens(self, num_slots: int) -> int:
         """Budget adakv: how many of num_slots tokens each head keeps whatever the other heads score; counted as in KVPress."""

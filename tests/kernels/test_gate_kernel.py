@@ -43,6 +43,10 @@ def test_scores_are_those_of_k_before_rope(kind: str, head_dim: int, tokens: int
     scores = gate_scores_paged(gates, *given)
     assert (scores.shape, scores.dtype) == ((HEADS, tokens), torch.float32)
     torch.testing.assert_close(scores, gate_scores_in_slots(gates, *given), rtol=1e-4, atol=1e-4)
+    later = tokens // 2  # a part of them, whose first position is not 0
+    tail = gate_scores_paged(gates, *given[:-1], slots[later:], later)
+    torch.testing.assert_close(tail, scores[:, later:])
+    torch.testing.assert_close(tail, gate_scores_in_slots(gates, *given[:-1], slots[later:], later), rtol=1e-4, atol=1e-4)
     found = features(before.transpose(0, 1).double(), values[slots].cpu().transpose(0, 1).double()).double()
     wanted = (found * gates.weights[1].cpu().double()[:, None]).sum(-1) + gates.bias[1].cpu()[:, None]
     off = 1e-4 if dtype == torch.float32 else 5e-2

@@ -14,6 +14,7 @@ from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context, ContextState, N
 from obcache_sglang.scheduler import context_cache as contexts
 from obcache_sglang.scheduler.context_cache import ContextCache, context_id
 from obcache_sglang.scheduler.kv_events import VisibleEvents
+from obcache_sglang.scheduler.room import make_way_for_pin
 from obcache_sglang.settings import CompressionSettings
 from tests.unit.engine import HALF, KEPT, make_tree
 
@@ -307,7 +308,7 @@ def test_pins_leave_room_for_compressions(cache: ContextCache) -> None:
     """Of three contexts one may be pinned: the others make way for new ones."""
     for start in (0, 100, 200):
         context = make(cache, tokens(start, 4))
-        if cache.make_way_for_pin(context, POOL):
+        if make_way_for_pin(cache, context, POOL):
             cache.pin(context)
     assert [context.pinned for context in cache] == [True, False, False]
     assert cache.obtain(HERE, HALF, tokens(300, 4)) is not None
@@ -320,7 +321,7 @@ def test_who_pins_most_makes_way_for_who_pins_less(cache: ContextCache) -> None:
 
     def pinned(namespace: Namespace, start: int) -> bool:
         context = make(cache, tokens(start), namespace)
-        if cache.make_way_for_pin(context, 80):
+        if make_way_for_pin(cache, context, 80):
             cache.pin(context)
         return context.pinned
 

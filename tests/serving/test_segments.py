@@ -1,0 +1,100 @@
+"""Contexts that are compressed segment by segment, on real servers: against transformers, and in pools that cannot hold them whole."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from obcache_sglang.local_server import Server
+from tests.serving.client import QUESTIONS, compressions, document, flush, generate, generate_together, question, report
+from tests.serving.test_exactness import CONTEXT_TOKENS, NUM_TOKENS, Positions, attending_to, continue_greedily
+
+SEGMENT = 128
+STARTS = [0, 128, 256, 384]  # of 541 tokens: the last segment has 157
+WISH = {"method": "gate", "budget": "profile", "compression_ratio": 0.6, "segment_tokens": SEGMENT}
+
+
+def kept_by_beginnings(server: Server) -> dict[int, Positions]:
+    """What the compressed contexts of this file's settings keep, by their tokens."""
+    listed = server.get("/obcache/contexts")["contexts"]
+    mine = [each for each in listed if each["settings"]["segment_tokens"] == SEGMENT and each["slots"]]
+    paths = {each["context_tokens"]: f"/obcache/contexts/{each['name']}" for each in mine}
+    return {tokens: server.get(path, params={"positions": "true"})["positions"] for tokens, path in paths.items()}
+
+
+def prefilled_tokens(server: Server) -> int:
+    """Tokens that were prefilled so far."""
+    return sum(map(int, re.findall(r"#new-token: (\d+)", server.log())))
+
+
+@pytest.mark.parametrize("budget", ["profile", "uniform", pytest.param("adakv", marks=pytest.mark.long), pytest.param("global", marks=pytest.mark.long)])  # fmt: skip
+def test_same_tokens_as_transformers_pruned_after_each_segment(server: Server, model_dir: Path, budget: str) -> None:
+    context = document(model_dir, CONTEXT_TOKENS)
+    asked = [context + question(model_dir, text) for text in QUESTIONS]
+    flush(server)
+    params = {"ignore_eos": True}
+    wish = {"context_len": CONTEXT_TOKENS, **WISH, "budget": budget}
+    wishes = [{"prompt": each, "obcache": wish, "max_new_tokens": NUM_TOKENS, "sampling_params": params} for each in asked]
+    answers = generate_together(server, wishes)
+    assert {report(answer)["status"] for answer in answers} == {"compressed", "reused"}
+    kept = kept_by_beginnings(server)
+    assert sorted(kept) == [*STARTS[1:], CONTEXT_TOKENS]
+    for tokens, positions in kept.items():
+        assert sum(len(head) for layer in positions for head in layer) == int(tokens * 0.4) * 90
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    cache = DynamicCache()
+    for first, last in zip(STARTS, [*STARTS[1:], CONTEXT_TOKENS], strict=True):
+        with torch.inference_mode(), attending_to(model, kept[first], first) if first else nullcontext():
+            position_ids = torch.arange(first, last)[None]
+            model(torch.tensor([context[first:last]]), past_key_values=cache, position_ids=position_ids, logits_to_keep=1)
+    for prompt, answer in zip(asked, answers, strict=True):
+        expected = continue_greedily(model, cache, prompt[CONTEXT_TOKENS:], kept[CONTEXT_TOKENS])
+        assert answer["output_ids"] == expected
+
+
+def test_segments_that_keep_everything_equal_the_exact_prompt(server: Server, model_dir: Path) -> None:
+    prompt = document(model_dir, CONTEXT_TOKENS, "naming") + question(model_dir, QUESTIONS[0])
+    exact = generate(server, prompt, obcache=False, max_new_tokens=NUM_TOKENS)
+    flush(server)
+    wish = {"context_len": CONTEXT_TOKENS, **WISH, "compression_ratio": 0.0}
+    answer = generate(server, prompt, obcache=wish, max_new_tokens=NUM_TOKENS)
+    assert answer["output_ids"] == exact["output_ids"]
+    assert (report(answer)["status"], report(answer)["kept_tokens"]) == ("compressed", CONTEXT_TOKENS)
+
+
+def test_a_text_that_has_grown_costs_its_last_segments_only(server: Server, model_dir: Path) -> None:
+    """A conversation: each turn asks about everything before it."""
+    history = document(model_dir, 2000, "class")
+    flush(server)
+    asked = question(model_dir, QUESTIONS[0])
+    turns = []
+    for length in (1000, 1100, 1150, 1900):
+        before = prefilled_tokens(server), compressions(server)
+        answer = generate(server, history[:length] + asked, obcache={"context_len": length, **WISH})
+        assert report(answer)["status"] == "compressed" and compressions(server) == before[1] + 1
+        turns.append(prefilled_tokens(server) - before[0] - len(asked))
+    # From 896, 1,024 and again 1,024 on.
+    assert turns == [1000, 1100 - 896, 1150 - 1024, 1900 - 1024]
+
+
+def test_a_pool_too_small_for_the_whole_compresses_it_by_segments(tight_server: Server, model_dir: Path) -> None:
+    """1,312 tokens and the 384 that are kept are more than the pool's 1,536 slots; requests are retracted meanwhile."""
+    context = document(model_dir, 1312, "customization")
+    settings: dict[str, Any] = {"method": "gate", "budget": "profile", "compression_ratio": 0.7, "context_len": len(context)}
+    whole = generate(tight_server, context + question(model_dir, QUESTIONS[0]), obcache=settings)
+    assert (report(whole)["status"], report(whole)["reason"]) == ("exact", "pool_too_small")
+    settings["segment_tokens"] = 256
+    asked = [{"prompt": context + question(model_dir, text), "obcache": settings, "max_new_tokens": 12} for text in QUESTIONS]
+    together = generate_together(tight_server, asked)
+    assert {report(answer)["status"] for answer in together} == {"compressed", "reused"}
+    assert {report(answer)["kept_tokens"] for answer in together} == {400}
+    for request, answer in zip(asked, together, strict=True):
+        again = generate(tight_server, **request)
+        assert report(again)["status"] == "reused" and again["output_ids"] == answer["output_ids"]

@@ -1,0 +1,367 @@
+"""Contexts that are compressed segment by segment: where segments begin, what their heads choose from, and how the manager makes them."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.rotary_embedding import get_rope
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from obcache_sglang.compress.compression import Compression, Compressor, ScoringRows
+from obcache_sglang.compress.gates import Gates, num_features
+from obcache_sglang.compress.head_profile import HeadProfile, ModelIdentity
+from obcache_sglang.compress.ranking import effective_window
+from obcache_sglang.compress.rotary import InverseRotary
+from obcache_sglang.errors import InvalidValue
+from obcache_sglang.kv.cells import KeptTokens, KVSpace, create_one_space
+from obcache_sglang.kv.context import Context, ContextState, Namespace
+from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
+from obcache_sglang.settings import CompressionSettings
+from tests.unit.engine import Driven
+from tests.unit.test_manager import report
+
+LAYERS, HEADS, HEAD_DIM = 3, 2, 16
+BASE, WHOLE = 205, 240
+
+
+# --- where segments begin ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "page_size", "start"),
+    [(192, 1, 0), (193, 1, 128), (320, 1, 128), (321, 1, 256), (5000, 1, 4864), (128, 1, 0), (256, 1, 128), (336, 48, 192)],
+)
+def test_the_last_segment_has_a_half_to_one_and_a_half_times_the_tokens(tokens: int, page_size: int, start: int) -> None:
+    settings = CompressionSettings.resolve({"method": "gate", "segment_tokens": 128})
+    assert settings.segment_start(tokens, page_size) == start
+    assert start % page_size == 0
+
+
+def test_a_beginning_has_segments_of_its_own() -> None:
+    settings = CompressionSettings.resolve({"method": "gate", "segment_tokens": 128})
+    starts = [700]
+    while starts[0] > 0:
+        starts.insert(0, settings.segment_start(starts[0], 1))
+    assert starts == [0, 128, 256, 384, 512, 700]
+
+
+def test_only_gates_score_before_the_context_ends() -> None:
+    with pytest.raises(InvalidValue, match="segment_tokens=256 can be used with method=gate only; with tova"):
+        CompressionSettings.resolve({"method": "tova", "segment_tokens": 256})
+    with pytest.raises(InvalidValue, match="from 128 to"):
+        CompressionSettings.resolve({"method": "gate", "segment_tokens": 5})
+    whole = CompressionSettings.resolve({"method": "gate"})
+    assert whole.segment_start(1 << 20, 1) == 0
+    assert whole.fingerprint() != CompressionSettings.resolve({"method": "gate", "segment_tokens": 256}).fingerprint()
+
+
+# --- what is kept ------------------------------------------------------------------------------------------------------
+
+
+class Pool(MHATokenToKVPool):
+    def _create_buffers_normal(self) -> None:
+        assert create_one_space(self)
+
+
+class World:
+    """A pool with the exact K and V of one context, and what compresses it."""
+
+    def __init__(self, budget: str, *, one_space: bool = True, **settings: Any) -> None:
+        torch.manual_seed(5)
+        self.settings = CompressionSettings.resolve(
+            {"method": "gate", "budget": budget, "compression_ratio": 0.6, "segment_tokens": 128, **settings}
+        )
+        kind = Pool if one_space else MHATokenToKVPool
+        self.pool = kind(900, 1, torch.float32, HEADS, HEAD_DIM, layer_num=LAYERS, device="cpu", enable_memory_saver=False)
+        for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
+            buffer.normal_()
+        rotary = InverseRotary(get_rope(HEAD_DIM, HEAD_DIM, 512, 10000, dtype=torch.float32))
+        shares = torch.rand(1, LAYERS, HEADS, dtype=torch.float64) * 0.7 + 0.05
+        identity = ModelIdentity("Some", LAYERS, HEADS, HEADS, HEAD_DIM, HEADS * HEAD_DIM, 9, "0" * 16)
+        gates = Gates(torch.randn(LAYERS, HEADS, num_features(HEAD_DIM)), torch.randn(LAYERS, HEADS))
+        space = KVSpace.of(self.pool) if one_space else None
+        self.compressor = Compressor(
+            self.pool,
+            space,
+            head_profile=HeadProfile(identity, [0.6], (shares * 0.4 / shares.mean()).tolist(), {"command": ""}),
+            lanes=(0, HEADS),
+            gates=gates,
+            rotaries=dict.fromkeys(range(LAYERS), rotary),
+        )
+        taken = torch.randperm(899) + 1
+        self.exact, self.free = taken[:WHOLE], taken[WHOLE:]
+        # What the gates say of each token, and its K and V, before anything is copied.
+        self.scores = torch.stack(
+            [
+                gates.scores(layer, rotary(k[self.exact], torch.arange(WHOLE)), v[self.exact])
+                for layer, (k, v) in enumerate(zip(self.pool.k_buffer, self.pool.v_buffer, strict=True))
+            ]
+        )
+        self.kv = [
+            torch.stack([k[self.exact], v[self.exact]]) for k, v in zip(self.pool.k_buffer, self.pool.v_buffer, strict=True)
+        ]
+
+    def compress(
+        self, num_tokens: int, base: Context | None = None, base_slots: torch.Tensor | None = None
+    ) -> tuple[Context, torch.Tensor]:
+        """A context of the first tokens, and its slots."""
+        num_slots = self.settings.kept_slots(num_tokens, 1)
+        slots, self.free = self.free[:num_slots], self.free[num_slots:]
+        context = Context("0f" * 16, Namespace(None, None, None), self.settings, array("q", range(num_tokens)), num_slots)
+        compression = Compression(context, base)
+        first = 0 if base is None else base.num_tokens
+        sources = self.exact[first:num_tokens]
+        rows = ScoringRows(0, 0, num_tokens, sources if base_slots is None else torch.cat([base_slots, sources]), last=True)
+        for layer_id in range(LAYERS):
+            layer: Any = SimpleNamespace(layer_id=layer_id, logit_cap=0, is_cross_attention=False, tp_k_head_num=HEADS)
+            scores = compression.score(self.compressor, rows, None, None, None, layer)
+            assert scores is not None
+            compression.keep(self.compressor, rows, scores, layer, slots)
+        assert compression.kept is not None
+        context.kept = compression.kept
+        return context, slots
+
+    def cells(self, context: Context, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [kept tokens of all heads, head_dim] of a context, in the order of its positions."""
+        if self.compressor.space is not None:
+            rows = self.compressor.space.cell_rows(slots)
+            return self.compressor.space.k[rows], self.compressor.space.v[rows]
+        k, v = (
+            torch.stack([buffer[slots].transpose(0, 1) for buffer in buffers])
+            for buffers in (self.pool.k_buffer, self.pool.v_buffer)
+        )
+        return k.reshape(-1, HEAD_DIM), v.reshape(-1, HEAD_DIM)
+
+
+def by_head(kept: KeptTokens) -> list[torch.Tensor]:
+    return [part.long() for part in kept.positions.split(kept.offsets.diff().tolist())]
+
+
+@pytest.mark.parametrize(
+    ("budget", "one_space", "settings"),
+    [
+        ("uniform", True, {}),
+        ("uniform", False, {}),
+        ("uniform", False, {"heads": "shared"}),
+        ("adakv", True, {}),
+        ("global", True, {}),
+        ("profile", True, {}),
+        ("profile", True, {"recent_tokens": 100}),
+        ("profile", True, {"max_kept_tokens": 150}),
+        ("profile", True, {"compression_ratio": 0.0}),
+    ],
+)  # fmt: skip
+def test_heads_choose_among_what_they_kept_and_the_new_tokens(budget: str, one_space: bool, settings: dict[str, Any]) -> None:
+    """With max_kept_tokens the base keeps everything, each head in its own lane, and the whole does not."""
+    world = World(budget, one_space=one_space, **settings)
+    first_new = 150 if "max_kept_tokens" in settings else BASE
+    base, base_slots = world.compress(first_new)
+    whole, slots = world.compress(WHOLE, base, base_slots)
+    before, after = by_head(base.kept), by_head(whole.kept)
+    assert sum(map(len, after)) == whole.num_slots * LAYERS * HEADS
+    scores = world.scores.flatten(0, 1)
+    if settings.get("heads") == "shared":
+        scores = world.scores.mean(1, keepdim=True).expand(-1, HEADS, -1).flatten(0, 1)
+    k, v = (each.split(whole.kept.offsets.diff().tolist()) for each in world.cells(whole, slots))
+    lowest, highest = [], []
+    for head, (kept_before, kept) in enumerate(zip(before, after, strict=True)):
+        candidates = {*kept_before.tolist(), *range(first_new, WHOLE)}
+        assert set(kept.tolist()) <= candidates and len(set(kept.tolist())) == len(kept)
+        recent = max(
+            effective_window(world.settings.kept_window, whole.num_slots, shrink=True),
+            int(world.settings.recent_share * max(0, len(kept) - 4)) if budget in ("uniform", "profile") else 0,
+        )
+        protected = {position for position in candidates if position < 4 or position >= WHOLE - recent}
+        assert protected <= set(kept.tolist())
+        chosen, left = sorted(set(kept.tolist()) - protected), sorted(candidates - set(kept.tolist()))
+        lowest += [float(scores[head, chosen].min())] if chosen else []
+        highest += [float(scores[head, left].max())] if left else []
+        if budget in ("uniform", "profile") and chosen and left:
+            assert lowest[-1] >= highest[-1]
+        exact = world.kv[head // HEADS][:, kept, head % HEADS]
+        torch.testing.assert_close(torch.stack([k[head], v[head]]), exact, rtol=0, atol=0)
+    if budget == "global":
+        assert min(lowest) >= max(highest)
+    if budget == "profile" and not settings:
+        assert world.compressor.head_profile is not None
+        most = [len(each) + WHOLE - BASE for each in before]
+        assert list(map(len, after)) == world.compressor.head_profile.counts(WHOLE, whole.num_slots, 4 + 8, most=most)
+    if settings.get("compression_ratio") == 0.0:
+        assert all(torch.equal(each, torch.arange(WHOLE)) for each in after)
+
+
+def test_no_head_is_given_more_than_it_has() -> None:
+    identity = ModelIdentity("Some", 1, 3, 3, 8, 24, 9, "0" * 16)
+    profile = HeadProfile(identity, [0.5], [[[0.8, 0.6, 0.1]]], {})
+    assert profile.counts(100, 50) == [80, 60, 10]
+    assert profile.counts(100, 50, most=[70, 100, 100]) == [70, 69, 11]
+    assert profile.counts(100, 50, floor=20, most=[70, 60, 20]) == [70, 60, 20]
+
+
+# --- how the manager makes them ---------------------------------------------------------------------------------------
+
+SIZE = 600
+DOCUMENT = array("q", range(1000, 1400))  # segments of 128, 128 and 144 tokens
+LEFT = FINISH_ABORT("its client left")
+
+
+def driven(size: int = SIZE, **settings: Any) -> Driven:
+    given = {"method": "gate", "gates": "smollm2-135m", "budget": "uniform", "compression_ratio": 0.5, "segment_tokens": 128}
+    return Driven(size, **{**given, **settings})
+
+
+def the_job(admitted: list[Any]) -> CompressionJob:
+    (job,) = [each for each in admitted if isinstance(each, CompressionJob)]
+    return job
+
+
+def make_all(drive: Driven) -> list[int]:
+    """Runs all jobs; the tokens that each of them prefilled."""
+    prefilled = []
+    while jobs := [each for each in drive.step() if isinstance(each, CompressionJob)]:
+        (job,) = jobs
+        drive.forward(job)
+        prefilled.append(len(job.origin_input_ids) - job.prefix_len)
+        drive.end(job)
+    return prefilled
+
+
+def test_each_segment_is_prefilled_after_the_compressed_ones_before_it() -> None:
+    drive = driven()
+    req = drive.ask(DOCUMENT)
+    job = the_job(drive.step())
+    assert (job.base, job.context.num_tokens, job.target) == (None, 128, req.context)
+    drive.forward(job)
+    assert drive.accounts() == (SIZE - 128 - 64, 0, 64)
+    drive.end(job)
+    job = the_job(drive.step())
+    assert job.base is not None and job.base.num_tokens == 128 and job.position_offset == 64
+    assert job.origin_input_ids == job.base.virtual_ids + DOCUMENT[128:256]
+    drive.forward(job)
+    assert job.prefix_len == 64 and drive.accounts() == (SIZE - 64 - 128 - 128, 0, 64 + 128)
+    drive.end(job)
+    job = the_job(drive.step())
+    drive.forward(job)
+    assert job.origin_input_ids[128:] == DOCUMENT[256:] and not job.following
+    drive.end(job)
+    assert drive.step() == [req]
+    assert (report(req)["status"], report(req)["context_tokens"], req.position_offset) == ("compressed", 400, 200)
+    assert drive.manager.metrics.to_dict()["compressions"] == 1
+    # 64 and 128 slots of the beginnings, which can be evicted.
+    assert drive.accounts() == (SIZE - 392, 392, 0)
+
+
+def test_a_pool_that_cannot_hold_the_document_and_what_it_keeps_compresses_it() -> None:
+    drive = driven(500)  # 400 + 200 do not fit; 144 and 128 and 200 do
+    req = drive.ask(DOCUMENT)
+    assert make_all(drive) == [128, 128, 144]
+    assert drive.step() == [req] and report(req)["status"] == "compressed"
+    whole = driven(500, segment_tokens=None)
+    req = whole.ask(DOCUMENT)
+    assert whole.step() == [req] and report(req)["reason"] == "pool_too_small"
+
+
+def test_a_text_that_goes_on_starts_from_what_is_compressed() -> None:
+    drive = driven(2000)
+    drive.ask(DOCUMENT)
+    assert make_all(drive) == [128, 128, 144]
+    longer = drive.ask(DOCUMENT + array("q", range(2000, 2050)))  # 450 tokens, the last segment from 384 on
+    assert make_all(drive) == [128, 66]
+    assert longer in drive.step() and report(longer)["status"] == "compressed"
+
+
+def test_beginnings_give_way_first() -> None:
+    drive = driven()
+    req = drive.ask(DOCUMENT)
+    make_all(drive)
+    drive.manager.room.make(drive.engine.free_slots() + 150)
+    resident = [each.num_tokens for each in drive.manager.cache if each.state is ContextState.RESIDENT]
+    assert resident == [400] and drive.accounts() == (SIZE - 200, 200, 0)
+    assert drive.step() == [req] and req.is_virtual
+
+
+def test_who_leaves_ends_the_chain_and_nothing_stays_locked() -> None:
+    drive = driven()
+    req = drive.ask(DOCUMENT)
+    drive_job = the_job(drive.step())
+    drive.forward(drive_job)
+    req.to_finish = LEFT
+    drive.engine.queue.remove(req)
+    drive.end(drive_job)
+    assert drive.step() == [] and drive.manager.jobs.all() == []
+    assert drive.accounts() == (SIZE - 64, 64, 0)
+    again = drive.ask(DOCUMENT, question=8)
+    assert make_all(drive) == [128, 144]
+    assert again in drive.step() and report(again)["status"] == "compressed"
+
+
+def test_a_segment_that_fails_lets_the_questions_be_served_exactly() -> None:
+    drive = driven()
+    req = drive.ask(DOCUMENT)
+    job = the_job(drive.step())
+    drive.forward(job)
+    drive.end(job)
+    job = the_job(drive.step())
+    drive.forward(job, kept=None)
+    drive.end(job)
+    assert job.skip_radix_cache_insert, "what was computed after compressed tokens must not be cached as exact"
+    assert drive.step() == [req] and report(req)["status"] == "exact"
+    assert drive.accounts() == (SIZE - 64, 64, 0)
+    assert not any(each.is_queued for each in drive.manager.cache)
+
+
+def test_an_aborted_segment_gives_back_its_base() -> None:
+    drive = driven()
+    drive.ask(DOCUMENT)
+    job = the_job(drive.step())
+    drive.forward(job)
+    drive.end(job)
+    job = the_job(drive.step())
+    assert drive.accounts() == (SIZE - 64, 0, 64), "the base is held before its job is admitted"
+    drive.engine.queue.remove(job)  # SGLang aborts it
+    drive.manager.jobs.end_dead()
+    assert drive.accounts() == (SIZE - 64, 64, 0)
+
+
+def test_texts_with_one_beginning_wait_for_it_and_share_it() -> None:
+    drive = driven(1200)
+    first = drive.ask(DOCUMENT)
+    second = drive.ask(DOCUMENT[:256] + array("q", range(3000, 3144)), question=8)
+    admitted = drive.step()
+    job = the_job(admitted)
+    assert job.target is first.context and not isinstance(second, CompressionJob) and second not in admitted
+    assert make_all(drive) == [128, 128, 144, 144]
+    assert {first, second} <= set(drive.step())
+    assert [report(each)["status"] for each in (first, second)] == ["compressed", "compressed"]
+
+
+def test_a_flush_forgets_what_was_held() -> None:
+    drive = driven()
+    req = drive.ask(DOCUMENT)
+    job = the_job(drive.step())
+    drive.forward(job)
+    drive.end(job)
+    job = the_job(drive.step())
+    drive.engine.queue = []
+    drive.engine.tree.reset()
+    drive.engine.tree.token_to_kv_pool_allocator.clear()
+    drive.manager.after_flush()
+    drive.manager.jobs.end_dead()
+    assert drive.accounts() == (SIZE, 0, 0)
+    assert isinstance(req, ContextReq) and not any(each.num_holders for each in drive.manager.cache)
+
+
+def test_progress_counts_the_tokens_of_the_whole_context() -> None:
+    drive = driven()
+    drive.ask(DOCUMENT)
+    job = the_job(drive.step())
+    assert job.progress == (0, 400)
+    drive.forward(job)
+    drive.end(job)
+    job = the_job(drive.step())
+    assert job.progress == (128, 400)
