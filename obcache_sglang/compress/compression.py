@@ -224,17 +224,21 @@ class Compression:
         new = compressor.gate_scores(gates, rotary, layer_id, keys, values, sources.slots, sources.first)
         if sources.kept is None or sources.kept_slots is None:
             return new
-        scores = torch.nn.functional.pad(new, (sources.first, 0), value=float("-inf"))
+        # What the layer's heads have kept, in the order of the cells.
         first_head = (layer_id - pool.start_layer) * len(new)
-        for head, (first, last) in enumerate(pairwise(sources.kept.bounds[first_head : first_head + len(new) + 1])):
-            positions = sources.kept.positions[first:last].to(torch.int64)
-            if compressor.space is None:  # then all heads keep as many, each in its own layer and lane
-                k, v = keys[sources.kept_slots, head], values[sources.kept_slots, head]
-            else:
-                cells = torch.arange(first, last, device=positions.device)
-                found = compressor.space.rows_of_cells(sources.kept_slots, cells)
-                k, v = compressor.space.k[found], compressor.space.v[found]
-            scores[head, positions] = gates.head_scores(layer_id, head, rotary(k.unsqueeze(1), positions).squeeze(1), v)
+        bounds, offsets = sources.kept.bounds, sources.kept.offsets[first_head : first_head + len(new) + 1]
+        first, last = bounds[first_head], bounds[first_head + len(new)]
+        heads = torch.arange(len(new), device=new.device).repeat_interleave(offsets.diff(), output_size=last - first)
+        positions = sources.kept.positions[first:last].to(torch.int64)
+        if compressor.space is None:  # then all heads keep as many, each in its own layer and lane
+            k, v = (each[sources.kept_slots].transpose(0, 1).flatten(0, 1) for each in (keys, values))
+        else:
+            rows_of_cells = compressor.space.cell_rows(sources.kept_slots, first, last)
+            k, v = compressor.space.k[rows_of_cells], compressor.space.v[rows_of_cells]
+        # What a head no longer has ranks below all that it has, whatever that scores.
+        new = new.nan_to_num(nan=torch.finfo(torch.float32).min)
+        scores = torch.nn.functional.pad(new, (sources.first, 0), value=float("-inf"))
+        scores[heads, positions] = gates.cell_scores(layer_id, heads, rotary(k.unsqueeze(1), positions).squeeze(1), v)
         return scores
 
     def _to_choose_from(self) -> list[int] | None:

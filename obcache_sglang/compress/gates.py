@@ -42,6 +42,7 @@ _COMMAND = "python -m obcache_sglang.calibrate MODEL --gates FILE"
 _RIDGE = 1e-3
 # Scratch of one step: a block of tokens' features in float32.
 _BLOCK_TOKENS = 4096
+_BLOCK_CELLS = 4 * _BLOCK_TOKENS
 
 
 def num_features(head_dim: int) -> int:
@@ -91,9 +92,17 @@ class Gates:
             scores[:, block] = torch.bmm(found, weights)[..., 0] + bias
         return scores
 
-    def head_scores(self, layer: int, head: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The scores [tokens] float32 of tokens of one head. k, v: [tokens, head_dim], any float dtype, K before RoPE."""
-        return features(k, v) @ self.weights[layer, head] + self.bias[layer, head]
+    def cell_scores(self, layer: int, heads: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The scores [cells] float32 of single tokens of a layer's heads.
+
+        heads: [cells] int64, whose each is. k, v: [cells, head_dim], any float dtype, K before RoPE.
+        """
+        scores = torch.empty(len(heads), dtype=torch.float32, device=k.device)
+        for first in range(0, len(heads), _BLOCK_CELLS):
+            block = slice(first, first + _BLOCK_CELLS)
+            found = features(k[block], v[block]).mul_(self.weights[layer, heads[block]])
+            scores[block] = found.sum(-1) + self.bias[layer, heads[block]]
+        return scores
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ def rank_positions(
     pooling: "none", "average" or "max" over kernel_size (odd) neighbouring scores, before the window only. "average" is
         SnapKV in KVPress (zeros beyond the ends count); "max" is the OBCache paper's.
 
-    Returns [num_kv_heads, context_len] float32: +inf for at most num_slots positions of a head, its sinks and its window;
-    -inf for window positions that lost their place. Raises ValueError. No step waits for the device.
+    Returns [num_kv_heads, context_len] float32: +inf for at most num_slots positions of a head, its sinks and its window; the lowest
+    number for window positions that lost their place; -inf for tokens that the head no longer has. Raises ValueError. No step waits for the device.
     """
     context_len = scores.shape[1]
     _check("num_slots", num_slots, 1, context_len, "the tokens of the context")
@@ -74,8 +74,8 @@ def rank_positions(
     num_sinks = min(sink_tokens, num_slots)
     num_recent = min(window, num_slots - num_sinks)
 
-    # Window positions that lost their place to sinks rank last: then sinks and window fill all slots anyway.
-    ranked = torch.full_like(scores, float("-inf"))
+    # Window positions that lost their place to sinks rank last of all that there are.
+    ranked = torch.full_like(scores, torch.finfo(scores.dtype).min)
     if before_window:
         # A score that overflowed must not rank with what is always kept.
         pooled = _pool(scores[:, :before_window], pooling, kernel_size).clamp(max=torch.finfo(scores.dtype).max)

@@ -57,7 +57,7 @@ class Namespace:
 class Context:
     """One compressed context.
 
-    id: 32 hexadecimal digits, see `scheduler.context_cache.context_id`.
+    id: 32 hexadecimal digits, see `scheduler.identity.context_id`.
     tokens: its L real token ids, whole pages.
     num_slots: M.
     virtual_ids: [M], empty until slots are reserved.
@@ -74,6 +74,7 @@ class Context:
     scoring_seconds: the part of it spent on scoring, selecting and copying, as the host saw it.
     job_cached_tokens: its tokens that the compression found in the exact cache.
     reuses: questions that it served after the one that had it compressed.
+    beginnings: the tokens and ids of the shorter contexts that it is compressed after, segment by segment, ascending; None until asked for.
     tails: by context id, the tokens between the last whole page and the end that a client gave it.
     suffixes: what requests left in the tree after it, as token ids.
     suffixes_complete: whether that is all of it.
@@ -101,6 +102,7 @@ class Context:
     scoring_seconds: float | None = None
     job_cached_tokens: int = 0
     reuses: int = 0
+    beginnings: list[tuple[int, str]] | None = None
     tails: OrderedDict[str, array[int]] = field(default_factory=OrderedDict)
     suffixes: dict[bytes, None] = field(default_factory=dict)
     suffixes_complete: bool = True

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +30,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from obcache_sglang.host import use
 from obcache_sglang.kv.cells import KeptTokens
 from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context, ContextState, Namespace
+from obcache_sglang.scheduler.identity import beginnings, context_id
 from obcache_sglang.settings import CompressionSettings
 
 if TYPE_CHECKING:
@@ -44,18 +44,6 @@ MAX_TRACKED_TOKENS = 1 << 19
 
 MAX_TAILS = 256
 """Different ends of a context after its last whole page that context ids are remembered for; the oldest is forgotten first."""
-
-
-def context_id(
-    namespace: Namespace, settings: CompressionSettings, tokens: array[int], judges: Sequence[int] = (), *, secret: bytes = b""
-) -> str:
-    """What a context is, in 32 hexadecimal digits: a hash, equal in every process that has the server's `secret`.
-
-    Without the secret nobody can compute it, so a name in a list does not tell whether a guessed text is the context's.
-    """
-    head = json.dumps([namespace.extra_key, namespace.cache_salt, namespace.lora_id, settings.fingerprint(), *judges])
-    key = hashlib.blake2b(head.encode("utf-8", "surrogatepass"), key=secret).digest()
-    return hashlib.blake2b(tokens.tobytes(), digest_size=16, key=key).hexdigest()
 
 
 class ContextCache:
@@ -138,21 +126,27 @@ class ContextCache:
         self._contexts.move_to_end(identity)
         return context
 
-    def segments(self, context: Context) -> tuple[Context | None, list[Context]] | None:
-        """Its longest resident beginning that is a context of its own, and what must be compressed after that, itself last.
+    def beginnings(self, context: Context) -> list[tuple[int, str]]:
+        """As `Context.beginnings`."""
+        if context.beginnings is None:
+            context.beginnings = beginnings(context, self.page_size, secret=self._secret)
+        return context.beginnings
 
-        (None, [context]) where it is compressed whole. None where as many contexts are pinned or being compressed as may be remembered.
-        """
-        base, chain = None, [context]
-        while base is None and (start := context.settings.segment_start(chain[0].num_tokens, self.page_size)) > 0:
-            found = self.obtain(context.namespace, context.settings, context.tokens[:start], is_segment=True)
-            if found is None:
-                return None
-            if self.is_resident(found):
-                base = found
-            else:
-                chain.insert(0, found)
-        return None if any(self.get(each.id) is not each for each in chain) else (base, chain)
+    def longest_beginning(self, context: Context) -> Context | None:
+        """The longest of its beginnings that is resident."""
+        for _, identity in reversed(self.beginnings(context)):
+            found = self._contexts.get(identity)
+            if found is not None and self.is_resident(found):
+                return found
+        return None
+
+    def next_segment(self, target: Context, base: Context | None) -> Context | None:
+        """What is compressed for target after base: its next beginning, or itself. None where no record can be had."""
+        first = 0 if base is None else base.num_tokens
+        for start, _ in self.beginnings(target):
+            if start > first:
+                return self.obtain(target.namespace, target.settings, target.tokens[:start], is_segment=True)
+        return target
 
     def find_prefix(self, namespace: Namespace, settings: CompressionSettings, tokens: array[int]) -> Context | None:
         """The longest resident context, made with these settings, that `tokens` starts with and goes on after."""
@@ -302,11 +296,18 @@ class ContextCache:
         return bool(self._deleting)
 
     def delete(self, context: Context) -> None:
-        """No new request finds the context; its slots go with `sweep`, once it has no readers."""
-        self.unpin(context)
+        """No new request finds the context, nor the beginnings it was made of; their slots go with `sweep`, once they have no readers."""
+        beginnings = (self._contexts.get(identity) for _, identity in self.beginnings(context))
+        for each in (context, *(each for each in beginnings if each is not None and each.is_segment and not each.is_queued)):
+            self.unpin(each)
+            self._drop_record(each)
+            each.state = ContextState.DELETING
+            self._deleting[each.id] = each
+
+    def drop_segment(self, context: Context) -> None:
+        """Forgets a beginning that only a longer context has asked for."""
+        self.withdraw(context)
         self._drop_record(context)
-        context.state = ContextState.DELETING
-        self._deleting[context.id] = context
 
     def sweep(self, in_use: set[str]) -> None:
         """Frees what was deleted and is not among the ids `in_use`."""
@@ -405,8 +406,8 @@ class ContextCache:
         """Makes room for one more record; False where none can go. What goes is evicted, as far as no request reads it."""
         if len(self._contexts) < self.max_contexts:
             return True
-        idle = (each for each in self._contexts.values() if not each.is_queued and not each.pinned)
-        oldest = next(idle, None)
+        idle = [each for each in self._contexts.values() if not each.is_queued and not each.pinned and not each.num_holders]
+        oldest = next((each for each in idle if each.is_segment), idle[0] if idle else None)
         if oldest is None:
             return False
         if self.is_resident(oldest):

@@ -161,7 +161,7 @@ class ForwardPlan(BatchContexts):
 def _context_before(req: Req) -> Context | None:
     """The compressed context that a request's own tokens come after."""
     if isinstance(req, CompressionJob):
-        return req.base
+        return req.base if req.error != "evicted" else None  # then its ids are not those of the base either
     return req.context if isinstance(req, ContextReq) and req.is_virtual else None
 
 

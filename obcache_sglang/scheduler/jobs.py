@@ -9,6 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 logger = logging.getLogger(__name__)
+
+MAX_STARVED_PASSES = 8
+"""Passes in which nothing runs and nothing is admitted, before a job gives up the beginning that it holds."""
 
 MAX_REPLAY_FACTOR = 4
 """Tokens that a replay may read for each token of its context, its prompts included."""
@@ -63,10 +67,13 @@ class Jobs:
         """Those under way, the longest first."""
         return list(self._by_context.values())
 
-    def makes_a_segment_of(self, context: Context) -> bool:
-        """Whether a job makes a beginning of a context that it is to be compressed after."""
-        segments = self.cache.segments(context)
-        return segments is not None and any(each.is_queued for each in segments[1])
+    def await_another(self, context: Context) -> bool:
+        """Whether a context, or a beginning that it is to be compressed after, is being made. From now on a client waits for that."""
+        made = {context.id, *(identity for _, identity in self.cache.beginnings(context))}
+        under_way = [job for job in self.all() if job.context.id in made or job.target.id in made]
+        for job in under_way:
+            job.unattended = False
+        return context.is_queued or bool(under_way)
 
     # --- beginning --------------------------------------------------------------------------------------------------
 
@@ -79,20 +86,21 @@ class Jobs:
             return None, "no_room_to_replay"
         if sum(len(each.tokens) for each in passes) > MAX_REPLAY_FACTOR * context.num_tokens:
             return None, "replay_too_long"
-        segments = self.cache.segments(context)
-        if segments is None:
-            return None, "too_many_contexts"
-        base, (first, *following) = segments
-        if any(each.state is ContextState.DELETING for each in (first, *following)):
-            return None, "deleted"
+        base = self.cache.longest_beginning(context)
+        lengths = [start for start, _ in self.cache.beginnings(context) if base is None or start > base.num_tokens]
+        ends = [0 if base is None else base.num_tokens, *lengths, context.num_tokens]
         longest = max((len(each.tokens) for each in passes), default=len(context.judges))
-        chain = (first, *following)
-        needed = [_slots(each, before) + longest for each, before in zip(chain, (base, *chain), strict=False)]
         # SGLang admits what is, with a page more, less than the pool.
-        if max(needed) + self.cache.page_size >= self.engine.pool_slots:
+        most = max(self._slots(context, first, last) for first, last in pairwise(ends)) + longest
+        if most + self.cache.page_size >= self.engine.pool_slots:
             return None, "pool_too_small"
-        job = self._make(first, like, passes, base=base, following=following)
-        self.room.make(needed[0])
+        segment = self.cache.next_segment(context, base)
+        if segment is None:
+            return None, "too_many_contexts"
+        if segment.state is ContextState.DELETING:
+            return None, "deleted"
+        job = self._make(segment, like, passes, base=base, target=context)
+        self.room.make(self._slots(context, *ends[:2]) + longest - (0 if base is None else base.num_slots))
         if job.window < context.settings.window:
             logger.warning(
                 "obcache: context %s keeps only %d slots, so its window of %d tokens shrinks to %d",
@@ -107,14 +115,13 @@ class Jobs:
         passes: Sequence[ReplayPass] = (),
         *,
         base: Context | None = None,
-        following: Sequence[Context] = (),
+        target: Context | None = None,
     ) -> CompressionJob:
         self._num_jobs += 1
         rid = hashlib.blake2b(str(self._num_jobs).encode(), digest_size=16, key=self._secret, person=b"job").hexdigest()
-        job = CompressionJob(context, like, rid=rid, passes=passes, base=base, following=following)
+        job = CompressionJob(context, like, rid=rid, passes=passes, base=base, target=target)
         self._by_context[job.target.id] = job
-        for each in (context, *following):
-            each.is_queued = True
+        context.is_queued = job.target.is_queued = True
         if base is not None:
             self.cache.hold(base)
             job.holds_base = True
@@ -261,10 +268,10 @@ class Jobs:
         """
         context = job.context
         if self.get(job.target) is not job:
+            self._release_base(job)
             return  # another one has taken its place
         del self._by_context[job.target.id]
-        for each in (context, *job.following):
-            each.is_queued = False
+        context.is_queued = job.target.is_queued = False
         done = False
         try:
             done = completed and self._go_on_or_publish(job)
@@ -277,11 +284,14 @@ class Jobs:
             self.refuse(job.target, job.error)
         if not done:
             self.discard(context)
+        self._release_base(job)
+        if completed:
+            self._count(job, published=done and job.is_final and context is job.target)
+
+    def _release_base(self, job: CompressionJob) -> None:
         if job.holds_base and job.base is not None:
             job.holds_base = False  # once, also where it raises
             self.cache.release(job.base)
-        if completed:
-            self._count(job, published=done and job.is_final and not job.following)
 
     def refuse(self, context: Context, reason: str) -> None:
         """Lets the questions that wait for a context be served exactly."""
@@ -312,11 +322,42 @@ class Jobs:
             return False
         assert kept is not None
         self.cache.publish(context, kept)
-        if job.following and self.is_awaited(job):
-            following, *rest = job.following
-            self.engine.queue.insert(0, self._make(following, job, base=context, following=rest))
-            self.room.make(_slots(following, context))
+        if context is job.target or not self.is_awaited(job):
+            return True
+        following = self.cache.next_segment(job.target, context)
+        if following is None or following.state is ContextState.DELETING or (following.is_queued and following is not job.target):
+            job.error = "too_many_contexts" if following is None else "replaced"
+            return False
+        self.engine.queue.insert(0, self._make(following, job, base=context, target=job.target))
         return True
+
+    def make_room_for_segments(self) -> None:
+        """What gives way first for the next segment of each context, once: what its last job held is given back by now."""
+        for job in self.all():
+            if job.holds_base and not job.has_room and job.base is not None and not job.kv.holds_kv:
+                job.has_room = True
+                self.room.make(self._slots(job.target, job.base.num_tokens, job.context.num_tokens) - job.base.num_slots)
+
+    def end_a_waiting_segment(self) -> None:
+        """Nothing hangs: a job that waits while nothing runs and nothing fits gives back the beginning that it holds.
+
+        Not at once: SGLang may admit nothing in a pass for other reasons.
+        """
+        for job in self.all():
+            if not job.holds_base or job.kv.holds_kv:
+                continue
+            job.starved_passes += 1
+            if job.starved_passes >= MAX_STARVED_PASSES:
+                logger.warning("obcache: context %s waits for room no longer, others need its beginning's", job.target.id)
+                self._dequeue(job)
+                self.end(job, completed=False)
+                return
+
+    def forget_bases(self) -> None:
+        """The tree was reset: jobs after a base cannot run any more."""
+        for job in [each for each in self.all() if each.base is not None]:
+            self._dequeue(job)
+            self.end(job, completed=False)
 
     def _count(self, job: CompressionJob, *, published: bool) -> None:
         """Metrics and log of a prefill that ran to the end. Whatever fails here on one rank changes no decision."""
@@ -361,7 +402,7 @@ class Jobs:
     def _dequeue(self, job: CompressionJob) -> None:
         self.engine.queue = [req for req in self.engine.queue if req is not job]
 
-
-def _slots(context: Context, base: Context | None) -> int:
-    """KV slots that a context's compression holds at once. base: as in `CompressionJob`."""
-    return context.num_tokens + context.num_slots - (0 if base is None else base.position_offset)
+    def _slots(self, context: Context, first: int, last: int) -> int:
+        """KV slots that the compression of a context's tokens first ... last - 1 holds at once, with what is kept of those before."""
+        kept = [context.settings.kept_slots(tokens, self.cache.page_size) for tokens in (first, last) if tokens]
+        return last - first + sum(kept)

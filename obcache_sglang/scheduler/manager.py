@@ -131,6 +131,7 @@ class CompressionManager:
         order = admitted = engine.queue
         try:
             if admitted:
+                self.jobs.make_room_for_segments()
                 self.room.make(self.room.tight_slots)
             self.in_place.advance()
             if not engine.admits_nobody():
@@ -257,9 +258,7 @@ class CompressionManager:
             if not context.is_queued:
                 self._defer(context, req)
             return self._serve_exact(req, "deferred"), None
-        if context.is_queued or self.room.must_wait(context, self.jobs.all()):
-            return Verdict.HOLD, None
-        if self.jobs.makes_a_segment_of(context):
+        if self.jobs.await_another(context) or self.room.must_wait(context, self.jobs.all()):
             return Verdict.HOLD, None
         self.jobs.discard(context)  # what a job has left that failed to end
         if req.compressions_started < MAX_COMPRESSIONS_PER_REQUEST and self.in_place.start(context):
@@ -311,6 +310,7 @@ class CompressionManager:
         if plan.context_len == 0:
             context = self.cache.find_prefix(req.namespace, plan.settings, prompt)
             if context is not None:
+                context.is_segment = False
                 req.context_id = self.cache.capability(context, array("q"))
             return context
         # A prompt of its context alone still needs one token to generate from; auto-truncation may have cut it shorter.
@@ -372,7 +372,8 @@ class CompressionManager:
         """A pin yields where nothing runs, and nothing of what was asked to run fits. result: (new batch, running batch)."""
         batch, running_batch = result
         if asked and batch is None and self.engine.queue and running_batch.is_empty():
-            self.room.release_a_pin()
+            if not self.room.release_a_pin():
+                self.jobs.end_a_waiting_segment()
             self.metrics.set_gauges(self.cache)
 
     def _start_job(self, req: ContextReq, context: Context) -> tuple[Verdict, CompressionJob | None]:
@@ -400,6 +401,7 @@ class CompressionManager:
         """The tree was reset: every context is gone."""
         self.in_place.forget()
         self.cache.clear()
+        self.jobs.forget_bases()
         self._deferred.clear()
         self.metrics.set_gauges(self.cache)
 

@@ -180,8 +180,9 @@ class CompressionJob(Req):
 
     base: the compressed context before the segment; None for the first one, and for a context that is compressed whole.
     holds_base: whether the base is held (`ContextCache.hold`), until the job ends.
-    following: the contexts that are compressed after this one.
-    target: the last of them, which questions wait for; where there is none, the context.
+    has_room: whether room was made for it.
+    starved_passes: of the scheduler, in which it waited, nothing ran and nothing was admitted.
+    target: the whole context, which questions wait for.
     compression: what the forward does for it; carried on from pass to pass.
     unattended: no request waits for it.
     replay: the pass after the context, None for the context alone.
@@ -206,7 +207,7 @@ class CompressionJob(Req):
         rid: str,
         passes: Sequence[ReplayPass] = (),
         base: Context | None = None,
-        following: Sequence[Context] = (),
+        target: Context | None = None,
     ) -> None:
         """like: whose LoRA adapter, priority and namespace it has; the prefill that came before it, if one did.
 
@@ -216,9 +217,10 @@ class CompressionJob(Req):
         sampling_params.normalize(None)
         self.replay: ReplayPass | None = None
         self.passes = list(passes)
-        self.base, self.following = base, list(following)
-        self.holds_base = False
-        self.target = self.following[-1] if self.following else context
+        self.base = base
+        self.holds_base = self.has_room = False
+        self.starved_passes = 0
+        self.target = target or context
         self.compression = Compression(context, base)
         self.unattended = False
         self.started_at = time.perf_counter()
@@ -269,13 +271,13 @@ class CompressionJob(Req):
     @property
     def context_cached_tokens(self) -> int:
         """Tokens of the context that its first prefill found in the exact cache; the later ones find what that one left."""
-        return int(self.cached_tokens if self.first_cached_tokens is None else self.first_cached_tokens)
+        return int(self.cached_tokens + self.position_offset if self.first_cached_tokens is None else self.first_cached_tokens)
 
     @property
     def progress(self) -> tuple[int, int]:
         """Tokens read so far, what was found cached included, and in all: the context's, and each pass's."""
         own = self.kv.kv_committed_len if self.kv.holds_kv else len(self.origin_input_ids) if self.finished() else 0
-        if self.base is not None or self.following:
+        if self.base is not None or self.target is not self.context:
             return max(own + self.position_offset, 0 if self.base is None else self.base.num_tokens), self.target.num_tokens
         found = 0 if self.replay is None else self.context.num_tokens  # the passes find the context cached
         total = self.earlier_tokens + len(self.origin_input_ids) - found + sum(len(each.tokens) for each in self.passes)

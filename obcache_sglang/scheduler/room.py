@@ -41,10 +41,12 @@ class Room:
     def must_wait(self, context: Context, jobs: Collection[CompressionJob]) -> bool:
         """True if starting this compression now would evict compressed contexts, because running compressions still hold their exact KV.
 
-        Each that is evicted must be compressed again, and evicts others then. Those under way give their exact KV back soon.
+        Each that is evicted must be compressed again, and evicts others then. Those under way give their exact KV back soon. One that nobody
+        waits for gives nothing back before it runs, and runs when this one does not wait any more.
         """
         if self._one_waits:
             return True  # in the order of the queue, so that small ones do not overtake a large one for ever
+        jobs = [job for job in jobs if job.kv.holds_kv or not job.unattended]
         if not jobs:
             return False
         needed = sum(slots_to_compress(each) for each in (context, *(job.target for job in jobs)))
@@ -52,12 +54,8 @@ class Room:
         if needed <= spare:
             return False
         held = sum(job.kv.kv_allocated_len + (0 if job.slots is None else job.context.num_slots) for job in jobs)
-        kept = sum(
-            each.num_slots
-            for each in self.cache
-            if each.state is ContextState.RESIDENT and each.tree_lock is None and not each.is_segment
-        )
-        self.make(needed - held + spare)
+        self.make(needed - held + spare, keep={identity for _, identity in self.cache.beginnings(context)})
+        kept = sum(each.num_slots for each in self._idle() if not each.is_segment)
         room = self.engine.free_slots() + max(0, self.cache.tree.evictable_size() - kept)
         self._one_waits = needed - held + spare > room
         return self._one_waits
@@ -66,9 +64,15 @@ class Room:
         """Whether so many can be taken past SGLang's admission, which has promised what is free to the requests that run."""
         return bool(self.engine.free_slots() + self.cache.tree.evictable_size() - num_slots >= self.tight_slots)
 
-    def make(self, num_slots: int) -> None:
-        """Frees beginnings of contexts that only longer ones asked for, and then what answered questions left after contexts, from the least
-        recently used on, until so many slots are free.
+    def _idle(self) -> list[Context]:
+        """Contexts that can be evicted, as far as nobody reads them."""
+        return [each for each in self.cache if each.state is ContextState.RESIDENT and each.tree_lock is None]
+
+    def make(self, num_slots: int, keep: Collection[str] = ()) -> None:
+        """Frees what answered questions left after contexts, from the least recently used on, until so many slots are free. If that and
+        what else is cached exactly is not enough, beginnings go that only longer contexts have asked for.
+
+        keep: ids of beginnings that stay.
 
         By last use alone the tree would evict idle contexts before: a question's own tokens are newer than every context but one,
         and are rarely asked for again.
@@ -76,18 +80,23 @@ class Room:
         if self.engine.free_slots() >= num_slots:
             return
         # A pool full of cached text is an ordinary state, and this runs in each pass of it: mostly there is nothing to drop.
-        resident = [context for context in self.cache if context.state is ContextState.RESIDENT]
-        segments = [context for context in resident if context.is_segment and context.tree_lock is None]
-        followed = [context for context in resident if context.suffixes and not context.is_segment]
-        if not segments and not followed:
+        followed = [context for context in self.cache if context.suffixes and context.state is ContextState.RESIDENT]
+        segments = [context for context in self._idle() if context.is_segment and context.id not in keep]
+        if not followed and not segments:
             return
         # What these will leave is not in the tree yet.
         readers = self.readers()
-        for context in [*segments, *followed]:
+        for context in followed:
             if context.id not in readers:
-                (self.cache.withdraw if context.is_segment else self.cache.drop_suffixes)(context)
+                self.cache.drop_suffixes(context)
                 if self.engine.free_slots() >= num_slots:
                     return
+        exact = max(0, self.cache.tree.evictable_size() - sum(each.num_slots for each in self._idle()))
+        for context in segments:
+            if self.engine.free_slots() + exact >= num_slots:
+                return
+            if context.id not in readers:
+                self.cache.drop_segment(context)
 
     def readers(self) -> Counter[str]:
         """Requests that use each context now, by context id."""
@@ -104,8 +113,11 @@ class Room:
         if not context.pinned and make_way_for_pin(self.cache, context, self.max_pinned_slots):
             self.cache.pin(context)
 
-    def release_a_pin(self) -> None:
-        """Nothing hangs: where nothing runs and nothing fits, pinned contexts yield, the least recently used first, one a pass."""
+    def release_a_pin(self) -> bool:
+        """Nothing hangs: where nothing runs and nothing fits, pinned contexts yield, the least recently used first, one a pass.
+
+        Whether there was one.
+        """
         for context in self.cache:
             if context.pinned:
                 self.cache.unpin(context)
@@ -113,7 +125,8 @@ class Room:
                     "obcache: unpinned context %s: nothing runs, and no waiting request fits beside the pinned contexts",
                     context.id,
                 )
-                return
+                return True
+        return False
 
 
 def slots_to_compress(context: Context) -> int:

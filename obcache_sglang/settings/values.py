@@ -18,6 +18,9 @@ from obcache_sglang.settings import methods
 from obcache_sglang.settings.methods import EVERY_QUERY, METHODS, PRESETS
 from obcache_sglang.settings.options import COMPRESSION_OPTIONS, OPTIONS
 
+MAX_SEGMENTS = 64
+"""Segments of one length. More would cost a long context more than its prefill: with each, all that is kept is scored and copied again."""
+
 
 @dataclass(frozen=True)
 class CompressionSettings:
@@ -228,12 +231,21 @@ class CompressionSettings:
         """Where the last segment of a context of `context_tokens` (whole pages) begins: its tokens before are a context of their own.
 
         0 for a context of one segment. All but the last segment have `segment_tokens` (whole pages), the last a half to one and a half
-        times as many.
+        times as many. After `MAX_SEGMENTS` segments they are twice as long, after as many tokens again twice as long as that, and so on.
         """
         if self.segment_tokens is None:
             return 0
         segment = max(1, self.segment_tokens // page_size) * page_size
+        while context_tokens > MAX_SEGMENTS * segment:
+            segment *= 2
         return max(0, math.ceil((context_tokens - 1.5 * segment) / segment)) * segment
+
+    def segment_starts(self, context_tokens: int, page_size: int) -> list[int]:
+        """Where all segments but the first begin, ascending; as `segment_start`."""
+        starts: list[int] = []
+        while (context_tokens := self.segment_start(context_tokens, page_size)) > 0:
+            starts.append(context_tokens)
+        return starts[::-1]
 
     def safeguarded_tokens(self, num_slots: int) -> int:
         """Budget adakv: how many of num_slots tokens each head keeps whatever the other heads score; counted as in KVPress."""

@@ -10,7 +10,9 @@ import pytest
 import torch
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from obcache_sglang.compress.compression import Compression, Compressor, ScoringRows
 from obcache_sglang.compress.gates import Gates, num_features
@@ -20,6 +22,8 @@ from obcache_sglang.compress.rotary import InverseRotary
 from obcache_sglang.errors import InvalidValue
 from obcache_sglang.kv.cells import KeptTokens, KVSpace, create_one_space
 from obcache_sglang.kv.context import Context, ContextState, Namespace
+from obcache_sglang.scheduler.forward import _context_before
+from obcache_sglang.scheduler.jobs import MAX_STARVED_PASSES
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from obcache_sglang.settings import CompressionSettings
 from tests.unit.engine import Driven
@@ -154,6 +158,7 @@ def by_head(kept: KeptTokens) -> list[torch.Tensor]:
         ("profile", True, {"recent_tokens": 100}),
         ("profile", True, {"max_kept_tokens": 150}),
         ("profile", True, {"compression_ratio": 0.0}),
+        ("uniform", True, {"compression_ratio": 0.3, "sink_tokens": 1000, "recent_tokens": 1000}),
     ],
 )  # fmt: skip
 def test_heads_choose_among_what_they_kept_and_the_new_tokens(budget: str, one_space: bool, settings: dict[str, Any]) -> None:
@@ -176,12 +181,16 @@ def test_heads_choose_among_what_they_kept_and_the_new_tokens(budget: str, one_s
             effective_window(world.settings.kept_window, whole.num_slots, shrink=True),
             int(world.settings.recent_share * max(0, len(kept) - 4)) if budget in ("uniform", "profile") else 0,
         )
-        protected = {position for position in candidates if position < 4 or position >= WHOLE - recent}
+        sinks = min(world.settings.sink_tokens, whole.num_slots)
+        protected = {
+            position for position in candidates if position < sinks or position >= WHOLE - min(recent, whole.num_slots - sinks)
+        }
         assert protected <= set(kept.tolist())
         chosen, left = sorted(set(kept.tolist()) - protected), sorted(candidates - set(kept.tolist()))
         lowest += [float(scores[head, chosen].min())] if chosen else []
         highest += [float(scores[head, left].max())] if left else []
-        if budget in ("uniform", "profile") and chosen and left:
+        # What was in the window, and lost its place to sinks, goes by its position.
+        if budget in ("uniform", "profile") and chosen and left and "sink_tokens" not in settings:
             assert lowest[-1] >= highest[-1]
         exact = world.kv[head // HEADS][:, kept, head % HEADS]
         torch.testing.assert_close(torch.stack([k[head], v[head]]), exact, rtol=0, atol=0)
@@ -247,7 +256,7 @@ def test_each_segment_is_prefilled_after_the_compressed_ones_before_it() -> None
     drive.end(job)
     job = the_job(drive.step())
     drive.forward(job)
-    assert job.origin_input_ids[128:] == DOCUMENT[256:] and not job.following
+    assert job.origin_input_ids[128:] == DOCUMENT[256:] and job.context is job.target
     drive.end(job)
     assert drive.step() == [req]
     assert (report(req)["status"], report(req)["context_tokens"], req.position_offset) == ("compressed", 400, 200)
@@ -347,13 +356,122 @@ def test_a_flush_forgets_what_was_held() -> None:
     drive.forward(job)
     drive.end(job)
     job = the_job(drive.step())
-    drive.engine.queue = []
-    drive.engine.tree.reset()
+    drive.engine.tree.reset()  # SGLang is paused: then it flushes although a job waits
     drive.engine.tree.token_to_kv_pool_allocator.clear()
     drive.manager.after_flush()
-    drive.manager.jobs.end_dead()
+    assert drive.manager.jobs.all() == [] and drive.engine.queue == [req]
     assert drive.accounts() == (SIZE, 0, 0)
     assert isinstance(req, ContextReq) and not any(each.num_holders for each in drive.manager.cache)
+
+
+def test_a_beginning_that_blocks_others_is_given_up() -> None:
+    """A prompt that does not fit beside it stands before its job, and nothing runs: SGLang admits neither."""
+    drive = driven()
+    req = drive.ask(DOCUMENT)
+    job = the_job(drive.step())
+    drive.forward(job)
+    drive.end(job)
+    for _ in range(MAX_STARVED_PASSES):
+        assert drive.accounts() == (SIZE - 64, 0, 64)
+        drive.step()
+    assert drive.accounts() == (SIZE - 64, 64, 0)
+    assert the_job(drive.step()).target is req.context  # and starts again
+    assert drive.manager.cache.get(req.context.id) is req.context
+
+
+@pytest.mark.parametrize("waits", ["asked ahead", "after the same beginning", "for room"])
+def test_whoever_waits_for_an_idle_compression_has_it_run(waits: str) -> None:
+    drive = driven(2000 if waits != "for room" else 560, when="idle")
+    first = drive.ask(DOCUMENT, num_tokens=2)
+    drive.step()
+    drive.engine.queue.remove(first)
+    job = the_job(drive.step())
+    assert job.unattended
+    drive.forward(job)
+    drive.end(job)
+    other = DOCUMENT[:256] + array("q", range(3000, 3144)) if waits == "after the same beginning" else DOCUMENT
+    if waits == "for room":
+        other = array("q", range(5000, 5400))
+    req = drive.ask(other, question=8, action="compress")
+    drive.step()
+    assert sum(make_all(drive)) >= 272
+    drive.step()
+    assert drive.engine.answered == [req] and report(req)["status"] in ("compressed", "reused")
+
+
+def test_a_job_whose_base_is_gone_runs_after_nothing() -> None:
+    drive = driven()
+    drive.ask(DOCUMENT)
+    job = the_job(drive.step())
+    drive.forward(job)
+    drive.end(job)
+    job = the_job(drive.step())
+    job.error = "evicted"
+    assert _context_before(job) is None
+
+
+def test_segments_of_a_long_context_are_few_and_begin_where_those_of_a_shorter_one_do() -> None:
+    settings = CompressionSettings.resolve({"method": "gate", "segment_tokens": 128})
+    starts = settings.segment_starts(1 << 20, 1)
+    assert len(starts) < 64 + 32 * 8 and starts == sorted(set(starts))
+    shorter = settings.segment_starts(100_000, 1)
+    assert len(set(starts) & set(shorter)) > 0.9 * len(shorter)
+
+
+def test_beginnings_are_known_by_the_ids_that_they_have_as_contexts() -> None:
+    drive = driven()
+    context = drive.manager.cache.obtain(Namespace(None, None, None), drive.manager.settings.compression, DOCUMENT)
+    assert context is not None
+    found = drive.manager.cache.beginnings(context)
+    assert [start for start, _ in found] == [128, 256]
+    for start, identity in found:
+        own = drive.manager.cache.obtain(context.namespace, context.settings, DOCUMENT[:start])
+        assert own is not None and own.id == identity
+
+
+def test_records_of_beginnings_go_before_those_of_contexts() -> None:
+    drive = driven(3000, max_contexts=4)
+    asked = drive.ask(DOCUMENT)
+    make_all(drive)
+    drive.step()
+    drive.engine.queue.remove(asked)
+    for first in (2000, 4000):
+        drive.compress(array("q", range(first, first + 100)))
+    assert drive.manager.cache.get(asked.context.id) is asked.context
+    assert sum(each.is_segment for each in drive.manager.cache) == 1
+
+
+def test_deleting_a_context_deletes_what_it_was_made_of() -> None:
+    drive = driven()
+    req = drive.ask(DOCUMENT)
+    make_all(drive)
+    drive.step()
+    drive.engine.queue.remove(req)
+    drive.manager.cache.delete(req.context)
+    drive.manager.sweep()
+    assert list(drive.manager.cache) == [] and drive.accounts() == (SIZE, 0, 0)
+
+
+def test_the_tokens_of_a_beginning_count_as_cached() -> None:
+    drive = driven(2000)
+    drive.ask(DOCUMENT)
+    make_all(drive)
+    drive.ask(DOCUMENT[:300] + array("q", range(2000, 2100)))
+    job = the_job(drive.step())
+    job.cached_tokens = job.base.num_slots  # as SGLang counts them
+    assert job.context_cached_tokens == 256
+
+
+def test_cached_text_gives_way_before_beginnings() -> None:
+    drive = driven(1000)
+    req = drive.ask(DOCUMENT)
+    make_all(drive)
+    drive.step()
+    drive.engine.queue.remove(req)
+    slots = drive.engine.tree.token_to_kv_pool_allocator.alloc(550)
+    drive.engine.tree.insert(InsertParams(key=RadixKey(array("q", range(7000, 7550)), None), value=slots))
+    drive.manager.room.make(300)  # 58 are free; what else it takes is cached exactly
+    assert sum(each.is_segment for each in drive.manager.cache) == 2
 
 
 def test_progress_counts_the_tokens_of_the_whole_context() -> None:
