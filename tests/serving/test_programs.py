@@ -52,11 +52,15 @@ def test_the_frontend_language_example(server: Server) -> None:
 def test_three_tensor_parallel_ranks(model_dir: Path, tmp_path: Path) -> None:
     """SmolLM2 has 9 query and 3 KV heads: each rank compresses its own, all hold the same slots."""
     flags = (*COMMON, "--tp-size", "3", "--max-total-tokens", "4096", "--obcache", "--obcache-min-tokens", "32")
+    flags += ("--obcache-gates", "smollm2-135m")
     env = {**STRICT, "SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"}
     with serve(model_dir, tmp_path / "log", flags, env) as server:
-        for method, budget in (("snapkv", "adakv"), ("snapkv", "global"), ("tova", "uniform")):
+        segments = {"segment_tokens": 128}
+        for method, budget, more in (
+            ("snapkv", "adakv", {}), ("snapkv", "global", {}), ("tova", "uniform", {}), ("gate", "profile", segments),
+        ):  # fmt: skip
             context = document(model_dir, 300, "binary")
-            wish = {"context_len": 300, "method": method, "budget": budget}
+            wish = {"context_len": 300, "method": method, "budget": budget, **more}
             asked = [{"prompt": context + question(model_dir, f"\n\nPoint {i}:"), "obcache": wish} for i in range(3)]
             answers = generate_together(server, asked)
             assert sorted(report(answer)["status"] for answer in answers) == ["compressed", "reused", "reused"]
