@@ -95,7 +95,9 @@ class CompressionManager:
             raise RequestError(
                 f"budget={settled.settings.budget!r} cannot be served here: {self.uneven_refusal}. Set budget=uniform."
             )
-        return ContextReq(**fields, plan=settled, count_exact=self.metrics.exact)
+        req = ContextReq(**fields, plan=settled, count_exact=self.metrics.exact)
+        self.room.let_pass(req)
+        return req
 
     def _named(self, plan: Plan, fields: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
         """The plan and the prompt of a request that names its context. Raises RequestError."""
@@ -270,7 +272,8 @@ class CompressionManager:
     def _may_defer(self, req: ContextReq) -> bool:
         """Whether a question is served exactly for now: not where it is the only one its context can have."""
         plan = req.plan
-        return self.settings.when == "idle" and plan.action == "ask" and plan.context_len < len(req.prompt_ids) - 1
+        has_time = plan.action == "ask" and plan.context_len < len(req.prompt_ids) - 1 and not req.must_be_compressed
+        return self.settings.when == "idle" and has_time
 
     def _defer(self, context: Context, req: ContextReq) -> None:
         self._deferred.setdefault(context.id, (context, req))
@@ -360,7 +363,7 @@ class CompressionManager:
 
     def _serve_exact(self, req: ContextReq, reason: str) -> Verdict:
         req.serve_exact(reason)
-        return self._finish_without_forward(req) if req.plan.action == "compress" else Verdict.ADMIT
+        return self._finish_without_forward(req) if req.plan.action == "compress" and req.to_finish is None else Verdict.ADMIT
 
     def _finish_without_forward(self, req: ContextReq) -> Verdict:
         """Answers a request that only wanted the context made."""

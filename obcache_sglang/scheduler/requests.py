@@ -57,6 +57,8 @@ class ContextReq(Req):
         self.exact_reason: str | None = plan.exact
         self._count_exact = count_exact
         self.is_reported_exact = False
+        self.must_be_compressed = False
+        """Whether the KV pool cannot hold its prompt exactly."""
         self.suffix_known: int | None = None
         """Generated tokens within the suffix that the context remembers of this request; None for no suffix yet."""
         self._cached_tokens_correction = 0
@@ -73,6 +75,15 @@ class ContextReq(Req):
     def prompt_ids(self) -> array[int]:
         """The prompt as the client sent it, without the marker."""
         return self.real_ids if self.real_ids is not None else self.origin_input_ids
+
+    def stand_in(self, num_tokens: int) -> None:
+        """Presents a prompt that the pool cannot hold exactly as one of the length that it has after its context, until it is decided on.
+
+        SGLang looks at lengths when a request arrives, and would refuse it.
+        """
+        self.must_be_compressed = True
+        self.real_ids = self.origin_input_ids
+        self.origin_input_ids = self.real_ids[:num_tokens]
 
     def use_context(self, context: Context, *, cached_tokens: int) -> None:
         """Presents the context as its virtual tokens. cached_tokens: real tokens of it that this request was spared."""
@@ -114,9 +125,18 @@ class ContextReq(Req):
         return known
 
     def serve_exact(self, reason: str) -> None:
-        """From now on the request is an ordinary one, and says why."""
+        """From now on the request is an ordinary one, and says why; or ends with an error, where its prompt has no room."""
         self.use_real_ids()
         self.exact_reason = reason
+        if self.must_be_compressed:
+            if self.to_finish is None:
+                self.full_untruncated_fill_ids = array("q")
+                self.set_finish_with_abort(
+                    f"The prompt has {len(self.origin_input_ids)} tokens, more than the KV pool holds, and its context could not be "
+                    f"compressed ({reason}). Send it again later, shorten it, or give a higher compression_ratio.",
+                    HTTPStatus.SERVICE_UNAVAILABLE,
+                )
+            return
         self.report("exact", reason)
         if not self.is_reported_exact:
             self.is_reported_exact = True

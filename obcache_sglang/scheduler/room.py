@@ -30,6 +30,16 @@ class Room:
         self.max_pinned_slots = engine.pool_slots // 2 if max_pinned_slots is None else min(max_pinned_slots, engine.pool_slots)
         self._one_waits = False
 
+    def let_pass(self, req: ContextReq) -> None:
+        """A prompt that the pool holds only after its context is compressed, segment by segment, is not refused for its length."""
+        plan, page_size, num_tokens = req.plan, self.cache.page_size, len(req.origin_input_ids)
+        boundary = min(plan.context_len, num_tokens) // page_size * page_size
+        if num_tokens < self.engine.prompt_limit or plan.exact is not None or req.return_logprob:
+            return
+        after_context = plan.settings.kept_slots(boundary, page_size) + num_tokens - boundary if boundary else num_tokens
+        if plan.settings.segment_start(boundary, page_size) > 0 and after_context < self.engine.prompt_limit:
+            req.stand_in(after_context)
+
     def begin_pass(self) -> None:
         """Who waited in the pass before is asked again."""
         self._one_waits = False

@@ -12,7 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from obcache_sglang.local_server import Server
-from tests.serving.client import QUESTIONS, compressions, document, flush, generate, generate_together, question, report
+from tests.serving.client import (
+    QUESTIONS,
+    ask_by_id,
+    compressions,
+    document,
+    flush,
+    generate,
+    generate_together,
+    question,
+    report,
+)
 from tests.serving.test_exactness import CONTEXT_TOKENS, NUM_TOKENS, Positions, attending_to, continue_greedily
 
 SEGMENT = 128
@@ -98,3 +108,27 @@ def test_a_pool_too_small_for_the_whole_compresses_it_by_segments(tight_server: 
     for request, answer in zip(asked, together, strict=True):
         again = generate(tight_server, **request)
         assert report(again)["status"] == "reused" and again["output_ids"] == answer["output_ids"]
+
+
+def test_a_document_longer_than_the_pool_is_served(tight_server: Server, model_dir: Path) -> None:
+    context, asked = document(model_dir, 3008, "class"), question(model_dir, QUESTIONS[0])
+    with pytest.raises(RuntimeError, match=r"400: .*exceeds the maximum allowed length"):
+        generate(tight_server, context + asked, obcache=False)
+    settings = {
+        "method": "gate",
+        "budget": "profile",
+        "compression_ratio": 0.85,
+        "segment_tokens": 256,
+        "context_len": len(context),
+    }
+    with pytest.raises(RuntimeError, match=r"400: .*exceeds the maximum allowed length"):
+        generate(tight_server, context + asked, obcache={**settings, "compression_ratio": 0.3})
+    first = generate(tight_server, context + asked, obcache=settings, max_new_tokens=12)
+    assert (report(first)["status"], report(first)["context_tokens"], report(first)["kept_tokens"]) == ("compressed", 3008, 464)
+    assert first["meta_info"]["prompt_tokens"] == 3008 + len(asked)
+    flush(tight_server)
+    del settings["context_len"]
+    made = tight_server.post("/obcache/compress", {"input_ids": context, **settings})
+    assert (made["status"], made["kept_tokens"]) == ("compressed", 464)
+    named = ask_by_id(tight_server, made["id"], asked, max_new_tokens=12)
+    assert report(named)["status"] == "reused" and named["output_ids"] == first["output_ids"]

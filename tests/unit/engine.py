@@ -63,6 +63,7 @@ class Engine(EngineView):
                 tree_cache=tree,
                 token_to_kv_pool_allocator=tree.token_to_kv_pool_allocator,
                 max_total_num_tokens=size,
+                max_req_input_len=size - 6,
                 model_config=SimpleNamespace(context_len=size),
                 tokenizer=None,
                 waiting_queue=[],

@@ -13,6 +13,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.runtime_context import get_parallel
 
 from obcache_sglang.compress.compression import Compression, Compressor, ScoringRows
 from obcache_sglang.compress.gates import Gates, num_features
@@ -273,6 +274,49 @@ def test_a_pool_that_cannot_hold_the_document_and_what_it_keeps_compresses_it() 
     whole = driven(500, segment_tokens=None)
     req = whole.ask(DOCUMENT)
     assert whole.step() == [req] and report(req)["reason"] == "pool_too_small"
+
+
+LONG = array("q", range(1000, 1800))
+
+
+def test_a_prompt_longer_than_the_pool_is_served_from_its_compressed_context() -> None:
+    drive = driven(compression_ratio=0.8)  # 159 and 134 slots are kept of 800 and 672 tokens, beside one segment
+    req = drive.ask(LONG, num_tokens=5)
+    assert len(req.origin_input_ids) == 164, "what SGLang looks at when it arrives"
+    assert sum(make_all(drive)) == 800
+    assert drive.step() == [req] and report(req)["status"] == "compressed"
+    assert len(req.origin_input_ids) == 164 and req.origin_input_ids[:159] == req.context.virtual_ids
+    assert req.position_offset == 641
+    drive.evict_all()
+    again = drive.ask(LONG, question=8, num_tokens=5)
+    assert sum(make_all(drive)) == 800 and again in drive.step()
+
+
+def test_a_prompt_longer_than_the_pool_that_cannot_be_compressed_ends_with_an_error() -> None:
+    drive = driven(compression_ratio=0.8)
+    for asked in ({"num_tokens": 5}, {"action": "compress"}):
+        req = drive.ask(LONG, **asked)
+        job = the_job(drive.step())
+        drive.forward(job, kept=None)
+        drive.end(job)
+        with get_parallel().override(tp_rank=0):
+            assert drive.step() == [req]
+        assert isinstance(req.to_finish, FINISH_ABORT) and " tokens, more than the KV pool holds" in req.to_finish.message
+        assert not req.is_virtual and len(req.origin_input_ids) == 1 and drive.engine.answered == []
+        drive.engine.queue.remove(req)
+
+
+@pytest.mark.parametrize("settings", [{"segment_tokens": None}, {"compression_ratio": 0.2}, {"exact": "session"}], ids=str)
+def test_other_prompts_longer_than_the_pool_are_left_to_sglang(settings: dict[str, Any]) -> None:
+    plan = {"exact": settings.pop("exact", None)}
+    req = driven(**{"compression_ratio": 0.8, **settings}).ask(LONG, **plan)
+    assert len(req.origin_input_ids) == 801 and not req.must_be_compressed
+
+
+def test_a_prompt_longer_than_the_pool_does_not_wait_for_an_idle_engine() -> None:
+    drive = driven(when="idle", compression_ratio=0.8)
+    req = drive.ask(LONG, num_tokens=5)
+    assert the_job(drive.step()).target is req.context
 
 
 def test_a_text_that_goes_on_starts_from_what_is_compressed() -> None:
