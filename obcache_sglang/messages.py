@@ -53,6 +53,14 @@ class Plan:
     now: float = field(default_factory=time.time)
     judges: array[int] = field(default_factory=lambda: array("q"))
 
+    def boundary(self, prompt_tokens: int, page_size: int) -> int:
+        """Where the context ends in a prompt of so many tokens, in whole pages.
+
+        A prompt of its context alone still needs one token to generate from; auto-truncation may have cut it shorter.
+        """
+        longest = prompt_tokens if self.action == "compress" else prompt_tokens - 1
+        return min(self.context_len, longest) // page_size * page_size
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, as `custom_params` carries it."""
         values = {**vars(self), "before": list(self.before), "settings": self.settings.to_dict()}

@@ -18,7 +18,7 @@ import hashlib
 import heapq
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,11 +54,7 @@ class ContextCache:
     """
 
     def __init__(
-        self,
-        tree_cache: UnifiedRadixCache,
-        max_contexts: int,
-        secret: bytes = b"",
-        on_evicted: Callable[[], None] = lambda: None,
+        self, tree_cache: UnifiedRadixCache, max_contexts: int, secret: bytes = b"", on_evicted: Callable[[], None] = lambda: None
     ) -> None:
         self.tree = tree_cache
         self.allocator = tree_cache.token_to_kv_pool_allocator
@@ -105,10 +101,11 @@ class ContextCache:
         judges: array[int] | None = None,
         *,
         is_segment: bool = False,
+        keep: Collection[Context] = (),
     ) -> Context | None:
         """The context of these tokens (whole pages), made on first sight. judges: as in Context, where its method asks any.
 
-        is_segment: whether a longer context asks. None where as many contexts are pinned or being compressed as may be remembered.
+        is_segment: whether a longer context asks. keep: whose records must not make way. None where as many contexts are pinned or being compressed as may be remembered.
         """
         if judges is None or not settings.own_queries_score:
             judges = array("q")
@@ -117,7 +114,7 @@ class ContextCache:
             return context
         context = self._contexts.get(identity)
         if context is None:
-            if not self._forget_oldest():
+            if not self._forget_oldest(keep):
                 return None
             num_slots = settings.kept_slots(len(tokens), self.page_size)
             context = Context(identity, namespace, settings, tokens, num_slots, judges=judges, is_segment=is_segment)
@@ -145,7 +142,8 @@ class ContextCache:
         first = 0 if base is None else base.num_tokens
         for start, _ in self.beginnings(target):
             if start > first:
-                return self.obtain(target.namespace, target.settings, target.tokens[:start], is_segment=True)
+                keep = (target,) if base is None else (target, base)
+                return self.obtain(target.namespace, target.settings, target.tokens[:start], is_segment=True, keep=keep)
         return target
 
     def find_prefix(self, namespace: Namespace, settings: CompressionSettings, tokens: array[int]) -> Context | None:
@@ -297,8 +295,9 @@ class ContextCache:
 
     def delete(self, context: Context) -> None:
         """No new request finds the context, nor the beginnings it was made of; their slots go with `sweep`, once they have no readers."""
-        beginnings = (self._contexts.get(identity) for _, identity in self.beginnings(context))
-        for each in (context, *(each for each in beginnings if each is not None and each.is_segment and not each.is_queued)):
+        known = [self._contexts.get(identity) for _, identity in self.beginnings(context)]
+        unused = [each for each in known if each is not None and each.is_segment and not each.is_queued and not each.num_holders]
+        for each in (context, *unused):
             self.unpin(each)
             self._drop_record(each)
             each.state = ContextState.DELETING
@@ -402,11 +401,14 @@ class ContextCache:
         context.ttl_seconds = context.expires_at = None
         self.unlock(context)
 
-    def _forget_oldest(self) -> bool:
+    def _forget_oldest(self, keep: Collection[Context]) -> bool:
         """Makes room for one more record; False where none can go. What goes is evicted, as far as no request reads it."""
         if len(self._contexts) < self.max_contexts:
             return True
-        idle = [each for each in self._contexts.values() if not each.is_queued and not each.pinned and not each.num_holders]
+        stay = {each.id for each in keep}
+        idle = [
+            each for each in self._contexts.values() if not (each.is_queued or each.pinned or each.num_holders or each.id in stay)
+        ]
         oldest = next((each for each in idle if each.is_segment), idle[0] if idle else None)
         if oldest is None:
             return False

@@ -22,7 +22,7 @@ class EngineView:
     running_batch: of the pass under way, None outside of one: SGLang's own attribute is that of the pass before.
     late: requests that came into the queue during the pass under way, and wait for the next one; None outside of one.
     on_cpu: whether the model computes on the CPU. num_kv_heads: of a layer, on this rank. pool_slots: KV slots in all. context_len: the model's longest prompt.
-    prompt_limit: tokens from which on SGLang refuses a prompt, since model or pool cannot hold it.
+    prompt_limit: tokens from which on SGLang refuses a prompt, since model or pool cannot hold it. truncates_prompts: whether it cuts it instead.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -35,6 +35,7 @@ class EngineView:
         self.pool_slots: int = scheduler.max_total_num_tokens
         self.context_len: int = scheduler.model_config.context_len
         self.prompt_limit: int = scheduler.max_req_input_len
+        self.truncates_prompts = bool(scheduler.server_args.allow_auto_truncate)
         self.tokenizer: Any = scheduler.tokenizer
 
     @property

@@ -9,7 +9,6 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -20,7 +19,7 @@ from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
-from obcache_sglang.scheduler.room import Room
+from obcache_sglang.scheduler.room import Room, most_slots, segment_slots
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_STARVED_PASSES = 8
-"""Passes in which nothing runs and nothing is admitted, before a job gives up the beginning that it holds."""
+MAX_STARVED_PASSES = 64
+"""Passes one after the other in which nothing runs and nothing is admitted, before a job gives up the beginning that it holds. More than
+SGLang delays a prefill for (prefill_delayer_max_delay_passes)."""
 
 MAX_REPLAY_FACTOR = 4
 """Tokens that a replay may read for each token of its context, its prompts included."""
@@ -87,12 +87,9 @@ class Jobs:
         if sum(len(each.tokens) for each in passes) > MAX_REPLAY_FACTOR * context.num_tokens:
             return None, "replay_too_long"
         base = self.cache.longest_beginning(context)
-        lengths = [start for start, _ in self.cache.beginnings(context) if base is None or start > base.num_tokens]
-        ends = [0 if base is None else base.num_tokens, *lengths, context.num_tokens]
+        first, page_size = 0 if base is None else base.num_tokens, self.cache.page_size
         longest = max((len(each.tokens) for each in passes), default=len(context.judges))
-        # SGLang admits what is, with a page more, less than the pool.
-        most = max(self._slots(context, first, last) for first, last in pairwise(ends)) + longest
-        if most + self.cache.page_size >= self.engine.pool_slots:
+        if not self.room.can_hold(most_slots(context.settings, first, context.num_tokens, page_size) + longest):
             return None, "pool_too_small"
         segment = self.cache.next_segment(context, base)
         if segment is None:
@@ -100,7 +97,7 @@ class Jobs:
         if segment.state is ContextState.DELETING:
             return None, "deleted"
         job = self._make(segment, like, passes, base=base, target=context)
-        self.room.make(self._slots(context, *ends[:2]) + longest - (0 if base is None else base.num_slots))
+        self.room.make(self._new_slots(job) + longest)
         if job.window < context.settings.window:
             logger.warning(
                 "obcache: context %s keeps only %d slots, so its window of %d tokens shrinks to %d",
@@ -336,7 +333,7 @@ class Jobs:
         for job in self.all():
             if job.holds_base and not job.has_room and job.base is not None and not job.kv.holds_kv:
                 job.has_room = True
-                self.room.make(self._slots(job.target, job.base.num_tokens, job.context.num_tokens) - job.base.num_slots)
+                self.room.make(self._new_slots(job))
 
     def end_a_waiting_segment(self) -> None:
         """Nothing hangs: a job that waits while nothing runs and nothing fits gives back the beginning that it holds.
@@ -352,6 +349,11 @@ class Jobs:
                 self._dequeue(job)
                 self.end(job, completed=False)
                 return
+
+    def not_starved(self) -> None:
+        """Something runs."""
+        for job in self.all():
+            job.starved_passes = 0
 
     def forget_bases(self) -> None:
         """The tree was reset: jobs after a base cannot run any more."""
@@ -402,7 +404,7 @@ class Jobs:
     def _dequeue(self, job: CompressionJob) -> None:
         self.engine.queue = [req for req in self.engine.queue if req is not job]
 
-    def _slots(self, context: Context, first: int, last: int) -> int:
-        """KV slots that the compression of a context's tokens first ... last - 1 holds at once, with what is kept of those before."""
-        kept = [context.settings.kept_slots(tokens, self.cache.page_size) for tokens in (first, last) if tokens]
-        return last - first + sum(kept)
+    def _new_slots(self, job: CompressionJob) -> int:
+        """KV slots that a job takes, beside those of its base."""
+        first, held = (0, 0) if job.base is None else (job.base.num_tokens, job.base.num_slots)
+        return segment_slots(job.context.settings, first, job.context.num_tokens, self.cache.page_size) - held

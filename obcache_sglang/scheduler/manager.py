@@ -316,9 +316,7 @@ class CompressionManager:
                 context.is_segment = False
                 req.context_id = self.cache.capability(context, array("q"))
             return context
-        # A prompt of its context alone still needs one token to generate from; auto-truncation may have cut it shorter.
-        longest = len(prompt) if plan.action == "compress" else len(prompt) - 1
-        boundary = min(plan.context_len, longest) // self.cache.page_size * self.cache.page_size
+        boundary = plan.boundary(len(prompt), self.cache.page_size)
         if boundary == 0:
             req.exact_reason = "shorter_than_a_page"
             return None
@@ -374,6 +372,8 @@ class CompressionManager:
     def _release_pins_if_starved(self, result: Any, *, asked: bool) -> None:
         """A pin yields where nothing runs, and nothing of what was asked to run fits. result: (new batch, running batch)."""
         batch, running_batch = result
+        if batch is not None or not running_batch.is_empty():
+            self.jobs.not_starved()
         if asked and batch is None and self.engine.queue and running_batch.is_empty():
             if not self.room.release_a_pin():
                 self.jobs.end_a_waiting_segment()

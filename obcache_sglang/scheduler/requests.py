@@ -76,14 +76,18 @@ class ContextReq(Req):
         """The prompt as the client sent it, without the marker."""
         return self.real_ids if self.real_ids is not None else self.origin_input_ids
 
-    def stand_in(self, num_tokens: int) -> None:
+    def stand_in(self, num_tokens: int, *, most_new_tokens: int) -> None:
         """Presents a prompt that the pool cannot hold exactly as one of the length that it has after its context, until it is decided on.
 
-        SGLang looks at lengths when a request arrives, and would refuse it.
+        SGLang looks at lengths when a request arrives, and would refuse it. most_new_tokens: that the model's context length leaves; SGLang
+        would reckon with the length that is presented.
         """
         self.must_be_compressed = True
         self.real_ids = self.origin_input_ids
         self.origin_input_ids = self.real_ids[:num_tokens]
+        self.position_offset = len(self.real_ids) - num_tokens
+        asked = self.sampling_params.max_new_tokens
+        self.sampling_params.max_new_tokens = most_new_tokens if asked is None else min(asked, most_new_tokens)
 
     def use_context(self, context: Context, *, cached_tokens: int) -> None:
         """Presents the context as its virtual tokens. cached_tokens: real tokens of it that this request was spared."""
@@ -105,7 +109,9 @@ class ContextReq(Req):
         if self.real_ids is None:
             return
         assert not self.kv.holds_kv, "the ids of a request cannot change while it holds KV"
-        self.origin_input_ids = self.real_ids
+        # Of one that has ended with an error, SGLang has taken the prompt already, and here nothing has room for it.
+        ended = self.must_be_compressed and self.to_finish is not None
+        self.origin_input_ids = array("q", [0]) if ended else self.real_ids
         self.real_ids = None
         if self.logprob_start_len > 0:
             self.logprob_start_len += self.position_offset

@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection
+from itertools import pairwise
 
 from obcache_sglang.kv.context import Context, ContextState, Namespace
 from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
+from obcache_sglang.settings import CompressionSettings
 
 logger = logging.getLogger(__name__)
+
+PROMPT_MARGIN = 6
+"""By so many tokens SGLang's longest prompt is shorter than the model's context length."""
 
 TIGHT_POOL = 0.1
 """A pool with less than this share of its KV slots free is tight: with when=idle a context is compressed although the engine is busy."""
@@ -32,13 +37,19 @@ class Room:
 
     def let_pass(self, req: ContextReq) -> None:
         """A prompt that the pool holds only after its context is compressed, segment by segment, is not refused for its length."""
-        plan, page_size, num_tokens = req.plan, self.cache.page_size, len(req.origin_input_ids)
-        boundary = min(plan.context_len, num_tokens) // page_size * page_size
-        if num_tokens < self.engine.prompt_limit or plan.exact is not None or req.return_logprob:
+        engine, settings, num_tokens = self.engine, req.plan.settings, len(req.origin_input_ids)
+        if not engine.prompt_limit <= num_tokens < engine.context_len - PROMPT_MARGIN or engine.truncates_prompts:
             return
-        after_context = plan.settings.kept_slots(boundary, page_size) + num_tokens - boundary if boundary else num_tokens
-        if plan.settings.segment_start(boundary, page_size) > 0 and after_context < self.engine.prompt_limit:
-            req.stand_in(after_context)
+        boundary = req.plan.boundary(num_tokens, self.cache.page_size)
+        if req.plan.exact is not None or req.return_logprob or settings.segment_start(boundary, self.cache.page_size) == 0:
+            return
+        after_context = settings.kept_slots(boundary, self.cache.page_size) + num_tokens - boundary
+        if after_context < engine.prompt_limit and self.can_hold(most_slots(settings, 0, boundary, self.cache.page_size)):
+            req.stand_in(after_context, most_new_tokens=engine.context_len - num_tokens - 2)
+
+    def can_hold(self, num_slots: int) -> bool:
+        """Whether SGLang admits so many to an empty pool: with a page more, they are less than it has."""
+        return num_slots + self.cache.page_size < self.engine.pool_slots
 
     def begin_pass(self) -> None:
         """Who waited in the pass before is asked again."""
@@ -139,14 +150,27 @@ class Room:
         return False
 
 
+def segment_slots(settings: CompressionSettings, first: int, last: int, page_size: int) -> int:
+    """KV slots that compressing a context's tokens first ... last - 1 holds at once, with what is kept of those before."""
+    return last - first + sum(settings.kept_slots(tokens, page_size) for tokens in (first, last) if tokens)
+
+
+def most_slots(settings: CompressionSettings, first: int, num_tokens: int, page_size: int) -> int:
+    """The most that a segment of a context holds, as `segment_slots`. first: tokens of its longest beginning that is compressed already."""
+    starts = [start for start in settings.segment_starts(num_tokens, page_size) if start > first]
+    return max(segment_slots(settings, *ends, page_size) for ends in pairwise([first, *starts, num_tokens]))
+
+
 def slots_to_compress(context: Context) -> int:
     """About so many are taken by the exact KV of a context, what is replayed after it, and its kept tokens.
 
     Asked of waiting requests in each pass: what `Jobs.make` knows exactly would take the replay's prompts.
     """
     settings = context.settings
-    if settings.segment_tokens is not None:  # the base of the last segment is kept until that is compressed
-        return min(context.num_tokens, 3 * settings.segment_tokens // 2) + 2 * context.num_slots
+    if (
+        start := settings.segment_start(context.num_tokens, 1)
+    ) > 0:  # the base of the last segment is kept until that is compressed
+        return context.num_tokens - start + 2 * context.num_slots
     replayed = settings.replay_chunk if settings.is_replay else 0
     return context.num_tokens + min(replayed, context.num_tokens) + context.num_slots
 

@@ -53,7 +53,9 @@ def make_tree(size: int) -> UnifiedRadixCache:
 class Engine(EngineView):
     """The view of a scheduler that has no model: a test makes its forwards."""
 
-    def __init__(self, size: int = 200) -> None:
+    def __init__(self, size: int = 200, context_len: int | None = None) -> None:
+        """context_len: of the model; as long as the pool if not given."""
+        context_len = context_len or size
         tree = make_tree(size)
         self._held: dict[Req, torch.Tensor] = {}
         self.running: list[Req] = []
@@ -63,8 +65,9 @@ class Engine(EngineView):
                 tree_cache=tree,
                 token_to_kv_pool_allocator=tree.token_to_kv_pool_allocator,
                 max_total_num_tokens=size,
-                max_req_input_len=size - 6,
-                model_config=SimpleNamespace(context_len=size),
+                max_req_input_len=min(size, context_len) - 6,
+                server_args=SimpleNamespace(allow_auto_truncate=False),
+                model_config=SimpleNamespace(context_len=context_len),
                 tokenizer=None,
                 waiting_queue=[],
                 grammar_manager=SimpleNamespace(grammar_queue=[]),
@@ -104,10 +107,16 @@ class Driven:
     """A manager, and the engine whose steps a test takes."""
 
     def __init__(
-        self, size: int = 200, agree: Any = bool, layers: Sequence[Any] = (), compress_layer: Any = None, **settings: Any
+        self,
+        size: int = 200,
+        agree: Any = bool,
+        layers: Sequence[Any] = (),
+        compress_layer: Any = None,
+        context_len: int | None = None,
+        **settings: Any,
     ) -> None:
         """layers, compress_layer: as in CompressionManager. settings: of the server."""
-        self.engine = Engine(size)
+        self.engine = Engine(size, context_len)
         self.now = 1000.0
         given = {"min_tokens": 4, "compression_ratio": 0.5, "method": "tova", **settings}
         self.manager = CompressionManager(

@@ -220,9 +220,9 @@ DOCUMENT = array("q", range(1000, 1400))  # segments of 128, 128 and 144 tokens
 LEFT = FINISH_ABORT("its client left")
 
 
-def driven(size: int = SIZE, **settings: Any) -> Driven:
+def driven(size: int = SIZE, context_len: int = 4096, **settings: Any) -> Driven:
     given = {"method": "gate", "gates": "smollm2-135m", "budget": "uniform", "compression_ratio": 0.5, "segment_tokens": 128}
-    return Driven(size, **{**given, **settings})
+    return Driven(size, context_len=context_len, **{**given, **settings})
 
 
 def the_job(admitted: list[Any]) -> CompressionJob:
@@ -234,7 +234,7 @@ def make_all(drive: Driven) -> list[int]:
     """Runs all jobs; the tokens that each of them prefilled."""
     prefilled = []
     while jobs := [each for each in drive.step() if isinstance(each, CompressionJob)]:
-        (job,) = jobs
+        job = jobs[0]
         drive.forward(job)
         prefilled.append(len(job.origin_input_ids) - job.prefix_len)
         drive.end(job)
@@ -306,11 +306,78 @@ def test_a_prompt_longer_than_the_pool_that_cannot_be_compressed_ends_with_an_er
         drive.engine.queue.remove(req)
 
 
-@pytest.mark.parametrize("settings", [{"segment_tokens": None}, {"compression_ratio": 0.2}, {"exact": "session"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"segment_tokens": None},
+        {"compression_ratio": 0.2},
+        {"compression_ratio": 0.5},
+        {"exact": "session"},
+        {"context_len": 800},
+    ],
+    ids=str,
+)
 def test_other_prompts_longer_than_the_pool_are_left_to_sglang(settings: dict[str, Any]) -> None:
     plan = {"exact": settings.pop("exact", None)}
     req = driven(**{"compression_ratio": 0.8, **settings}).ask(LONG, **plan)
     assert len(req.origin_input_ids) == 801 and not req.must_be_compressed
+
+
+def test_a_prompt_is_as_long_as_it_was_when_it_arrived() -> None:
+    """Also where its context is all of it, so that one token is left to generate from."""
+    drive = driven(compression_ratio=0.8, context_len=1000)
+    req = drive.ask(LONG, num_tokens=0)
+    assert req.sampling_params.max_new_tokens == 4
+    arrived = len(req.origin_input_ids)
+    make_all(drive)
+    assert drive.step() == [req] and len(req.origin_input_ids) == arrived
+    again = drive.ask(LONG, question=8)
+    again.sampling_params.max_new_tokens = None
+    again.stand_in(10, most_new_tokens=197)
+    assert again.sampling_params.max_new_tokens == 197
+
+
+@pytest.mark.parametrize("ends", ["before its first pass", "while it waits again"])
+def test_one_that_has_ended_never_shows_its_long_prompt_again(ends: str) -> None:
+    drive = driven(compression_ratio=0.8)
+    req = drive.ask(LONG, num_tokens=5)
+    with get_parallel().override(tp_rank=0):
+        if ends == "before its first pass":
+            req.set_finish_with_abort("Failed to compile regex grammar")
+        else:
+            make_all(drive)
+            drive.step()
+            drive.engine.take(req)
+            req.set_finish_with_abort("Its client left.")
+            drive.manager.before_release(req, checkpoint=False)
+            drive.engine.give_back(req)
+            drive.engine.queue.append(req)
+        assert req in drive.step() and len(req.origin_input_ids) == 1
+
+
+def test_the_beginning_that_was_just_made_keeps_its_record() -> None:
+    drive = driven(2000, max_contexts=3)
+    for first in (5000, 6000):
+        drive.compress(array("q", range(first, first + 100)))
+    req = drive.ask(DOCUMENT)
+    assert make_all(drive) == [128, 128, 144]
+    assert req in drive.step() and report(req)["status"] == "compressed"
+
+
+def test_deleting_one_text_leaves_the_beginning_that_another_is_made_of() -> None:
+    drive = driven(2000)
+    first = drive.ask(DOCUMENT)
+    make_all(drive)
+    drive.step()
+    drive.engine.queue.remove(first)
+    drive.ask(DOCUMENT[:256] + array("q", range(3000, 3144)), question=8)
+    job = the_job(drive.step())
+    assert job.base is not None and job.base.num_tokens == 256
+    drive.manager.cache.delete(first.context)
+    drive.manager.sweep()
+    third = drive.ask(DOCUMENT[:256] + array("q", range(4000, 4144)), question=9)
+    assert make_all(drive) == [144, 144]
+    assert third in drive.step() and report(third)["status"] == "compressed"
 
 
 def test_a_prompt_longer_than_the_pool_does_not_wait_for_an_idle_engine() -> None:
