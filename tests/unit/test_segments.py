@@ -314,12 +314,15 @@ def test_a_prompt_longer_than_the_pool_that_cannot_be_compressed_ends_with_an_er
         {"compression_ratio": 0.5},
         {"exact": "session"},
         {"context_len": 800},
+        {"truncates": True},
     ],
     ids=str,
 )
 def test_other_prompts_longer_than_the_pool_are_left_to_sglang(settings: dict[str, Any]) -> None:
-    plan = {"exact": settings.pop("exact", None)}
-    req = driven(**{"compression_ratio": 0.8, **settings}).ask(LONG, **plan)
+    plan, truncates = {"exact": settings.pop("exact", None)}, settings.pop("truncates", False)
+    drive = driven(**{"compression_ratio": 0.8, **settings})
+    drive.engine.truncates_prompts = truncates
+    req = drive.ask(LONG, **plan)
     assert len(req.origin_input_ids) == 801 and not req.must_be_compressed
 
 
