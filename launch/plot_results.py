@@ -1,6 +1,6 @@
 """Draws the plots of the README and of launch/results from the CSV files there:  python -m launch.plot_results [--folder launch/results]
 
-accuracy.svg from accuracy.csv, questions_per_second.svg from scaling.csv. The same files give the same drawings.
+accuracy.svg from accuracy.csv, questions_per_second.svg from bench.csv, scaling.svg from scaling.csv. The same files give the same drawings.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def draw(folder: Path) -> list[Path]:
     """Writes the drawings beside their CSV files, and returns their paths."""
     return [
         _draw(folder / "accuracy.svg", _accuracy, _rows(folder / "accuracy.csv")),
-        _draw(folder / "questions_per_second.svg", _questions_per_second, _rows(folder / "scaling.csv")),
+        _draw(folder / "questions_per_second.svg", _questions_per_second, _rows(folder / "bench.csv")),
+        _draw(folder / "scaling.svg", _scaling, _rows(folder / "scaling.csv")),
     ]
 
 
@@ -78,6 +79,23 @@ def _accuracy(axes: Axes, rows: list[dict[str, str]]) -> None:
 
 
 def _questions_per_second(axes: Axes, rows: list[dict[str, str]]) -> None:
+    """Questions per second of each arm, in groups by the length of answers; over the bars, how many times stock at its best."""
+    lengths = list(dict.fromkeys(row["output_tokens"] for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    width = 0.8 / len(arms)
+    for number, (arm, color) in enumerate(zip(arms, (_COLORS[4], _COLORS[3], _COLORS[1], _COLORS[0]), strict=False)):
+        mine = [row for row in rows if row["arm"] == arm]
+        places = [lengths.index(row["output_tokens"]) + (number - (len(arms) - 1) / 2) * width for row in mine]
+        bars = axes.bar(places, [float(row["questions_per_second"]) for row in mine], width, color=color, label=arm)
+        axes.bar_label(bars, [f"{float(row['times_best_stock']):.2f}x" for row in mine], fontsize=7, padding=1)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(lengths)), [f"answers of {length}" for length in lengths])
+    axes.set(ylabel="questions per second", ylim=(0.05, 1.5))
+    axes.set_title("8 documents of 2,048 tokens, a pool for a fifth, SmolLM2-135M, two CPU cores", loc="left", fontsize=8)
+    axes.legend(loc="upper right")
+
+
+def _scaling(axes: Axes, rows: list[dict[str, str]]) -> None:
     """Questions per second against the number of documents of 1,024 tokens."""
     by_arm = defaultdict(list)
     for row in rows:

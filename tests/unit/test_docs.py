@@ -163,7 +163,7 @@ def test_changes_name_the_release_of_sglang() -> None:
 
 
 def test_plots_are_drawn_from_their_data(tmp_path: Path) -> None:
-    for file in ("accuracy.csv", "scaling.csv"):
+    for file in ("accuracy.csv", "bench.csv", "scaling.csv"):
         shutil.copy(RESULTS / file, tmp_path)
     for drawn in plot_results.draw(tmp_path):
         committed = RESULTS / drawn.name
