@@ -26,9 +26,14 @@ _SAMPLE_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class _Kind:
-    """flag: of `obcache_sglang.calibrate`, before the file. max_tokens: of a text. load: raises ConfigError for a file of another release."""
+    """One kind.
+
+    packaged: the names of files that come with the package. suffix: of those made here. flag: of `obcache_sglang.calibrate`, before the file.
+    max_tokens: of a text. load: raises ConfigError for a file of another release. digest: of the model that a loaded file is for.
+    """
 
     what: str
+    packaged: str
     suffix: str
     flag: str
     max_tokens: int
@@ -37,9 +42,15 @@ class _Kind:
 
 
 _HEAD_PROFILE = _Kind(
-    "head profile", ".head-profile.json", "--output", DEFAULT_MAX_TOKENS, HeadProfile.load, lambda loaded: loaded.model.digest
+    "head profile",
+    "*.json",
+    ".head-profile.json",
+    "--output",
+    DEFAULT_MAX_TOKENS,
+    HeadProfile.load,
+    lambda loaded: loaded.model.digest,
 )
-_GATES = _Kind("gates", SUFFIX, "--gates", GATE_TOKENS, GateFile.load, lambda loaded: loaded.profile.model.digest)
+_GATES = _Kind("gates", f"*{SUFFIX}", SUFFIX, "--gates", GATE_TOKENS, GateFile.load, lambda loaded: loaded.profile.model.digest)
 
 
 def profile_for(model_name: str) -> Path:
@@ -48,20 +59,20 @@ def profile_for(model_name: str) -> Path:
     model_name: directory or Hugging Face name. Profiles are kept in `$XDG_CACHE_HOME/obcache_sglang`, by default ~/.cache, one for each
     model and its weights. Raises HostError if it cannot be made, and OSError if transformers cannot load the model's configuration.
     """
-    return _file_for(model_name, _HEAD_PROFILE, PACKAGED.glob("*.json"))
+    return _file_for(model_name, _HEAD_PROFILE)
 
 
 def gates_for(model_name: str) -> Path:
     """The file of a model's gates; as `profile_for`."""
-    return _file_for(model_name, _GATES, PACKAGED.glob(f"*{SUFFIX}"))
+    return _file_for(model_name, _GATES)
 
 
-def _file_for(model_name: str, kind: _Kind, packaged: Any) -> Path:
+def _file_for(model_name: str, kind: _Kind) -> Path:
     config = AutoConfig.from_pretrained(model_name)
     digest = ModelIdentity.of(config).digest
-    for known in sorted(packaged):
+    for known in sorted(PACKAGED.glob(kind.packaged)):
         if kind.digest(kind.load(known)) == digest:
-            return Path(known)
+            return known
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "obcache_sglang"
     file = folder / f"{Path(model_name).name}-{digest}-{_weights_digest(model_name, config)}{kind.suffix}"
     if file.exists():

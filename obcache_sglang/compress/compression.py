@@ -13,7 +13,7 @@ from obcache_sglang.compress.budgets import AdaKV, Budget, Division, Global, Mea
 from obcache_sglang.compress.measured_errors import SampledQueries, kept_numbers, pruning_errors, sampled_rows
 from obcache_sglang.compress.ranking import comparable, effective_window, position_scores, rank_positions
 from obcache_sglang.compress.scores import ScoringQueries, accumulate_scores_in_slots, relative_error_weights
-from obcache_sglang.kv.cells import KeptTokens, KVSpace
+from obcache_sglang.kv.cells import KeptTokens, KVSpace, heads_of
 from obcache_sglang.kv.copy import Sources, copy_cells, copy_tokens
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class Compression:
         first_head = (layer_id - pool.start_layer) * len(new)
         bounds, offsets = sources.kept.bounds, sources.kept.offsets[first_head : first_head + len(new) + 1]
         first, last = bounds[first_head], bounds[first_head + len(new)]
-        heads = torch.arange(len(new), device=new.device).repeat_interleave(offsets.diff(), output_size=last - first)
+        heads = heads_of(offsets, last - first)
         positions = sources.kept.positions[first:last].to(torch.int64)
         if compressor.space is None:  # then all heads keep as many, each in its own layer and lane
             k, v = (each[sources.kept_slots].transpose(0, 1).flatten(0, 1) for each in (keys, values))

@@ -86,6 +86,15 @@ class KVSpace:
         return self.rows(lanes // self.num_kv_heads, slots[cells % slots.numel()], lanes % self.num_kv_heads)
 
 
+def heads_of(offsets: torch.Tensor, num_tokens: int, first_head: int = 0) -> torch.Tensor:
+    """Whose each token is, [num_tokens] int64, where tokens lie head by head.
+
+    offsets: [heads + 1] int64, which may begin anywhere; num_tokens: from its first to its last. first_head: that it begins with.
+    """
+    heads = torch.arange(first_head, first_head + len(offsets) - 1, device=offsets.device)
+    return heads.repeat_interleave(offsets.diff(), output_size=num_tokens)
+
+
 def create_one_space(pool: MHATokenToKVPool) -> bool:
     """Makes the pool's buffers as SGLang does, but all layers in one allocation, [layers, K and V, slots, heads, head_dim].
 

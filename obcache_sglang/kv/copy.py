@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from obcache_sglang.kv.cells import KeptTokens, KVSpace
+from obcache_sglang.kv.cells import KeptTokens, KVSpace, heads_of
 
 
 @dataclass(frozen=True)
@@ -22,25 +22,32 @@ class Sources:
     kept: KeptTokens | None = None
     kept_slots: torch.Tensor | None = None
 
-    def rows(self, space: KVSpace, heads: torch.Tensor, positions: torch.Tensor, first_head: int, last_head: int) -> torch.Tensor:
+    def index(self, first_head: int, last_head: int) -> torch.Tensor | None:
+        """What `rows` looks kept tokens up in, [tokens] int64, for the heads first_head ... last_head - 1 of all layers.
+
+        They lie in the order of their cells, which is that of heads and positions, so one number for both is sorted.
+        """
+        if self.kept is None:
+            return None
+        first, last = self.kept.bounds[first_head], self.kept.bounds[last_head]
+        heads = heads_of(self.kept.offsets[first_head : last_head + 1], last - first, first_head)
+        return heads * self.first + self.kept.positions[first:last]
+
+    def rows(
+        self, space: KVSpace, heads: torch.Tensor, positions: torch.Tensor, index: torch.Tensor | None, first_head: int
+    ) -> torch.Tensor:
         """Rows [tokens] int64 in the address space of one token each.
 
-        heads: [tokens] int64, of all heads of all layers, from first_head to last_head - 1. positions: [tokens] int32, that they have.
+        heads: [tokens] int64, of all heads of all layers. positions: [tokens] int32, that they have. index: of `index`, which begins
+        with first_head.
         """
         layers, lanes = heads // space.num_kv_heads, heads % space.num_kv_heads
         rows = space.rows(layers, self.slots[(positions - self.first).clamp_min(0)], lanes)
-        if self.kept is None or self.kept_slots is None:
+        if index is None or self.kept is None or self.kept_slots is None:
             return rows
-        # The heads' kept tokens in the order of their cells are sorted by head and position.
-        bounds = self.kept.bounds
-        first_cell, last_cell = bounds[first_head], bounds[last_head]
-        counts = self.kept.offsets[first_head : last_head + 1].diff()
-        of_head = torch.arange(first_head, last_head, device=heads.device).repeat_interleave(
-            counts, output_size=last_cell - first_cell
-        )
-        known = of_head * self.first + self.kept.positions[first_cell:last_cell]
-        found = torch.searchsorted(known, heads * self.first + positions).clamp_max(last_cell - first_cell - 1)
-        return torch.where(positions < self.first, space.rows_of_cells(self.kept_slots, first_cell + found), rows)
+        found = torch.searchsorted(index, heads * self.first + positions).clamp_max(len(index) - 1)
+        kept_rows = space.rows_of_cells(self.kept_slots, self.kept.bounds[first_head] + found)
+        return torch.where(positions < self.first, kept_rows, rows)
 
     def lane_slots(self, positions: torch.Tensor, first_head: int) -> torch.Tensor:
         """Slots [num_kv_heads, M] int64 of one layer's tokens where all heads keep as many, each in its own layer and lane.
@@ -86,13 +93,12 @@ def copy_cells(
     the one that `offsets` begins with.
     """
     num_heads, num_cells = len(offsets) - 1, positions.numel()
-    heads = torch.arange(first_head, first_head + num_heads, device=positions.device)
-    heads = heads.repeat_interleave(offsets.diff(), output_size=num_cells)
+    heads, index = heads_of(offsets, num_cells, first_head), sources.index(first_head, first_head + num_heads)
     # One layer's worth at a time bounds the scratch memory.
     step = len(slots) * space.num_kv_heads
     for first in range(0, num_cells, step):
         part = slice(first, first + step)
-        rows = sources.rows(space, heads[part], positions[part], first_head, first_head + num_heads)
+        rows = sources.rows(space, heads[part], positions[part], index, first_head)
         cells = space.cell_rows(slots, first_cell + first, first_cell + min(first + step, num_cells))
         for buffer in (space.k, space.v):
             buffer.index_copy_(0, cells, buffer.index_select(0, rows))

@@ -105,7 +105,8 @@ class ContextCache:
     ) -> Context | None:
         """The context of these tokens (whole pages), made on first sight. judges: as in Context, where its method asks any.
 
-        is_segment: whether a longer context asks. keep: whose records must not make way. None where as many contexts are pinned or being compressed as may be remembered.
+        is_segment: whether a longer context asks. keep: whose records must not make way. None where as many contexts are pinned or being
+        compressed as may be remembered.
         """
         if judges is None or not settings.own_queries_score:
             judges = array("q")

@@ -32,9 +32,12 @@ def _digest(namespace: Namespace, settings: CompressionSettings, judges: Sequenc
 
 def beginnings(context: Context, page_size: int, *, secret: bytes = b"") -> list[tuple[int, str]]:
     """The tokens and ids of the shorter contexts that a context is compressed after, segment by segment, ascending. Reads each token once."""
+    starts = context.settings.segment_starts(context.num_tokens, page_size)
+    if not starts:
+        return []
     digest = _digest(context.namespace, context.settings, (), secret)
     found, first = [], 0
-    for start in context.settings.segment_starts(context.num_tokens, page_size):
+    for start in starts:
         digest.update(context.tokens[first:start].tobytes())
         found.append((start, digest.copy().hexdigest()))
         first = start

@@ -226,9 +226,7 @@ class CompressionManager:
             return self._serve_exact(req, "error")
         except Exception:
             logger.exception("obcache: serving request %s exactly failed as well; it ends with an error", req.rid)
-            req.real_ids, req.position_offset, req.finished_reason = None, 0, None
-            req.full_untruncated_fill_ids = array("q")
-            req.set_finish_with_abort(
+            req.end_with_error(
                 "The request could not be served, neither with compression nor exactly.", HTTPStatus.INTERNAL_SERVER_ERROR
             )
             return Verdict.ADMIT

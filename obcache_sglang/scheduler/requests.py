@@ -136,8 +136,7 @@ class ContextReq(Req):
         self.exact_reason = reason
         if self.must_be_compressed:
             if self.to_finish is None:
-                self.full_untruncated_fill_ids = array("q")
-                self.set_finish_with_abort(
+                self.end_with_error(
                     f"The prompt has {len(self.origin_input_ids)} tokens, more than the KV pool holds, and its context could not be "
                     f"compressed ({reason}). Send it again later, shorten it, or give a higher compression_ratio.",
                     HTTPStatus.SERVICE_UNAVAILABLE,
@@ -147,6 +146,12 @@ class ContextReq(Req):
         if not self.is_reported_exact:
             self.is_reported_exact = True
             self._count_exact(reason)
+
+    def end_with_error(self, message: str, status: HTTPStatus) -> None:
+        """It runs for one token, and its client gets the message instead. Whatever state it is in, as long as it holds no KV."""
+        self.real_ids, self.position_offset, self.finished_reason = None, 0, None
+        self.full_untruncated_fill_ids = array("q")
+        self.set_finish_with_abort(message, status)
 
     def report(self, status: str, reason: str | None = None) -> None:
         """Sets what the client reads in meta_info["obcache"]. status: compressed | reused | exact."""

@@ -167,9 +167,8 @@ def slots_to_compress(context: Context) -> int:
     Asked of waiting requests in each pass: what `Jobs.make` knows exactly would take the replay's prompts.
     """
     settings = context.settings
-    if (
-        start := settings.segment_start(context.num_tokens, 1)
-    ) > 0:  # the base of the last segment is kept until that is compressed
+    start = settings.segment_start(context.num_tokens, 1)
+    if start > 0:  # the base of the last segment is kept until that is compressed
         return context.num_tokens - start + 2 * context.num_slots
     replayed = settings.replay_chunk if settings.is_replay else 0
     return context.num_tokens + min(replayed, context.num_tokens) + context.num_slots

@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
-from obcache_sglang.kv.cells import KeptTokens
+from obcache_sglang.kv.cells import KeptTokens, create_one_space
 from obcache_sglang.kv.context import Context
 from obcache_sglang.messages import Plan
 from obcache_sglang.scheduler.engine_view import EngineView
@@ -29,6 +29,13 @@ from obcache_sglang.settings import CompressionSettings, ServerSettings
 
 KEPT = KeptTokens(torch.arange(20), torch.tensor([0, 20]))
 HALF = CompressionSettings.resolve({"compression_ratio": 0.5, "budget": "uniform"})
+
+
+class OneSpacePool(MHATokenToKVPool):
+    """With all layers in one allocation, as contexts with per-head budgets need it."""
+
+    def _create_buffers_normal(self) -> None:
+        assert create_one_space(self)
 
 
 def make_tree(size: int) -> UnifiedRadixCache:

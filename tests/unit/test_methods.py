@@ -7,15 +7,15 @@ from array import array
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from obcache_sglang.compress.compression import Compression, Compressor, ScoringRows
 from obcache_sglang.compress.ranking import position_scores
 from obcache_sglang.errors import InvalidValue
-from obcache_sglang.kv.cells import KVSpace, create_one_space
+from obcache_sglang.kv.cells import KVSpace
 from obcache_sglang.kv.context import Context, Namespace
 from obcache_sglang.settings import METHODS, ServerSettings
 from obcache_sglang.settings.methods import Method
+from tests.unit.engine import OneSpacePool
 
 LAYERS, HEADS, TOKENS = 2, 2, 12
 
@@ -40,17 +40,12 @@ def test_a_row_is_all_that_a_setting_needs(every_other: None) -> None:
         ServerSettings.resolve({"method": "every-third"})
 
 
-class Pool(MHATokenToKVPool):
-    def _create_buffers_normal(self) -> None:
-        assert create_one_space(self)
-
-
 @pytest.mark.parametrize("budget", ["uniform", "adakv", "global"])
 def test_and_its_function_all_that_a_compression_does(every_other: None, budget: str) -> None:
     settings = ServerSettings.resolve(
         {"method": "every-other", "compression_ratio": 0.5, "budget": budget, "sink_tokens": 1}
     ).compression
-    pool = Pool(40, 1, torch.float32, HEADS, 4, layer_num=LAYERS, device="cpu", enable_memory_saver=False)
+    pool = OneSpacePool(40, 1, torch.float32, HEADS, 4, layer_num=LAYERS, device="cpu", enable_memory_saver=False)
     for buffer in pool.k_buffer + pool.v_buffer:
         buffer.normal_()
     tokens = array("q", range(TOKENS))

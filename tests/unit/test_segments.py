@@ -21,13 +21,13 @@ from obcache_sglang.compress.head_profile import HeadProfile, ModelIdentity
 from obcache_sglang.compress.ranking import effective_window
 from obcache_sglang.compress.rotary import InverseRotary
 from obcache_sglang.errors import InvalidValue
-from obcache_sglang.kv.cells import KeptTokens, KVSpace, create_one_space
+from obcache_sglang.kv.cells import KeptTokens, KVSpace
 from obcache_sglang.kv.context import Context, ContextState, Namespace
 from obcache_sglang.scheduler.forward import _context_before
 from obcache_sglang.scheduler.jobs import MAX_STARVED_PASSES
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from obcache_sglang.settings import CompressionSettings
-from tests.unit.engine import Driven
+from tests.unit.engine import Driven, OneSpacePool
 from tests.unit.test_manager import report
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 16
@@ -68,11 +68,6 @@ def test_only_gates_score_before_the_context_ends() -> None:
 # --- what is kept ------------------------------------------------------------------------------------------------------
 
 
-class Pool(MHATokenToKVPool):
-    def _create_buffers_normal(self) -> None:
-        assert create_one_space(self)
-
-
 class World:
     """A pool with the exact K and V of one context, and what compresses it."""
 
@@ -81,7 +76,7 @@ class World:
         self.settings = CompressionSettings.resolve(
             {"method": "gate", "budget": budget, "compression_ratio": 0.6, "segment_tokens": 128, **settings}
         )
-        kind = Pool if one_space else MHATokenToKVPool
+        kind = OneSpacePool if one_space else MHATokenToKVPool
         self.pool = kind(900, 1, torch.float32, HEADS, HEAD_DIM, layer_num=LAYERS, device="cpu", enable_memory_saver=False)
         for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
             buffer.normal_()
@@ -228,6 +223,14 @@ def driven(size: int = SIZE, context_len: int = 4096, **settings: Any) -> Driven
 def the_job(admitted: list[Any]) -> CompressionJob:
     (job,) = [each for each in admitted if isinstance(each, CompressionJob)]
     return job
+
+
+def second_job(drive: Driven) -> CompressionJob:
+    """The job after the first segment, which is compressed; SGLang has not admitted it yet."""
+    first = the_job(drive.step())
+    drive.forward(first)
+    drive.end(first)
+    return the_job(drive.step())
 
 
 def make_all(drive: Driven) -> list[int]:
@@ -426,10 +429,7 @@ def test_who_leaves_ends_the_chain_and_nothing_stays_locked() -> None:
 def test_a_segment_that_fails_lets_the_questions_be_served_exactly() -> None:
     drive = driven()
     req = drive.ask(DOCUMENT)
-    job = the_job(drive.step())
-    drive.forward(job)
-    drive.end(job)
-    job = the_job(drive.step())
+    job = second_job(drive)
     drive.forward(job, kept=None)
     drive.end(job)
     assert job.skip_radix_cache_insert, "what was computed after compressed tokens must not be cached as exact"
@@ -441,10 +441,7 @@ def test_a_segment_that_fails_lets_the_questions_be_served_exactly() -> None:
 def test_an_aborted_segment_gives_back_its_base() -> None:
     drive = driven()
     drive.ask(DOCUMENT)
-    job = the_job(drive.step())
-    drive.forward(job)
-    drive.end(job)
-    job = the_job(drive.step())
+    job = second_job(drive)
     assert drive.accounts() == (SIZE - 64, 0, 64), "the base is held before its job is admitted"
     drive.engine.queue.remove(job)  # SGLang aborts it
     drive.manager.jobs.end_dead()
@@ -466,10 +463,7 @@ def test_texts_with_one_beginning_wait_for_it_and_share_it() -> None:
 def test_a_flush_forgets_what_was_held() -> None:
     drive = driven()
     req = drive.ask(DOCUMENT)
-    job = the_job(drive.step())
-    drive.forward(job)
-    drive.end(job)
-    job = the_job(drive.step())
+    second_job(drive)
     drive.engine.tree.reset()  # SGLang is paused: then it flushes although a job waits
     drive.engine.tree.token_to_kv_pool_allocator.clear()
     drive.manager.after_flush()
@@ -516,10 +510,7 @@ def test_whoever_waits_for_an_idle_compression_has_it_run(waits: str) -> None:
 def test_a_job_whose_base_is_gone_runs_after_nothing() -> None:
     drive = driven()
     drive.ask(DOCUMENT)
-    job = the_job(drive.step())
-    drive.forward(job)
-    drive.end(job)
-    job = the_job(drive.step())
+    job = second_job(drive)
     job.error = "evicted"
     assert _context_before(job) is None
 
