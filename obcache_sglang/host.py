@@ -38,6 +38,7 @@ _DECLARED_IN = (
     "scheduler.manager",
     "scheduler.requests",
     "scheduler.context_cache",
+    "scheduler.tree",
     "scheduler.forward",
     "scheduler.kv_events",
     "compress.head_gains",

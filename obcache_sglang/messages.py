@@ -35,6 +35,7 @@ class Plan:
     ttl_seconds: forget the context after this long; None for as long as there is room.
     context_id: names the context, whose tokens the prompt then does not contain.
     before: tokens before the marker of a prompt with a context id (a chat template's); the named context must begin with them.
+    finds_boundary: whether the scheduler is to find where the context ends, of prompts that begin alike (mode auto).
     judged_by_rest: whether the prompt's tokens after the context score it too (mode prompt).
     exact: why the request is served exactly, if that is known already.
     now: seconds since the epoch: one clock for all ranks, which must agree on what has expired.
@@ -48,6 +49,7 @@ class Plan:
     ttl_seconds: float | None = None
     context_id: str | None = None
     before: Sequence[int] = ()
+    finds_boundary: bool = False
     judged_by_rest: bool = False
     exact: str | None = None
     now: float = field(default_factory=time.time)

@@ -246,7 +246,7 @@ def _prepared(frontend: Frontend, request: Any, token_ids: list[int]) -> _Prepar
         raise
     except Exception:
         check_ids(token_ids, frontend.vocab_size)
-        if frontend.settings.mode != "marked" or _own_params(request) not in (None, False) or frontend.marker_id in token_ids:
+        if frontend.settings.mode == "prompt" or _own_params(request) not in (None, False) or frontend.marker_id in token_ids:
             raise
         logger.exception("obcache: preparing a request failed; it does not ask for compression, and is passed on unchanged")
         return _Prepared(token_ids, token_ids, None)

@@ -134,6 +134,7 @@ def make_plan(
         )
     bounded = marker_position is not None or wish.context_len is not None or wish.context_id is not None
     whole_prompt = mode == "prompt" and action == "ask" and not bounded
+    finds_boundary = mode == "auto" and action == "ask" and not bounded
     context_len = _boundary(wish, num_tokens, marker_position, whole_prompt, action)
     if context_len is None:
         return None
@@ -151,13 +152,14 @@ def make_plan(
         ttl_seconds=wish.ttl_seconds,
         context_id=wish.context_id,
         before=tuple(before),
+        finds_boundary=finds_boundary,
         judged_by_rest=whole_prompt,
         exact=exact,
     )
 
 
 def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, whole_prompt: bool, action: Action) -> int | None:
-    """Number of tokens of the context; 0 to look one up; None if the prompt has none (mode prompt, a prompt of one token).
+    """Number of tokens of the context; 0 to look one up, or to find where it ends; None if the prompt has none (mode prompt, a prompt of one token).
 
     whole_prompt: the context is all of the prompt but its last token.
     """

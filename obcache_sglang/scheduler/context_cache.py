@@ -15,7 +15,6 @@ Three things are never confused:
 from __future__ import annotations
 
 import hashlib
-import heapq
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
@@ -24,13 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache
-from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from obcache_sglang.host import use
 from obcache_sglang.kv.cells import KeptTokens
 from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context, ContextState, Namespace
+from obcache_sglang.scheduler import tree
 from obcache_sglang.scheduler.identity import beginnings, context_id
+from obcache_sglang.scheduler.tree import context_key
 from obcache_sglang.settings import CompressionSettings
 
 if TYPE_CHECKING:
@@ -154,25 +153,15 @@ class ContextCache:
             length = context.num_tokens
             if (
                 context.state is ContextState.RESIDENT
-                and context.settings == settings
-                and context.namespace == namespace
                 and length < len(tokens)
                 and (best is None or length > best.num_tokens)
+                and tokens[max(0, length - 8) : length] == context.tokens[-8:]  # copies the whole only where it may be equal
+                and context.settings == settings
+                and context.namespace == namespace
                 and tokens[:length] == context.tokens
             ):
                 best = context
         return best
-
-    def key(self, context: Context, suffix: array[int] | None = None) -> RadixKey:
-        """The radix key of a context, or of what is cached after it."""
-        ids = context.virtual_ids if suffix is None else context.virtual_ids + suffix
-        return RadixKey(ids, context.namespace.extra_key, cache_salt=context.namespace.cache_salt)
-
-    def slots_of(self, node: int, context: Context) -> torch.Tensor:
-        """The slots [num_tokens] int64 of a context's exact tokens, that end at a node of the tree or before it."""
-        root = self.tree.root_node_handle(context.namespace.extra_key)
-        slots: torch.Tensor = self.tree.tree_core.collect_full_device_indices(node, root)[: context.num_tokens].to(torch.int64)
-        return slots
 
     def is_resident(self, context: Context) -> bool:
         """Whether the tree holds the context's slots, with the content that this record's compression left there.
@@ -210,7 +199,7 @@ class ContextCache:
         slots: torch.Tensor = allocated.to(torch.int64)
         try:
             context.virtual_ids = self._unused_ids(context)
-            self.tree.insert(InsertParams(key=self.key(context), value=slots))
+            self.tree.insert(InsertParams(key=context_key(context), value=slots))
             self._lock(context)
         except Exception:
             self._take_back(context, slots)
@@ -226,17 +215,17 @@ class ContextCache:
             drawn = hashlib.blake2b(message, digest_size=8, key=self._secret, person=b"virtual ids").digest()
             base = FIRST_VIRTUAL_ID + int.from_bytes(drawn) % (1 << 62)
             context.virtual_ids = array("q", range(base, base + context.num_slots))
-            if self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).device_prefix_len == 0:
+            if self.tree.match_prefix(MatchPrefixParams(key=context_key(context))).device_prefix_len == 0:
                 return context.virtual_ids
 
     def _take_back(self, context: Context, slots: torch.Tensor) -> None:
         """After an insertion that raised: the slots [num_slots] int64 go back, from the tree if they came that far."""
-        match = self.tree.match_prefix(MatchPrefixParams(key=self.key(context)))
+        match = self.tree.match_prefix(MatchPrefixParams(key=context_key(context)))
         if match.device_prefix_len != context.num_slots:
             self.allocator.free(slots)
         else:
             self.unlock(context)
-            self._drop_leaf(match.last_device_node)
+            tree.drop_leaf(self.tree, match.last_device_node)
         context.virtual_ids, context.node = array("q"), None
 
     def publish(self, context: Context, kept: KeptTokens) -> None:
@@ -278,7 +267,7 @@ class ContextCache:
             self.unlock(context)
 
     def _lock(self, context: Context) -> None:
-        context.node = self.tree.match_prefix(MatchPrefixParams(key=self.key(context))).last_device_node
+        context.node = self.tree.match_prefix(MatchPrefixParams(key=context_key(context))).last_device_node
         context.tree_lock = self.tree.lock(context.node)
 
     def unlock(self, context: Context) -> None:
@@ -336,40 +325,13 @@ class ContextCache:
         What is left (locked, or after more requests than are tracked) is ordinary evictable content.
         """
         if context.virtual_ids and context.suffixes_complete:
-            self._drop_ends(context, [array("q", raw) for raw in context.suffixes] + [array("q")])
+            tree.drop_ends(self.tree, context, [array("q", raw) for raw in context.suffixes] + [array("q")])
 
     def drop_suffixes(self, context: Context) -> None:
         """Evicts what is cached after a context that no request uses; the context itself stays."""
         if context.suffixes and context.suffixes_complete:
-            left = self._drop_ends(context, [array("q", raw) for raw in context.suffixes])
+            left = tree.drop_ends(self.tree, context, [array("q", raw) for raw in context.suffixes])
             context.suffixes = dict.fromkeys(suffix.tobytes() for suffix in left)
-
-    def _drop_ends(self, context: Context, suffixes: list[array[int]]) -> list[array[int]]:
-        """Evicts the paths of suffixes, of all that are in the tree, up to the context; an empty one is the context's own node.
-
-        Returns those of which a part is left. The tree can drop unlocked leaves only (its Rust core panics on any other node),
-        and cannot list a node's children: so the deepest end of all suffixes goes first, which must be a leaf, or locked, as is
-        then every node that it has in common with others.
-        """
-        left = []
-        # Of each suffix, minus the depth at which it ends at the latest.
-        heap = [(-(context.num_slots + len(suffix)), index) for index, suffix in enumerate(suffixes)]
-        heapq.heapify(heap)
-        while heap:
-            bound, index = heapq.heappop(heap)
-            match = self.tree.match_prefix(MatchPrefixParams(key=self.key(context, suffixes[index])))
-            depth = match.device_prefix_len
-            if depth < context.num_slots:
-                return []  # the context's node itself is gone, and with it everything after it
-            if depth == context.num_slots and suffixes[index]:
-                continue  # nothing of this suffix is left
-            if -depth != bound:
-                heapq.heappush(heap, (-depth, index))
-            elif not self._drop_leaf(match.last_device_node):
-                left.append(suffixes[index])
-            elif depth > context.num_slots:
-                heapq.heappush(heap, (1 - depth, index))  # what is left of this suffix ends before
-        return left
 
     def clear(self) -> None:
         """The tree was reset: every node and lock is gone."""
@@ -380,16 +342,6 @@ class ContextCache:
             if not context.is_queued:
                 self._mark_absent(context)
         self._deleting.clear()
-
-    def _drop_leaf(self, node: int) -> bool:
-        before = self.tree.evictable_size()
-        lock = self.tree.lock(node)
-        unlocked = self.tree.evictable_size() < before
-        self.tree.unlock(lock)
-        # Locking an unlocked path shrinks what is evictable; a node that a request holds shrinks nothing.
-        if not unlocked:
-            return False
-        return bool(self.tree._drop_subtree_no_host(node, {ComponentType.FULL: 0}))
 
     def _mark_absent(self, context: Context) -> None:
         context.state = ContextState.ABSENT
@@ -425,26 +377,4 @@ class ContextCache:
         context.tails.clear()
 
 
-_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
-
-TOUCHES = (
-    use(f"{_TREE}.match_prefix", "call", "what of a context and its suffixes is in the tree", ("params",)),
-    use(
-        "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface.collect_path_info",
-        "call",
-        "whether a context's node is still there, without using it; ids of nodes are never used again",
-        ("end_node_ids",),
-    ),
-    use(f"{_TREE}.root_node_handle", "call", "where a path in the tree begins", ("extra_key",)),
-    use(
-        "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface.collect_full_device_indices",
-        "call",
-        "the slots of a context's exact KV",
-        ("from_node_id", "until_node_id"),
-    ),
-    use(f"{_TREE}.insert", "call", "a context's node", ("params",)),
-    use(f"{_TREE}.lock", "call", "holds a node while it is made or pinned", ("node_id",)),
-    use(f"{_TREE}.unlock", "call", "lets it be evicted", ("lock",)),
-    use(f"{_TREE}.evictable_size", "call", "whether a node is locked by a request"),
-    use(f"{_TREE}._drop_subtree_no_host", "call", "frees a context's slots", ("node_id", "tracker")),
-)
+TOUCHES = (use("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.insert", "call", "a context's node", ("params",)),)

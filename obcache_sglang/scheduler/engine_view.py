@@ -22,6 +22,7 @@ class EngineView:
     running_batch: of the pass under way, None outside of one: SGLang's own attribute is that of the pass before.
     late: requests that came into the queue during the pass under way, and wait for the next one; None outside of one.
     on_cpu: whether the model computes on the CPU. num_kv_heads: of a layer, on this rank. pool_slots: KV slots in all. context_len: the model's longest prompt.
+    most_prefill_tokens: that one forward reads of prompts.
     prompt_limit: tokens from which on SGLang refuses a prompt, since model or pool cannot hold it. truncates_prompts: whether it cuts it instead.
     """
 
@@ -34,6 +35,7 @@ class EngineView:
         self.num_kv_heads: int = scheduler.token_to_kv_pool_allocator.get_kvcache().head_num
         self.pool_slots: int = scheduler.max_total_num_tokens
         self.context_len: int = scheduler.model_config.context_len
+        self.most_prefill_tokens: int = min(scheduler.chunked_prefill_size or self.pool_slots, self.pool_slots)
         self.prompt_limit: int = scheduler.max_req_input_len
         self.truncates_prompts = bool(scheduler.server_args.allow_auto_truncate)
         self.tokenizer: Any = scheduler.tokenizer
@@ -129,7 +131,11 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 TOUCHES = (
     use(f"{_SCHEDULER}.collect_inflight_reqs", "call", "the readers of a context"),
-    use(_SCHEDULER, "read", "device, device_module, forward_stream: what copies between two forwards waits for the first"),
+    use(
+        _SCHEDULER,
+        "read",
+        "device, device_module, forward_stream: what copies between two forwards waits for the first; chunked_prefill_size",
+    ),
     use(
         f"{_SCHEDULER}.init_req_max_new_tokens",
         "read",

@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
-from sglang.srt.mem_cache.radix_cache import RadixKey
-
 from obcache_sglang.compress.compression import Compression, ScoringRows
 from obcache_sglang.kv.context import Context
 from obcache_sglang.scheduler.jobs import Jobs
+from obcache_sglang.scheduler.tree import drop_branch, exact_slots
+from obcache_sglang.settings import CompressionSettings
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +30,19 @@ STEP_TOKENS = 4096
 GPU_STEP_TOKENS = 40 * STEP_TOKENS
 """The same on GPUs, where 4k tokens of a layer are a read of some megabytes. An estimate: not measured on one."""
 
+PRESSURE_STEPS = 4
+"""Steps at once for a compression that makes room for requests that wait."""
+
 
 class CachedCompression:
     """What one compression holds until it ends. As a `CompressionJob`, it is what `ForwardPlan.compress_layer` works for.
 
-    rows: with the slots of the context's exact KV. lock: of that. num_layers: to compress.
+    rows: with the slots of the context's exact KV. lock: of that. num_layers: to compress. instead_of: as in `InPlace.start`.
     """
 
-    def __init__(self, context: Context, slots: torch.Tensor, rows: ScoringRows, lock: Any, num_layers: int) -> None:
+    def __init__(
+        self, context: Context, slots: torch.Tensor, rows: ScoringRows, lock: Any, num_layers: int, instead_of: int | None
+    ) -> None:
         """slots: [M] int64, the context's."""
         self.context = context
         self.slots: torch.Tensor | None = slots
@@ -49,6 +53,7 @@ class CachedCompression:
         self.scoring_seconds = 0.0
         self.started_at = time.perf_counter()
         self.num_layers = num_layers
+        self.instead_of = instead_of
         self.num_layers_done = 0
 
     @property
@@ -78,32 +83,40 @@ class InPlace:
         """The compression of a context."""
         return self._under_way if self._under_way is not None and self._under_way.context is context else None
 
-    def start(self, context: Context) -> bool:
+    def start(self, context: Context, *, instead_of: int | None = None) -> bool:
         """Begins the compression of a context; False where its method needs a forward, its exact KV is not all cached, or there is no room.
 
+        instead_of: the node of the tree where its exact KV ends; that and what follows it goes when the context is compressed.
         All ranks come to the vote: their trees are equal.
         """
-        if self._under_way is not None or self._compress_layer is None or not context.settings.uses_gates:
+        if self._under_way is not None or not self.can_compress(context.settings, context.num_tokens):
             return False
-        if context.settings.segment_start(context.num_tokens, self.cache.page_size) > 0:
-            return False  # what is cached exactly is not what a segment's tokens are after compressed ones
-        key = RadixKey(context.tokens, context.namespace.extra_key, cache_salt=context.namespace.cache_salt)
-        match = self.cache.tree.match_prefix(MatchPrefixParams(key=key))
-        if match.device_prefix_len < context.num_tokens:
+        tree = self.cache.tree
+        cached = exact_slots(tree, context)
+        if cached is None:
             return False
-        rows = ScoringRows(0, 0, context.num_tokens, self.cache.slots_of(match.last_device_node, context), last=True)
-        self.jobs.room.make(context.num_slots)
-        lock = self.cache.tree.lock(match.last_device_node)  # what makes room must not take what is read
-        if self.engine.runs_something and not self.jobs.room.has_spare(context.num_slots):
-            self.cache.tree.unlock(lock)
+        node, exact = cached
+        rows = ScoringRows(0, 0, context.num_tokens, exact, last=True)
+        if instead_of is None:
+            self.jobs.room.make(context.num_slots)
+        lock = tree.lock(node)  # what makes room must not take what is read
+        if instead_of is None and self.engine.runs_something and not self.jobs.room.has_spare(context.num_slots):
+            tree.unlock(lock)
             return False  # as a prefill it waits until SGLang admits it
         slots = self.jobs.reserve_on_all_ranks(context)
         if slots is None:
-            self.cache.tree.unlock(lock)
+            tree.unlock(lock)
             return False
-        self._under_way = CachedCompression(context, slots, rows, lock, len(self._layers))
+        self._under_way = CachedCompression(context, slots, rows, lock, len(self._layers), instead_of)
         context.is_queued = True
         return True
+
+    def can_compress(self, settings: CompressionSettings, num_tokens: int) -> bool:
+        """Whether contexts of so many tokens can be compressed from their cached KV with these settings."""
+        if self._compress_layer is None or not settings.uses_gates:
+            return False
+        # What is cached exactly is not what a segment's tokens are after compressed ones.
+        return settings.segment_start(num_tokens, self.cache.page_size) == 0
 
     def advance(self) -> None:
         """One step; to the end where nothing runs. Whatever fails, on this rank or another one, the context's questions are served exactly.
@@ -115,6 +128,8 @@ class InPlace:
             return
         assert self._compress_layer is not None
         step_tokens = STEP_TOKENS if self.engine.on_cpu else GPU_STEP_TOKENS
+        if job.instead_of is not None:
+            step_tokens *= PRESSURE_STEPS
         most = max(1, step_tokens // job.context.num_tokens) if self.engine.runs_something else len(self._layers)
         step = self._layers[job.num_layers_done : job.num_layers_done + most]
         self._contained(job, self.engine.wait_for_forwards)
@@ -144,6 +159,9 @@ class InPlace:
         self.cache.publish(context, kept)
         self._under_way, context.is_queued = None, False
         self.cache.tree.unlock(job.lock)
+        if job.instead_of is not None:
+            drop_branch(self.cache.tree, job.instead_of)
+        self.jobs.ask_again(context)
         try:  # as in `Jobs`: whatever fails here on one rank changes no decision
             self.metrics.compressed_in_place()
             self.jobs.record(context, job.started_at, job.scoring_seconds, context.num_tokens)

@@ -75,6 +75,11 @@ class Jobs:
             job.unattended = False
         return context.is_queued or bool(under_way)
 
+    def engine_is_idle(self) -> bool:
+        """Whether no client waits for anything. Only within a pass."""
+        waits = any(not (isinstance(req, CompressionJob) and req.unattended) for req in self.engine.waiting())
+        return not waits and not self.engine.runs_something
+
     # --- beginning --------------------------------------------------------------------------------------------------
 
     def make(self, like: ContextReq, context: Context) -> tuple[CompressionJob | None, str]:
@@ -295,6 +300,14 @@ class Jobs:
         for req in self.engine.queue:
             if isinstance(req, ContextReq) and req.context is context:
                 req.exact_reason = reason
+
+    def ask_again(self, context: Context) -> None:
+        """Questions that were to be served exactly until a context is compressed: it is now, and they are decided on anew."""
+        for req in self.engine.queue:
+            if not isinstance(req, ContextReq) or req.exact_reason not in ("deferred", "no_context"):
+                continue
+            if req.namespace == context.namespace and req.prompt_ids[: context.num_tokens] == context.tokens:
+                req.exact_reason, req.is_reported_exact, req.decided = None, False, False
 
     def _go_on_or_publish(self, job: CompressionJob) -> bool:
         """What follows a prefill of a job that ran to the end; False where nothing does, with the reason in `job.error` if it failed.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from http import HTTPStatus
@@ -23,11 +23,15 @@ from obcache_sglang.kv.context import Context, ContextState, Namespace
 from obcache_sglang.messages import Plan
 from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.engine_view import EngineView
+from obcache_sglang.scheduler.idle import WhenIdle
 from obcache_sglang.scheduler.in_place import InPlace
 from obcache_sglang.scheduler.jobs import Jobs
 from obcache_sglang.scheduler.metrics import Metrics
+from obcache_sglang.scheduler.pressure import UnderPressure
 from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq
 from obcache_sglang.scheduler.room import Room
+from obcache_sglang.scheduler.shared_prefixes import SharedPrefixes
+from obcache_sglang.scheduler.tree import num_cached, radix_key
 from obcache_sglang.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -35,14 +39,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_DEFERRED = 256
-"""Contexts that wait to be compressed when the engine is idle; of more the first to come is given up, until it is asked about again."""
-
 
 class Verdict(Enum):
     ADMIT = "admit"
     HOLD = "hold"
     DONE = "done"
+
+
+def namespace_of(fields: Mapping[str, Any]) -> Namespace:
+    """Of a request that is to be made. fields: the arguments of SGLang's Req, by name."""
+    return Namespace.of(**{name: fields.get(name) for name in ("extra_key", "cache_salt", "lora_id")})
 
 
 class CompressionManager:
@@ -77,7 +83,9 @@ class CompressionManager:
         self.room = Room(engine, self.cache, settings.max_pinned_slots)
         self.jobs = Jobs(engine, self.cache, self.room, metrics, agree=agree, secret=secret)
         self.in_place = InPlace(self.jobs, layers, compress_layer)
-        self._deferred: dict[str, tuple[Context, ContextReq]] = {}
+        self.when_idle = WhenIdle(self.in_place)
+        self.under_pressure = UnderPressure(self.in_place)
+        self._prefixes = SharedPrefixes(secret)
         self._now = 0.0
 
     # --- arrival ----------------------------------------------------------------------------------------------------
@@ -89,6 +97,9 @@ class CompressionManager:
         """
         self.advance_clock(float(plan.get("now", 0.0)))
         settled = Plan.from_dict(plan)
+        if settled.finds_boundary and settled.exact is None:
+            shared = self._prefixes.boundary(namespace_of(fields), fields["origin_input_ids"], self.settings.min_tokens)
+            settled = replace(settled, context_len=shared)
         if settled.context_id is not None:
             settled, fields = self._named(settled, fields)
         elif settled.settings.budget != "uniform" and self.uneven_refusal is not None:
@@ -101,9 +112,8 @@ class CompressionManager:
 
     def _named(self, plan: Plan, fields: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
         """The plan and the prompt of a request that names its context. Raises RequestError."""
-        namespace = Namespace.of(**{name: fields.get(name) for name in ("extra_key", "cache_salt", "lora_id")})
         known = self.cache.by_capability(plan.context_id or "")
-        if known is None or known[0].namespace != namespace:
+        if known is None or known[0].namespace != namespace_of(fields):
             raise ContextNotFound(
                 "This context_id is unknown under this cache_salt, extra_key and LoRA adapter. The context was forgotten or deleted, or it "
                 "belongs to another server. Send the text again, with the marker at its end, or POST /obcache/compress."
@@ -138,6 +148,7 @@ class CompressionManager:
             self.in_place.advance()
             if not engine.admits_nobody():
                 order, admitted = self._decide()
+                admitted = self.under_pressure.relieve(admitted)
         except Exception:  # a defect of ours must not end the scheduler
             logger.exception("obcache: a scheduling pass failed; all its requests are served exactly")
             order = admitted = [req for req in engine.queue if self._is_admitted_exactly(req)]
@@ -165,12 +176,12 @@ class CompressionManager:
         if self.engine.must_become_idle:
             self.jobs.stop_unattended()
         self.room.begin_pass()
-        self._compress_deferred()
+        self.when_idle.advance()
         queue = self.engine.queue
         order: list[Req] = []
         admitted: list[Req] = []
         num_held = 0
-        unattended_wait = not self._engine_is_idle() and not self.room.is_tight
+        unattended_wait = not self.jobs.engine_is_idle() and not self.room.is_tight
         for req in queue:
             if isinstance(req, ContextReq):
                 verdict, job = self._resolve_contained(req)
@@ -252,11 +263,16 @@ class CompressionManager:
         if context.state is ContextState.DELETING:
             return self._serve_exact(req, "deleted"), None
         if self.cache.is_resident(context):
+            if self._has_no_need(req, context):
+                req.report("exact", "deferred")
+                return Verdict.ADMIT, None
             return self._serve_resident(req, context), None
         req.use_real_ids()
         if self._may_defer(req):
-            if not context.is_queued:
-                self._defer(context, req)
+            if self.settings.when == "idle":
+                self.when_idle.add(context, req)
+            else:
+                self.under_pressure.add(context)
             return self._serve_exact(req, "deferred"), None
         if self.jobs.await_another(context) or self.room.must_wait(context, self.jobs.all()):
             return Verdict.HOLD, None
@@ -271,49 +287,20 @@ class CompressionManager:
         """Whether a question is served exactly for now: not where it is the only one its context can have."""
         plan = req.plan
         has_time = plan.action == "ask" and plan.context_len < len(req.prompt_ids) - 1 and not req.must_be_compressed
+        if self.settings.when == "pressure":
+            return has_time and self.in_place.can_compress(plan.settings, plan.context_len)
         return self.settings.when == "idle" and has_time
-
-    def _defer(self, context: Context, req: ContextReq) -> None:
-        self._deferred.setdefault(context.id, (context, req))
-        if len(self._deferred) > MAX_DEFERRED:
-            del self._deferred[next(iter(self._deferred))]
-
-    def _compress_deferred(self) -> None:
-        """Starts the compression of a context whose questions were served exactly, the longest waiting first, one at a time."""
-        if not self._deferred or self.jobs.all() or self.in_place.is_busy or self.engine.must_become_idle:
-            return
-        if not self._engine_is_idle() and not self.room.is_tight:
-            return
-        context, req = self._deferred.pop(next(iter(self._deferred)))
-        if self.cache.get(context.id) is not context or self.cache.is_resident(context):
-            return
-        try:
-            if self.in_place.start(context):
-                self.in_place.advance()  # nothing else may call for another pass
-                return
-            job, refusal = self.jobs.make(req, context)
-            if job is None:
-                logger.warning("obcache: context %s is not compressed: %s", context.id, refusal)
-            else:
-                job.unattended = True
-                self.engine.queue.insert(0, job)
-        except Exception:
-            logger.exception("obcache: starting the compression of context %s failed", context.id)
-
-    def _engine_is_idle(self) -> bool:
-        """Whether no client waits for anything. Only within a pass."""
-        waits = any(not (isinstance(req, CompressionJob) and req.unattended) for req in self.engine.waiting())
-        return not waits and not self.engine.runs_something
 
     def _find_context(self, req: ContextReq) -> Context | None:
         """The context of a request by its boundary, or the longest resident one that its prompt starts with."""
         plan, prompt = req.plan, req.origin_input_ids
-        if plan.context_len == 0:
+        if plan.context_len == 0 or plan.finds_boundary:
             context = self.cache.find_prefix(req.namespace, plan.settings, prompt)
             if context is not None:
                 context.is_segment = False
                 req.context_id = self.cache.capability(context, array("q"))
-            return context
+            if context is not None or plan.context_len == 0:
+                return context
         boundary = plan.boundary(len(prompt), self.cache.page_size)
         if boundary == 0:
             req.exact_reason = "shorter_than_a_page"
@@ -326,8 +313,16 @@ class CompressionManager:
             req.context_id = self.cache.capability(context, prompt[boundary : min(plan.context_len, len(prompt))])
         return context
 
+    def _has_no_need(self, req: ContextReq, context: Context) -> bool:
+        """Whether a question need not put up with its compressed context, since the exact one is cached as well. It costs nothing then."""
+        if self.settings.when != "pressure" or req.is_virtual or req.plan.action != "ask" or req.compressions_started:
+            return False
+        return num_cached(self.cache.tree, radix_key(req.namespace, context.tokens)) == context.num_tokens
+
     def _serve_resident(self, req: ContextReq, context: Context) -> Verdict:
         if req.return_logprob and not req.is_virtual and 0 <= req.logprob_start_len < context.num_tokens:
+            if req.plan.finds_boundary:  # it did not ask for a context
+                return self._serve_exact(req, "input_logprobs")
             req.set_finish_with_abort(
                 f"logprob_start_len={req.logprob_start_len} lies inside the compressed context of {context.num_tokens} tokens, "
                 f"whose log-probabilities are not available. Give {context.num_tokens} or more, give -1 for none, "
@@ -403,7 +398,8 @@ class CompressionManager:
         self.in_place.forget()
         self.cache.clear()
         self.jobs.forget_bases()
-        self._deferred.clear()
+        self.when_idle.forget()
+        self.under_pressure.forget()
         self.metrics.set_gauges(self.cache)
 
     def forget_adapter(self, lora_id: str) -> None:

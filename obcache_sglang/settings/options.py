@@ -11,8 +11,8 @@ from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, POOLI
 
 HEADS = ("per-head", "shared")
 NORMALIZATIONS = ("layer", "none")
-MODES = ("marked", "prompt")
-WHENS = ("first", "idle")
+MODES = ("marked", "auto", "prompt")
+WHENS = ("first", "idle", "pressure")
 HEAD_ATTENTIONS = ("triton", "flashinfer")
 DECODE_GRAPHS = ("auto", "on", "off")
 
@@ -287,8 +287,9 @@ SERVER_OPTIONS = (
         "mode",
         _one_of(MODES),
         (
-            "marked: a prompt says where its context ends (marker or context_len); other prompts are untouched. prompt: all "
-            "of a prompt but its last token is its context; compressed for this prompt only. Default: marked."
+            "marked: a prompt says where its context ends (marker or context_len); other prompts are untouched. auto: prefixes "
+            "that prompts share are contexts, without any marking. prompt: all of a prompt but its last token is its context; "
+            "compressed for this prompt only. Default: marked."
         ),
         metavar="|".join(MODES),
         per_request=False,
@@ -320,7 +321,9 @@ SERVER_OPTIONS = (
         _one_of(WHENS),
         (
             "first: the first question about a context waits for its compression. idle: questions are served exactly until "
-            "the engine is idle or the pool is tight; then their contexts are compressed. Default: first."
+            "the engine is idle or the pool is tight; then their contexts are compressed. pressure: everything stays exact as "
+            "long as the pool has room; a context is compressed from its cached KV when it would be evicted (method gate). "
+            "Default: first; with mode auto, pressure."
         ),
         metavar="|".join(WHENS),
         per_request=False,

@@ -257,11 +257,11 @@ class ServerSettings:
     """One server's settings: the defaults of its requests, and how it offers compression.
 
     compression: the settings of a request that gives none.
-    mode: `marked`: prompts say where their context ends; `prompt`: the context is all of a prompt but its last token, which scores it.
+    mode: `marked`: prompts say where their context ends; `auto`: prefixes that prompts share are contexts; `prompt`: the context is all of a prompt but its last token, which scores it.
     head_profile: file of a head profile, or the name of one in the package. Then the default budget is `profile`, except for replay.
     gates: file of gates, or the name of those in the package; they bring a head profile. Then the default method is `gate`.
     when: `first`: a context's first question compresses it; `idle`: questions are served exactly until the engine has nothing
-        else to do or its pool gets tight; then their contexts are compressed.
+        else to do or its pool gets tight; then their contexts are compressed; `pressure`: until the pool needs a context's room.
     min_tokens: shorter contexts are served exactly.
     marker: the text that ends a context.
     max_contexts: contexts remembered at once.
@@ -289,9 +289,16 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         """Raises InvalidValue for settings that exclude each other."""
-        if self.when == "idle" and self.mode == "prompt":
+        if self.when != "first" and self.mode == "prompt":
             raise InvalidValue(
-                "when", "idle", "has no effect with mode=prompt, where each context has one question. Set when=first."
+                "when", self.when, "has no effect with mode=prompt, where each context has one question. Set when=first."
+            )
+        if self.when == "pressure" and not self.compression.uses_gates:
+            raise InvalidValue(
+                "when",
+                "pressure",
+                f"needs method=gate: contexts are compressed from their cached KV, where method={self.compression.method} reads them anew. "
+                "Start the server with --obcache-gates, or set when=first or idle.",
             )
         if self.decode_graphs == "on" and self.head_attention != "triton":
             raise InvalidValue(
@@ -338,6 +345,8 @@ class ServerSettings:
         values = {name: OPTIONS[name].check(name, value) for name, value in given.items()}
         compression = {name: value for name, value in values.items() if OPTIONS[name].per_request}
         server = {name: value for name, value in values.items() if not OPTIONS[name].per_request}
+        if server.get("mode") == "auto":
+            server.setdefault("when", "pressure")
         return cls(
             compression=CompressionSettings.resolve(
                 compression, has_profile="head_profile" in server or "gates" in server, has_gates="gates" in server

@@ -55,7 +55,7 @@ FAULTY = (
     "scheduler.jobs.Jobs.make",
     "scheduler.jobs.Jobs.release",
     "scheduler.jobs.Jobs.reserve",
-    "scheduler.manager.CompressionManager._compress_deferred",
+    "scheduler.idle.WhenIdle.advance",
     "scheduler.manager.CompressionManager._decide",
     "scheduler.manager.CompressionManager._find_context",
     "scheduler.manager.CompressionManager._finish_without_forward",

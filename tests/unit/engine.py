@@ -25,6 +25,7 @@ from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
+from obcache_sglang.scheduler.tree import context_key
 from obcache_sglang.settings import CompressionSettings, ServerSettings
 
 KEPT = KeptTokens(torch.arange(20), torch.tensor([0, 20]))
@@ -60,8 +61,8 @@ def make_tree(size: int) -> UnifiedRadixCache:
 class Engine(EngineView):
     """The view of a scheduler that has no model: a test makes its forwards."""
 
-    def __init__(self, size: int = 200, context_len: int | None = None) -> None:
-        """context_len: of the model; as long as the pool if not given."""
+    def __init__(self, size: int = 200, context_len: int | None = None, chunk: int | None = None) -> None:
+        """context_len: of the model; as long as the pool if not given. chunk: tokens that one forward reads of prompts."""
         context_len = context_len or size
         tree = make_tree(size)
         self._held: dict[Req, torch.Tensor] = {}
@@ -72,6 +73,7 @@ class Engine(EngineView):
                 tree_cache=tree,
                 token_to_kv_pool_allocator=tree.token_to_kv_pool_allocator,
                 max_total_num_tokens=size,
+                chunked_prefill_size=chunk,
                 max_req_input_len=min(size, context_len) - 6,
                 server_args=SimpleNamespace(allow_auto_truncate=False),
                 model_config=SimpleNamespace(context_len=context_len),
@@ -146,7 +148,8 @@ class Driven:
             "origin_input_ids": context + array("q", [question] * num_tokens),
             "sampling_params": SamplingParams(max_new_tokens=4),
         }
-        wish = Plan(len(context), self.manager.settings.compression, now=self.now, **plan)
+        length = 0 if plan.get("finds_boundary") else len(context)
+        wish = Plan(length, self.manager.settings.compression, now=self.now, **plan)
         req = self.manager.create_request(fields, wish.to_dict())
         self.engine.queue.append(req)
         return req
@@ -199,4 +202,4 @@ class Driven:
 
     def matched(self, context: Context) -> int:
         """Slots of the context that the tree holds."""
-        return self.engine.tree.match_prefix(MatchPrefixParams(key=self.manager.cache.key(context))).device_prefix_len
+        return self.engine.tree.match_prefix(MatchPrefixParams(key=context_key(context))).device_prefix_len

@@ -15,6 +15,7 @@ from obcache_sglang.scheduler import context_cache as contexts
 from obcache_sglang.scheduler.context_cache import ContextCache, context_id
 from obcache_sglang.scheduler.kv_events import VisibleEvents
 from obcache_sglang.scheduler.room import make_way_for_pin
+from obcache_sglang.scheduler.tree import context_key
 from obcache_sglang.settings import CompressionSettings
 from tests.unit.engine import HALF, KEPT, make_tree
 
@@ -48,12 +49,12 @@ def make(cache: ContextCache, ids: array[int], namespace: Namespace = HERE, sett
 
 def leave_behind(cache: ContextCache, context: Context, suffix: list[int]) -> None:
     """What a finished request leaves in the tree: its prompt behind the context."""
-    match = cache.tree.match_prefix(MatchPrefixParams(key=cache.key(context, array("q", suffix))))
+    match = cache.tree.match_prefix(MatchPrefixParams(key=context_key(context, array("q", suffix))))
     own = cache.allocator.alloc(context.num_slots + len(suffix) - match.device_prefix_len)
     held = cache.tree.path_device_indices(match.last_device_node)
     value = torch.cat([held, own.to(torch.int64)])
     cache.tree.insert(
-        InsertParams(key=cache.key(context, array("q", suffix)), value=value, prev_prefix_len=match.device_prefix_len)
+        InsertParams(key=context_key(context, array("q", suffix)), value=value, prev_prefix_len=match.device_prefix_len)
     )
     cache.remember_suffix(context, array("q", suffix))
 
@@ -128,7 +129,7 @@ def test_what_is_remembered_behind_a_context_is_bounded(
     assert again is not context and not cache.is_resident(again)
     assert cache.reserve(again) is not None
     assert (
-        cache.tree.match_prefix(MatchPrefixParams(key=cache.key(again, array("q", [1, 2, 0])))).device_prefix_len
+        cache.tree.match_prefix(MatchPrefixParams(key=context_key(again, array("q", [1, 2, 0])))).device_prefix_len
         == again.num_slots
     )
     cache.withdraw(again)
@@ -141,7 +142,7 @@ def test_what_is_locked_behind_a_context_stays_and_is_known(cache: ContextCache)
     for suffix in ([1, 2, 3], [1, 2, 4, 5], [6]):
         leave_behind(cache, context, suffix)
     lock = cache.tree.lock(
-        cache.tree.match_prefix(MatchPrefixParams(key=cache.key(context, array("q", [1, 2, 3])))).last_device_node
+        cache.tree.match_prefix(MatchPrefixParams(key=context_key(context, array("q", [1, 2, 3])))).last_device_node
     )
     cache.drop_suffixes(context)
     assert accounts(cache) == (POOL - 23, 0, 23)
@@ -154,7 +155,7 @@ def test_what_is_locked_behind_a_context_stays_and_is_known(cache: ContextCache)
 
 def test_a_context_in_use_is_deleted_when_its_readers_are_gone(cache: ContextCache) -> None:
     context = make(cache, tokens(0))
-    lock = cache.tree.lock(cache.tree.match_prefix(MatchPrefixParams(key=cache.key(context))).last_device_node)
+    lock = cache.tree.lock(cache.tree.match_prefix(MatchPrefixParams(key=context_key(context))).last_device_node)
     cache.delete(context)
     cache.sweep({context.id})
     assert cache.get(context.id) is context
@@ -166,7 +167,7 @@ def test_a_context_in_use_is_deleted_when_its_readers_are_gone(cache: ContextCac
 
 def test_dropping_a_locked_node_is_refused_not_a_panic(cache: ContextCache) -> None:
     context = make(cache, tokens(0))
-    lock = cache.tree.lock(cache.tree.match_prefix(MatchPrefixParams(key=cache.key(context))).last_device_node)
+    lock = cache.tree.lock(cache.tree.match_prefix(MatchPrefixParams(key=context_key(context))).last_device_node)
     cache.drop_node(context)
     assert accounts(cache) == (POOL - 20, 0, 20)
     cache.tree.unlock(lock)
@@ -226,7 +227,7 @@ def test_what_is_forgotten_is_evicted_and_never_taken_for_another_compression(
 ) -> None:
     first = make(cache, tokens(0), settings=settings)
     leave_behind(cache, first, [1, 2])
-    old_key = cache.key(first)
+    old_key = context_key(first)
     identity = cache.capability(first, tokens(0, 0))
     lock = cache.tree.lock(cache.tree.match_prefix(MatchPrefixParams(key=old_key)).last_device_node)
     for start in (100, 200, 300):
@@ -238,7 +239,7 @@ def test_what_is_forgotten_is_evicted_and_never_taken_for_another_compression(
     assert again is not None and again.id == first.id
     assert not cache.is_resident(again)
     assert cache.reserve(again) is not None
-    assert cache.key(again).token_ids != old_key.token_ids
+    assert context_key(again).token_ids != old_key.token_ids
     cache.publish(again, KEPT)
     assert cache.is_resident(again)
     cache.tree.unlock(lock)

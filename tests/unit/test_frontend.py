@@ -120,6 +120,7 @@ def test_the_marker_is_the_boundary():
         "ttl_seconds": None,
         "context_id": None,
         "before": [],
+        "finds_boundary": False,
         "judged_by_rest": False,
         "exact": None,
     }
@@ -176,7 +177,7 @@ def test_requests_override_the_servers_settings():
         ({"compression_ratio": 1.0}, 50, '["compression_ratio"]=1.0 is outside [0, 1)'),
         ({"score": "v"}, 50, "choose attention, obcache-v, obcache-k or obcache-kv"),
         ({"method": "tova", "window": 5}, 50, '["window"]=5 cannot be used with method=tova'),
-        ({"mode": "both"}, 50, "choose marked or prompt"),
+        ({"mode": "both"}, 50, "choose marked, auto or prompt"),
         ({"context_len": 0}, None, "a whole number from 1 to"),
         ({"context_len": True}, None, "a whole number from 1 to"),
         ({"context_len": 10**400}, None, "a whole number from 1 to"),

@@ -12,7 +12,7 @@ from sglang.srt.managers.schedule_policy import PrefillAdder
 
 from obcache_sglang.compress.replay import ReplayPass
 from obcache_sglang.kv.context import ContextState
-from obcache_sglang.scheduler import control_calls, manager
+from obcache_sglang.scheduler import control_calls, idle
 from obcache_sglang.scheduler.hooks import around_add_one_req
 from obcache_sglang.scheduler.jobs import Jobs
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
@@ -189,7 +189,7 @@ def test_a_compression_is_admitted_when_its_kept_tokens_fit_too(free: int, admit
 
 
 def test_contexts_that_wait_for_an_idle_engine_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager, "MAX_DEFERRED", 2)
+    monkeypatch.setattr(idle, "MAX_DEFERRED", 2)
     driven = Driven(size=400, when="idle")
     reqs = [driven.ask(array("q", range(1000 * first, 1000 * first + 40)), num_tokens=2) for first in range(3)]
     assert driven.step() == reqs and {report(req)["reason"] for req in reqs} == {"deferred"}

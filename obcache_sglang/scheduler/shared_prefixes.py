@@ -1,0 +1,69 @@
+"""Where prompts part: prefixes that several prompts share, found without anybody marking them (`--obcache-mode auto`).
+
+Prompts are remembered by chained hashes of their blocks, as prefix caches know them, and not by their tokens: so a shared prefix is known
+also when the pool has evicted it long ago. Of each block, the table knows whether what follows it was always the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from array import array
+from collections import OrderedDict
+
+from obcache_sglang.kv.context import Namespace
+
+BLOCK_TOKENS = 64
+"""Boundaries are multiples of it, so that questions that begin with the same few words still find the same one."""
+
+MAX_BLOCKS = 1 << 17
+"""Remembered at once, some 20 MB; the least recently seen are forgotten: 8 million tokens of different prompts ago."""
+
+SLACK_BLOCKS = 4
+"""Prompts that part within so many blocks of one another have one boundary, the first: questions may begin alike for longer than that."""
+
+_PARTS = b""
+
+
+class SharedPrefixes:
+    """Of one scheduler. Ranks of one tensor-parallel group see the same prompts in the same order.
+
+    secret: hashes cannot be guessed without it.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+        # By hash of a block and all before it: hash of what followed it, or _PARTS.
+        self._followed_by: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._followed_by)
+
+    def boundary(self, namespace: Namespace, prompt: array[int], min_tokens: int) -> int:
+        """Remembers a prompt. Returns how many of its first tokens it shares with one that went on differently: the most that are known,
+        but for `SLACK_BLOCKS`, and `min_tokens` or more; else 0. At least one token follows.
+        """
+        following = self._blocks(namespace, prompt)
+        parts = []
+        for number, (block, after) in enumerate(itertools.pairwise(following), 1):
+            known = self._followed_by.setdefault(block, after)
+            if known != after:
+                self._followed_by[block] = _PARTS
+                if min_tokens <= number * BLOCK_TOKENS < len(prompt):
+                    parts.append(number)
+            self._followed_by.move_to_end(block)
+        while len(self._followed_by) > MAX_BLOCKS:
+            self._followed_by.popitem(last=False)
+        if not parts:
+            return 0
+        return BLOCK_TOKENS * next(number for number in parts if number >= parts[-1] - SLACK_BLOCKS)
+
+    def _blocks(self, namespace: Namespace, prompt: array[int]) -> list[bytes]:
+        """A hash for each whole block with all before it, and one with the rest, which may be empty: that a prompt ends is a continuation too."""
+        size = BLOCK_TOKENS
+        last = repr(namespace).encode()
+        hashes = []
+        for start in range(0, len(prompt) + 1, size):
+            last = hashlib.blake2b(last + prompt[start : start + size].tobytes(), digest_size=16, key=self._secret).digest()
+            hashes.append(last)
+        return hashes

@@ -1,0 +1,163 @@
+"""SGLang's radix tree, as far as we ask more of it than it offers: looking without touching, what it would evict next, dropping a leaf."""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+
+from obcache_sglang.host import use
+from obcache_sglang.kv.context import Context, Namespace
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+MOST_LEAVES = 4096
+"""Looked through for those behind a node that goes."""
+
+_FULL = ComponentType.FULL
+
+
+def radix_key(namespace: Namespace, ids: array[int]) -> RadixKey:
+    """Of token ids, real or virtual, in a namespace."""
+    return RadixKey(ids, namespace.extra_key, cache_salt=namespace.cache_salt)
+
+
+def context_key(context: Context, suffix: array[int] | None = None) -> RadixKey:
+    """Of a compressed context, or of what is cached after it."""
+    return radix_key(context.namespace, context.virtual_ids if suffix is None else context.virtual_ids + suffix)
+
+
+def num_cached(tree: UnifiedRadixCache, key: RadixKey) -> int:
+    """How many tokens of a prompt are cached. This does not count as a use."""
+    return int(tree.tree_core.match_full_device_prefix(key)[0])
+
+
+def exact_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.Tensor] | None:
+    """(node, slots [num_tokens] int64) of a context's exact tokens, where all of them are cached. This does not count as a use.
+
+    node: the deepest that has any of them; it may go on after them.
+    """
+    num_tokens, node, _ = tree.tree_core.match_full_device_prefix(radix_key(context.namespace, context.tokens))
+    if num_tokens < context.num_tokens:
+        return None
+    root = tree.root_node_handle(context.namespace.extra_key)
+    return node, tree.tree_core.collect_full_device_indices(node, root)[: context.num_tokens].to(torch.int64)
+
+
+def next_victims(tree: UnifiedRadixCache, most: int = 1) -> list[int]:
+    """The leaves that the tree would evict next, in order. The walk is begun and ended, and evicts nothing."""
+    core = tree.tree_core
+    core.evict_device_start(_FULL, 1)
+    found: list[int] = []
+    try:
+        while len(found) < most and (node := core.evict_device_next_node(_FULL, {_FULL: 0}).node_id) is not None:
+            found.append(node)
+    finally:
+        core.evict_device_end(_FULL)
+    return found
+
+
+def evict_next(tree: UnifiedRadixCache) -> bool:
+    """Lets the tree evict what it would evict next. Whether there was anything."""
+    return bool(tree.evict(EvictParams(num_tokens=1)).num_tokens_evicted)
+
+
+def own_slots(tree: UnifiedRadixCache, node: int) -> list[int]:
+    """The slots of one node, without those of the nodes before it."""
+    ((*_, info),) = tree.tree_core.collect_path_info([node])
+    return tree.tree_core.collect_full_device_indices(node, info.parent_id).tolist()  # type: ignore[no-any-return]
+
+
+def is_locked(tree: UnifiedRadixCache, node: int) -> bool:
+    """Whether a request, or we, hold a node."""
+    before = tree.evictable_size()
+    lock = tree.lock(node)
+    held = bool(tree.evictable_size() == before)  # locking an unlocked node shrinks what is evictable
+    tree.unlock(lock)
+    return held
+
+
+def drop_branch(tree: UnifiedRadixCache, node: int) -> None:
+    """Evicts a node and what follows it, as far as nobody has it locked."""
+    leaves = next_victims(tree, MOST_LEAVES)
+    while leaves:
+        try:
+            paths = tree.tree_core.collect_path_info(leaves)
+        except KeyError:
+            break
+        behind = [path for path in paths if any(each.node_id == node for each in path[:-1])]
+        for path in behind:
+            drop_leaf(tree, path[-1].node_id)
+        # What they leave may be leaves now.
+        leaves = [path[-2].node_id for path in behind if path[-2].node_id != node and path[-2].num_children == 1]
+    drop_leaf(tree, node)
+
+
+def drop_leaf(tree: UnifiedRadixCache, node: int) -> bool:
+    """Evicts a node, if it is a leaf that nobody has locked (the Rust core panics on a node with children). Whether it was."""
+    try:
+        ((*_, info),) = tree.tree_core.collect_path_info([node])
+    except KeyError:  # gone; ids of nodes are never used again
+        return False
+    if info.num_children:
+        return False
+    return not is_locked(tree, node) and bool(tree._drop_subtree_no_host(node, {_FULL: 0}))
+
+
+def drop_ends(tree: UnifiedRadixCache, context: Context, suffixes: Sequence[array[int]]) -> list[array[int]]:
+    """Evicts the paths of suffixes of a compressed context, of all that are in the tree, up to the context; an empty one is its own node.
+
+    Returns those of which a part is left. The tree can drop unlocked leaves only, and cannot list a node's children: so the deepest end
+    of all suffixes goes first, which must be a leaf, or locked, as is then every node that it has in common with others.
+    """
+    left = []
+    # Of each suffix, minus the depth at which it ends at the latest.
+    heap = [(-(context.num_slots + len(suffix)), index) for index, suffix in enumerate(suffixes)]
+    heapq.heapify(heap)
+    while heap:
+        bound, index = heapq.heappop(heap)
+        match = tree.match_prefix(MatchPrefixParams(key=context_key(context, suffixes[index])))
+        depth = match.device_prefix_len
+        if depth < context.num_slots:
+            return []  # the context's node itself is gone, and with it everything after it
+        if depth == context.num_slots and suffixes[index]:
+            continue  # nothing of this suffix is left
+        if -depth != bound:
+            heapq.heappush(heap, (-depth, index))
+        elif not drop_leaf(tree, match.last_device_node):
+            left.append(suffixes[index])
+        elif depth > context.num_slots:
+            heapq.heappush(heap, (1 - depth, index))  # what is left of this suffix ends before
+    return left
+
+
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_CORE = "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface"
+
+TOUCHES = (
+    use(f"{_TREE}.match_prefix", "call", "what of a context and its suffixes is in the tree", ("params",)),
+    use(f"{_TREE}.root_node_handle", "call", "where a path in the tree begins", ("extra_key",)),
+    use(f"{_TREE}.lock", "call", "holds a node while it is made, read or pinned", ("node_id",)),
+    use(f"{_TREE}.unlock", "call", "lets it be evicted", ("lock",)),
+    use(f"{_TREE}.evict", "call", "lets the least recently used leaf go", ("params",)),
+    use(f"{_TREE}.evictable_size", "call", "whether a node is locked by a request"),
+    use(f"{_TREE}._drop_subtree_no_host", "call", "frees a context's slots", ("node_id", "tracker")),
+    use(
+        f"{_CORE}.collect_path_info",
+        "call",
+        "whether a context's node is still there, without using it; ids of nodes are never used again",
+        ("end_node_ids",),
+    ),
+    use(f"{_CORE}.collect_full_device_indices", "call", "the slots of a context's exact KV", ("from_node_id", "until_node_id")),
+    use(f"{_CORE}.match_full_device_prefix", "call", "what of a prompt is cached, without using it", ("key",)),
+    use(f"{_CORE}.evict_device_start", "call", "what would be evicted next", ("component_type", "request_cnt")),
+    use(f"{_CORE}.evict_device_next_node", "call", "what would be evicted next", ("component_type", "tracker")),
+    use(f"{_CORE}.evict_device_end", "call", "what would be evicted next", ("component_type",)),
+)

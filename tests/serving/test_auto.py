@@ -1,0 +1,121 @@
+"""Nothing is marked: prefixes that prompts share are compressed where the pool would lose them. On the real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obcache_sglang.local_server import Server, serve
+from tests.serving.client import compressions, document, flush, generate, generate_together, question, report, tokenizer
+from tests.serving.conftest import COMMON, STRICT, checked
+
+L = 400
+BOUNDARY = L // 64 * 64
+TOPICS = ("assignment", "binary", "calls", "class", "exprlists", "customization")
+ASKED = ("\n\nIn short, this means that", "\n\nThe first rule above says", "\n\nFor example,", "\n\nSo we see that")
+
+
+@pytest.fixture(scope="module")
+def auto_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Its pool holds three of the six documents."""
+    flags = (*COMMON, "--max-total-tokens", "1500", "--obcache", "--obcache-mode", "auto", "--obcache-min-tokens", "128")
+    flags += ("--obcache-gates", "smollm2-135m", "--obcache-compression-ratio", "0.7")
+    with serve(model_dir, tmp_path_factory.mktemp("auto") / "log", flags, STRICT) as running:
+        yield from checked(running)
+
+
+def prompt(model_dir: Path, topic: str, number: int) -> list[int]:
+    start = tokenizer(model_dir)(f"About {topic}. ")["input_ids"]
+    return [*start, *document(model_dir, L, topic)][:L] + question(model_dir, ASKED[number])
+
+
+def ask(server: Server, model_dir: Path, topic: str, number: int, **fields: Any) -> dict[str, Any]:
+    return generate(server, prompt(model_dir, topic, number), **fields)
+
+
+def test_documents_that_the_pool_would_lose_answer_compressed(auto_server: Server, model_dir: Path) -> None:
+    flush(auto_server)
+    before = auto_server.get("/obcache/status")["counters"]
+    for number in (0, 1):  # nobody knows yet that anything is shared; then everything is exact until the room is needed
+        for topic in TOPICS:
+            answer = report(ask(auto_server, model_dir, topic, number))
+            assert answer["status"] == "exact"
+            assert (answer["reason"], answer["context_tokens"]) == (("no_context", 0), ("deferred", BOUNDARY))[number]
+    answers = {topic: ask(auto_server, model_dir, topic, 2) for topic in TOPICS}
+    reused = [topic for topic, answer in answers.items() if report(answer)["status"] == "reused"]
+    assert len(reused) >= 4, "the pool holds three of them exactly, and six compressed"
+    for topic in reused:
+        kept = report(answers[topic])["kept_tokens"]
+        assert kept == int(BOUNDARY * (1 - 0.7)) or kept == int(BOUNDARY * (1 - 0.7)) + 1
+        assert answers[topic]["meta_info"]["cached_tokens"] >= BOUNDARY
+    after = auto_server.get("/obcache/status")["counters"]
+    assert after["in_place"] - before["in_place"] == after["compressions"] - before["compressions"] >= 4
+
+    # What was compressed in passing is what is compressed when somebody asks for it.
+    passing = {topic: answers[topic]["output_ids"] for topic in reused[:2]}
+    flush(auto_server)
+    for topic, expected in passing.items():
+        context = prompt(model_dir, topic, 2)[:BOUNDARY]
+        made = auto_server.post("/obcache/compress", {"input_ids": context})
+        assert made["context_tokens"] == BOUNDARY
+        answer = ask(auto_server, model_dir, topic, 2)
+        assert (report(answer)["status"], answer["output_ids"]) == ("reused", expected)
+
+
+def test_with_room_everything_is_what_it_was(auto_server: Server, stock_server: Server, model_dir: Path) -> None:
+    flush(auto_server)
+    before = compressions(auto_server)
+    for number in range(3):
+        for topic in TOPICS[:2]:
+            answer = ask(auto_server, model_dir, topic, number)
+            assert report(answer)["status"] == "exact"
+            assert answer["output_ids"] == ask(stock_server, model_dir, topic, number)["output_ids"]
+    assert compressions(auto_server) == before
+
+
+def test_who_insists_reads_exactly(auto_server: Server, model_dir: Path) -> None:
+    flush(auto_server)
+    for topic in TOPICS[:2]:
+        auto_server.post("/obcache/compress", {"input_ids": prompt(model_dir, topic, 0)[:BOUNDARY]})
+    compressed = ask(auto_server, model_dir, TOPICS[0], 0)
+    assert report(compressed)["status"] == "reused"
+    exact = ask(auto_server, model_dir, TOPICS[0], 0, obcache=False)
+    assert "obcache" not in exact["meta_info"] and exact["meta_info"]["prompt_tokens"] == compressed["meta_info"]["prompt_tokens"]
+    # While the exact one is cached too, nobody has to put up with the other.
+    again = ask(auto_server, model_dir, TOPICS[0], 0)
+    assert (report(again)["status"], again["output_ids"]) == ("exact", exact["output_ids"])
+    # Log-probabilities of the document cannot be had from what is left of it.
+    logprobs = ask(auto_server, model_dir, TOPICS[1], 0, return_logprob=True, logprob_start_len=5)
+    assert (report(logprobs)["status"], report(logprobs)["reason"]) == ("exact", "input_logprobs")
+
+
+def test_tenants_share_no_prefix(auto_server: Server, model_dir: Path) -> None:
+    flush(auto_server)
+    for salt in ("a", "b", "c"):
+        answer = ask(auto_server, model_dir, TOPICS[5], ord(salt) % 4, cache_salt=salt)
+        assert report(answer)["reason"] == "no_context"
+
+
+def test_a_crowd_is_answered(auto_server: Server, model_dir: Path) -> None:
+    """More than fits at once: compressions go on while others decode."""
+    flush(auto_server)
+    wanted = [{"prompt": prompt(model_dir, topic, number), "max_new_tokens": 12} for number in range(3) for topic in TOPICS]
+    answers = generate_together(auto_server, wanted)
+    assert {report(answer)["status"] for answer in answers} <= {"exact", "reused"}
+    assert all(len(answer["output_ids"]) == 12 for answer in answers)
+    assert compressions(auto_server) > 0
+
+
+def test_chats_are_found_by_what_their_template_makes_of_them(auto_server: Server, model_dir: Path) -> None:
+    flush(auto_server)
+    system = tokenizer(model_dir).decode(document(model_dir, 300, "class"))
+    reports = []
+    for asked in ("What is a class?", "Name one rule.", "Which words are new?"):
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": asked}]
+        body = auto_server.post("/v1/chat/completions", {"model": "default", "messages": messages, "max_tokens": 4})
+        reports.append(body["metadata"]["obcache"])
+    assert [each["reason"] for each in reports] == ["no_context", "deferred", "deferred"]
+    assert reports[1]["context_tokens"] == reports[2]["context_tokens"] >= 256

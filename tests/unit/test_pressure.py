@@ -1,0 +1,269 @@
+"""Contexts that stay exact until the pool needs their room, and prefixes that are found without marking, on SGLang's own radix tree."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from obcache_sglang.kv.context import ContextState, Namespace
+from obcache_sglang.scheduler import shared_prefixes, tree
+from obcache_sglang.scheduler.requests import ContextReq
+from obcache_sglang.scheduler.shared_prefixes import SharedPrefixes
+from tests.unit.engine import Driven
+from tests.unit.test_in_place import CONTEXT, LAYERS, busy, cache_exactly, driven
+from tests.unit.test_manager import report
+
+OTHER = array("q", range(300, 340))
+THIRD = array("q", range(500, 540))
+WIDE = array("q", range(700, 800))
+"""A prompt for which a pool of 200 with three contexts has no room."""
+
+
+def under_pressure(**settings: Any) -> Driven:
+    drive, _ = driven(when="pressure", **settings)
+    return drive
+
+
+def cached(drive: Driven, tokens: array[int]) -> int:
+    return tree.num_cached(drive.engine.tree, RadixKey(tokens, None))
+
+
+def answered(drive: Driven, context: array[int]) -> ContextReq:
+    """A question about a context, which is cached exactly; it is admitted and leaves."""
+    cache_exactly(drive, context)
+    req = drive.ask(context, num_tokens=2)
+    assert drive.step() == [req]
+    drive.engine.queue.remove(req)
+    return req
+
+
+def press(drive: Driven, tokens: array[int] = WIDE) -> ContextReq:
+    """A long prompt that nobody else shares arrives, and is admitted."""
+    req = drive.ask(tokens[:-1], question=tokens[-1], exact="below_min_tokens")
+    drive.step()
+    return req
+
+
+def test_what_has_room_stays_exact() -> None:
+    drive = under_pressure()
+    req = answered(drive, CONTEXT)
+    assert (report(req)["status"], report(req)["reason"]) == ("exact", "deferred")
+    assert cached(drive, CONTEXT) == len(CONTEXT)
+    assert drive.manager.metrics.to_dict()["compressions"] == 0
+
+
+def test_the_least_recently_used_context_is_compressed_where_the_tree_would_evict_it() -> None:
+    drive = under_pressure()
+    for context in (CONTEXT, OTHER, THIRD):
+        answered(drive, context)
+    again = drive.ask(CONTEXT, num_tokens=2)
+    drive.engine.take(again)  # its use makes it the newest
+    drive.engine.give_back(again)
+    waits = press(drive)
+    assert drive.manager.metrics.to_dict()["compressions"] == 2
+    assert [cached(drive, each) for each in (CONTEXT, OTHER, THIRD)] == [len(CONTEXT), 0, 0]
+    assert drive.engine.free_slots() >= len(WIDE)
+    drive.engine.take(waits)
+    drive.engine.give_back(waits)
+    # What the tree would have lost answers now, compressed; the other stays exact.
+    for context, status in ((OTHER, "reused"), (THIRD, "reused"), (CONTEXT, "exact")):
+        req = drive.ask(context, num_tokens=2)
+        assert drive.step() == [req] and report(req)["status"] == status
+        drive.engine.queue.remove(req)
+
+
+def test_text_that_is_no_context_goes_as_it_always_did() -> None:
+    drive = under_pressure()
+    cache_exactly(drive, OTHER)
+    answered(drive, CONTEXT)
+    cache_exactly(drive, THIRD)
+    press(drive, WIDE)
+    assert cached(drive, OTHER) == 0  # older than the context
+    assert cached(drive, CONTEXT) == len(CONTEXT)
+    assert drive.manager.metrics.to_dict()["compressions"] == 0
+
+
+def test_a_context_that_is_read_is_not_touched() -> None:
+    drive = under_pressure()
+    req = answered(drive, CONTEXT)
+    lock = drive.engine.tree.lock(tree.exact_slots(drive.engine.tree, req.context)[0])  # type: ignore[index, arg-type]
+    answered(drive, OTHER)
+    press(drive, WIDE)
+    assert cached(drive, CONTEXT) == len(CONTEXT)
+    drive.engine.tree.unlock(lock)
+
+
+def test_new_requests_wait_while_room_is_made_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obcache_sglang.scheduler.in_place.STEP_TOKENS", len(CONTEXT))
+    monkeypatch.setattr("obcache_sglang.scheduler.in_place.PRESSURE_STEPS", 1)
+    monkeypatch.setattr("obcache_sglang.scheduler.pressure.DECODE_STEPS", 1)
+    drive = under_pressure()
+    for context in (CONTEXT, OTHER, THIRD):
+        answered(drive, context)
+    busy(drive)
+    req = drive.ask(WIDE[:-1], question=WIDE[-1], exact="below_min_tokens")
+    passes = 0
+    while drive.step() == []:
+        passes += 1
+        assert passes < 20
+    assert passes >= len(LAYERS) - 1
+    assert drive.engine.free_slots() >= len(WIDE) and req.exact_reason == "below_min_tokens"
+
+
+def test_a_question_that_waits_reads_what_was_compressed_meanwhile() -> None:
+    drive = under_pressure()
+    for context in (CONTEXT, OTHER, THIRD):
+        answered(drive, context)
+    req = drive.ask(CONTEXT, num_tokens=2)
+    drive.step()
+    assert report(req)["status"] == "exact"
+    drive.engine.queue = [press(drive)]
+    drive.engine.queue = [req]
+    drive.step()
+    assert req.is_virtual and report(req)["status"] == "reused"
+
+
+def test_a_failed_compression_loses_nothing_but_what_the_tree_would_have_evicted() -> None:
+    drive, layers = driven(when="pressure")
+    for context in (CONTEXT, OTHER, THIRD):
+        answered(drive, context)
+    layers.fails_at = "second"
+    press(drive)
+    assert drive.manager.metrics.to_dict()["compressions"] == 0
+    assert drive.engine.free_slots() >= len(WIDE)
+    assert sum(drive.accounts()) == 200
+
+
+def test_a_flush_forgets_what_was_cached() -> None:
+    drive = under_pressure()
+    answered(drive, CONTEXT)
+    drive.engine.tree.reset()
+    drive.engine.tree.token_to_kv_pool_allocator.clear()
+    drive.manager.after_flush()
+    press(drive)
+    assert drive.manager.metrics.to_dict()["compressions"] == 0
+
+
+def test_methods_that_read_contexts_anew_do_not_wait_for_pressure() -> None:
+    drive = under_pressure()
+    cache_exactly(drive)
+    plan = drive.manager.settings.compression_for({"method": "tova"})
+    fields = {"rid": "q", "origin_input_text": "", "origin_input_ids": CONTEXT + array("q", [7, 7])}
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    from obcache_sglang.messages import Plan
+
+    req = drive.manager.create_request({**fields, "sampling_params": SamplingParams()}, Plan(len(CONTEXT), plan).to_dict())
+    drive.engine.queue.append(req)
+    (job,) = drive.step()
+    assert job.context is req.context
+
+
+# --- prefixes that prompts share -----------------------------------------------------------------------------------------
+
+NOBODY = Namespace(None, None, None)
+
+
+@pytest.fixture
+def prefixes(monkeypatch: pytest.MonkeyPatch) -> SharedPrefixes:
+    monkeypatch.setattr(shared_prefixes, "BLOCK_TOKENS", 8)
+    return SharedPrefixes(b"secret")
+
+
+def prompt(*parts: int) -> array[int]:
+    """Of parts of 8 tokens, by number; a negative one is a single token."""
+    return array("q", [token for part in parts for token in ([part] if part < 0 else range(100 * part, 100 * part + 8))])
+
+
+def test_prompts_that_part_show_where(prefixes: SharedPrefixes) -> None:
+    assert prefixes.boundary(NOBODY, prompt(*range(20), -1), 8) == 0
+    assert prefixes.boundary(NOBODY, prompt(*range(20), -2), 8) == 160
+    assert prefixes.boundary(NOBODY, prompt(*range(20), -3, -4), 8) == 160
+
+
+def test_the_same_prompt_again_shows_nothing(prefixes: SharedPrefixes) -> None:
+    for _ in range(3):
+        assert prefixes.boundary(NOBODY, prompt(*range(20), -1), 8) == 0
+
+
+def test_a_conversation_that_goes_on_shows_what_came_before(prefixes: SharedPrefixes) -> None:
+    assert prefixes.boundary(NOBODY, prompt(*range(20)), 8) == 0
+    assert prefixes.boundary(NOBODY, prompt(*range(30)), 8) == 160
+    assert prefixes.boundary(NOBODY, prompt(*range(40)), 8) == 240
+
+
+def test_documents_behind_one_system_prompt_have_boundaries_of_their_own(prefixes: SharedPrefixes) -> None:
+    system, first, second = range(10), range(10, 30), range(40, 60)
+    assert prefixes.boundary(NOBODY, prompt(*system, *first, -1), 8) == 0
+    assert prefixes.boundary(NOBODY, prompt(*system, *second, -1), 8) == 80  # what they share: the system prompt
+    assert prefixes.boundary(NOBODY, prompt(*system, *first, -2), 8) == 240
+    assert prefixes.boundary(NOBODY, prompt(*system, *second, -2), 8) == 240
+
+
+def test_questions_that_begin_alike_do_not_move_the_boundary(prefixes: SharedPrefixes) -> None:
+    document = range(20)
+    prefixes.boundary(NOBODY, prompt(*document, 30, -1), 8)
+    prefixes.boundary(NOBODY, prompt(*document, 31, -1), 8)
+    assert prefixes.boundary(NOBODY, prompt(*document, 30, -2), 8) == 160
+    assert prefixes.boundary(NOBODY, prompt(*document, 30, -3), 8) == 160
+
+
+def test_short_prefixes_are_not_contexts(prefixes: SharedPrefixes) -> None:
+    prefixes.boundary(NOBODY, prompt(*range(4), -1), 33)
+    assert prefixes.boundary(NOBODY, prompt(*range(4), -2), 33) == 0
+    assert prefixes.boundary(NOBODY, prompt(*range(4), -2), 32) == 32
+
+
+def test_a_token_follows_the_boundary(prefixes: SharedPrefixes) -> None:
+    prefixes.boundary(NOBODY, prompt(*range(4), 9), 8)
+    assert prefixes.boundary(NOBODY, prompt(*range(4)), 8) == 0
+    assert prefixes.boundary(NOBODY, prompt(*range(4), -1), 8) == 32
+
+
+@pytest.mark.parametrize("other", [Namespace("x", None, None), Namespace(None, "x", None), Namespace("x", None, "x")])
+def test_namespaces_know_nothing_of_each_other(prefixes: SharedPrefixes, other: Namespace) -> None:
+    prefixes.boundary(NOBODY, prompt(*range(20), -1), 8)
+    assert prefixes.boundary(other, prompt(*range(20), -2), 8) == 0
+    assert prefixes.boundary(other, prompt(*range(20), -3), 8) == 160
+
+
+def test_a_million_prompts_are_not_remembered(prefixes: SharedPrefixes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prefixes, "MAX_BLOCKS", 50)
+    for number in range(1000):
+        prefixes.boundary(NOBODY, prompt(number, number + 1, number + 2), 8)
+        prefixes.boundary(NOBODY, prompt(5000, 5001, -number), 8)
+    assert len(prefixes) == 50
+    assert prefixes.boundary(NOBODY, prompt(5000, 5001, 5002), 8) == 16
+
+
+def test_unmarked_questions_become_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prefixes, "BLOCK_TOKENS", 8)
+    drive = under_pressure(mode="auto")
+
+    def ask(context: array[int], question: int) -> ContextReq:
+        req = drive.ask(context, question=question, num_tokens=2, finds_boundary=True)
+        drive.step()
+        drive.engine.queue.remove(req)
+        return req
+
+    cache_exactly(drive)
+    first = ask(CONTEXT, 7)
+    assert (report(first)["reason"], report(first)["context_tokens"]) == ("no_context", 0)
+    second = ask(CONTEXT, 8)
+    assert (report(second)["reason"], report(second)["context_tokens"]) == ("deferred", len(CONTEXT))
+    answered(drive, OTHER)
+    answered(drive, THIRD)
+    press(drive)
+    drive.engine.queue = []
+    assert second.context is not None and second.context.state is ContextState.RESIDENT
+    third = ask(CONTEXT, 9)
+    assert report(third)["status"] == "reused" and third.is_virtual
+    # An unmarked question that wants log-probabilities of the document gets them, exactly.
+    fields: dict[str, Any] = {"finds_boundary": True}
+    req = drive.ask(CONTEXT, num_tokens=2, **fields)
+    req.return_logprob, req.logprob_start_len = True, 3
+    drive.step()
+    assert (report(req)["status"], report(req)["reason"]) == ("exact", "input_logprobs")
