@@ -28,6 +28,7 @@ _DECLARED_IN = (
     "support",
     "engine",
     "frontend.control",
+    "frontend.exchange",
     "frontend.hooks",
     "frontend.openai_reports",
     "frontend.service",

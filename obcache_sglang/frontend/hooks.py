@@ -18,6 +18,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from obcache_sglang.errors import HostError, RequestError, shown
 from obcache_sglang.frontend.checks import check_choices, check_embeddings, check_ids, check_sampling, check_scalars, check_texts
 from obcache_sglang.frontend.control import ExpiryTimer
+from obcache_sglang.frontend.exchange import note_report, params_with
 from obcache_sglang.frontend.marker import Marker
 from obcache_sglang.frontend.wish import make_plan, parse_wish, split_marker
 from obcache_sglang.host import Touch
@@ -146,7 +147,7 @@ def _own_params(request: Any) -> Any:
     custom_params = params.get("custom_params") if isinstance(params, dict) else None
     if custom_params and not isinstance(custom_params, dict):
         raise RequestError(f"custom_params={shown(custom_params)} is not an object.")
-    return custom_params.get(KEY) if isinstance(custom_params, dict) else None
+    return params_with(custom_params.get(KEY) if isinstance(custom_params, dict) else None)
 
 
 def _exact_reason(request: Any) -> str | None:
@@ -313,6 +314,7 @@ async def _with_report(stream: Any, tokenizer_manager: Any, state: Any, plan: Pl
             reports = state.customized_info_accumulated.get(KEY)
             if reports:
                 output["meta_info"][KEY] = reports[-1]
+                note_report(reports[-1])
             if plan.ttl_seconds is not None and output["meta_info"]["finish_reason"] is not None:
                 frontend = Frontend.of(tokenizer_manager)
                 assert frontend is not None

@@ -25,6 +25,7 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from obcache_sglang.errors import InvalidValue, ObcacheError, RequestError, shown
 from obcache_sglang.frontend import service
+from obcache_sglang.frontend.exchange import ExchangeMiddleware
 from obcache_sglang.frontend.hooks import Frontend
 from obcache_sglang.host import Touch
 from obcache_sglang.settings import check_number
@@ -167,10 +168,12 @@ class _IdsShortened(logging.Filter):
 
 
 def _add_routes(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
-    """Before _setup_and_run_http_server: adds our routes before the API key middleware wraps the app."""
+    """Before _setup_and_run_http_server: adds our routes and middleware before the API key middleware wraps the app."""
     from sglang.srt.entrypoints.http_server import app
 
-    if Frontend.of(tokenizer_manager) is not None:
+    frontend = Frontend.of(tokenizer_manager)
+    if frontend is not None:
+        app.add_middleware(ExchangeMiddleware, marker=None if frontend.marker is None else frontend.marker.text)
         # Not as a separate router: SGLang's middleware reads who may call a route from the app's own routes.
         app.router.routes.extend(make_router(tokenizer_manager, has_admin_key=bool(server_args.admin_api_key)).routes)
         logging.getLogger("uvicorn.access").addFilter(_IdsShortened())

@@ -578,7 +578,7 @@ def test_the_middleware_of_the_host_sees_which_routes_are_for_operators(monkeypa
 
     app = FastAPI()
     monkeypatch.setattr(http_server, "app", app)
-    monkeypatch.setattr(http_api.Frontend, "of", lambda manager: object())
+    monkeypatch.setattr(http_api.Frontend, "of", lambda manager: SimpleNamespace(marker=None))
     http_api._add_routes(SimpleNamespace(admin_api_key="k"), None)
 
     def level(method, path):

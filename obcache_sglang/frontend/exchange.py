@@ -1,0 +1,170 @@
+"""What an HTTP exchange carries beside SGLang's own fields: breakpoints on the way in, the header `X-Obcache` on the way out.
+
+An ASGI middleware, since SGLang's models of requests drop the fields, and its endpoints know nothing of the report. What it finds is kept
+for the time of the exchange (`current`), where the hooks of the tokenizer manager look for it.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from obcache_sglang.errors import RequestError
+from obcache_sglang.frontend import breakpoints
+from obcache_sglang.host import Touch
+
+HEADER = b"x-obcache"
+
+_COUNTED = "/v1/messages/count_tokens"
+_DROP_PARAMS = ("/v1/messages", "/v1/responses")
+"""Endpoints that drop `custom_params`."""
+_HAVE_BLOCKS = ("/v1/chat/completions", *_DROP_PARAMS)
+
+
+@dataclass
+class Exchange:
+    """wish: what the body says for `custom_params["obcache"]`, None for nothing. error: why the request is wrong. report: the first answer's."""
+
+    wish: Any = None
+    error: RequestError | None = None
+    report: dict[str, Any] | None = None
+
+
+current: ContextVar[Exchange | None] = ContextVar("obcache_exchange", default=None)
+
+
+def params_with(own: Any) -> Any:
+    """A request's `custom_params["obcache"]`, with what the body of its exchange says beside it. Raises RequestError."""
+    exchange = current.get()
+    if exchange is None:
+        return own
+    if exchange.error is not None:
+        raise exchange.error
+    return own if exchange.wish is None else breakpoints.combined(own, exchange.wish)
+
+
+def note_report(report: dict[str, Any]) -> None:
+    """Keeps the first report of the exchange for its header."""
+    exchange = current.get()
+    if exchange is not None and exchange.report is None:
+        exchange.report = report
+
+
+class ExchangeMiddleware:
+    """ASGI. marker: its text; None on a server without a tokenizer."""
+
+    def __init__(self, app: Any, marker: str | None) -> None:
+        self.app = app
+        self.marker = marker
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange()
+        if self.marker is not None and scope["path"] in (*_HAVE_BLOCKS, _COUNTED):
+            scope, receive = await self._read(scope, receive, exchange)
+        start: dict[str, Any] | None = None
+
+        async def send_with_header(message: Any) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message  # a stream's report comes with its first token
+                return
+            if start is not None:
+                headers = list(start.get("headers", ()))
+                if exchange.report is not None:
+                    headers.append((HEADER, breakpoints.header(exchange.report).encode()))
+                begun, start = {**start, "headers": headers}, None
+                await send(begun)
+            await send(message)
+
+        token = current.set(exchange)
+        try:
+            await self.app(scope, receive, send_with_header)
+        finally:
+            current.reset(token)
+
+    async def _read(self, scope: Any, receive: Any, exchange: Exchange) -> tuple[Any, Any]:
+        """(scope, receive) with the body as SGLang is to read it."""
+        parts = []
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":  # the client is gone
+                return scope, _replayed([message], receive)
+            parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                break
+        body = b"".join(parts)
+        changed = self._rewritten(scope["path"], body, exchange)
+        if changed is not None:
+            length = (b"content-length", str(len(changed)).encode())
+            headers = [each for each in scope["headers"] if each[0] != b"content-length"]
+            scope, body = {**scope, "headers": [*headers, length]}, changed
+        return scope, _replayed([{"type": "http.request", "body": body, "more_body": False}], receive)
+
+    def _rewritten(self, path: str, body: bytes, exchange: Exchange) -> bytes | None:
+        """The body with its marker in place, or without it where tokens are counted; None for one that stays. What it says goes to exchange."""
+        assert self.marker is not None
+        has_marker = self.marker.encode() in body
+        has_fields = any(f'"{name}"'.encode() in body for name in breakpoints.FIELDS)
+        counts = path == _COUNTED and has_marker
+        wishes = path in _DROP_PARAMS and b'"custom_params"' in body
+        if not (counts or wishes or (has_fields and not has_marker and path in _HAVE_BLOCKS)):
+            return None
+        try:
+            read = orjson.loads(body)
+        except ValueError:
+            return None  # SGLang says so
+        if not isinstance(read, dict):
+            return None
+        if counts:
+            return orjson.dumps(breakpoints.without_marker(read, self.marker))
+        if wishes:
+            exchange.wish = breakpoints.own_params(read)
+        if not has_fields or has_marker:
+            return None
+        try:
+            more = breakpoints.place_marker(read, self.marker)
+        except RequestError as error:
+            exchange.error = error
+            return None
+        if more is None:
+            return None
+        exchange.wish = breakpoints.combined(exchange.wish, more)
+        return orjson.dumps(read)
+
+
+def _replayed(messages: list[Any], receive: Any) -> Any:
+    """receive, after messages that were taken from it."""
+
+    async def replay() -> Any:
+        return messages.pop(0) if messages else await receive()
+
+    return replay
+
+
+def _created(usage: Any, *args: Any, **kwargs: Any) -> Any:
+    """After _anthropic_usage_from_openai: tokens of a context that this request had compressed were created, as that API counts them."""
+    exchange = current.get()
+    report = None if exchange is None else exchange.report
+    if report is not None and report["status"] == "compressed" and usage.input_tokens is not None:
+        created = min(usage.input_tokens, max(0, report["context_tokens"] - (usage.cache_read_input_tokens or 0)))
+        usage.cache_creation_input_tokens = created
+        usage.input_tokens -= created
+    return usage
+
+
+TOUCHES = (
+    Touch(
+        "sglang.srt.entrypoints.anthropic.serving._anthropic_usage_from_openai",
+        "after",
+        "cache_creation_input_tokens",
+        ("usage",),
+        "tokenizer",
+        _created,
+    ),
+)

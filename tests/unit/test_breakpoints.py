@@ -1,0 +1,214 @@
+"""Standard cache breakpoints become the marker; reports become a header."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from typing import Any
+
+import pytest
+
+from obcache_sglang.errors import RequestError
+from obcache_sglang.frontend.breakpoints import combined, header, place_marker
+from obcache_sglang.frontend.exchange import ExchangeMiddleware, current, note_report, params_with
+
+MARK = "<|obcache|>"
+EPHEMERAL = {"type": "ephemeral"}
+REPORT: dict[str, Any] = {
+    "status": "reused", "reason": None, "context_id": "ab" * 16, "context_tokens": 1441, "kept_tokens": 432, "compression_ratio": 0.7,
+}  # fmt: skip
+
+
+def text(words: str, **field: Any) -> dict[str, Any]:
+    return {"type": "text", "text": words, **field}
+
+
+def user(*blocks: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(blocks)}
+
+
+def marked_texts(body: Any) -> list[str]:
+    """The texts that end with the marker."""
+    if isinstance(body, dict):
+        body = list(body.values())
+    if isinstance(body, list):
+        return [found for each in body for found in marked_texts(each)]
+    return [body[: -len(MARK)]] if isinstance(body, str) and body.endswith(MARK) else []
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"system": [text("S", cache_control=EPHEMERAL)], "messages": [{"role": "user", "content": "Q"}]}, ["S"]),
+        ({"messages": [user(text("D", cache_control=EPHEMERAL), text("Q"))]}, ["D"]),
+        ({"messages": [user(text("D", prompt_cache_breakpoint={"mode": "explicit"}), text("Q"))]}, ["D"]),
+        (
+            {
+                "input": [
+                    user({"type": "input_text", "text": "D", "prompt_cache_breakpoint": {"mode": "explicit"}}),
+                    user(text("Q")),
+                ]
+            },
+            ["D"],
+        ),
+        # The last of several; but what the last message says in the end is the question.
+        (
+            {
+                "system": [text("S", cache_control=EPHEMERAL)],
+                "messages": [user(text("D", cache_control=EPHEMERAL)), user(text("Q"))],
+            },
+            ["D"],
+        ),
+        (
+            {
+                "system": [text("S", cache_control=EPHEMERAL)],
+                "messages": [user(text("D")), user(text("Q", cache_control=EPHEMERAL))],
+            },
+            ["S"],
+        ),
+        ({"messages": [user(text("Q", cache_control=EPHEMERAL))]}, []),
+        # At the top: the last block that something follows.
+        ({"cache_control": EPHEMERAL, "system": "S", "messages": [user(text("D")), user(text("Q"))]}, ["D"]),
+        # Inside of a tool's result, and on it.
+        (
+            {
+                "messages": [
+                    user({"type": "tool_result", "content": [text("a"), text("T")], "cache_control": EPHEMERAL}),
+                    user(text("Q")),
+                ]
+            },
+            ["T"],
+        ),
+        ({"messages": [user({"type": "tool_result", "content": "T", "cache_control": EPHEMERAL}, text("Q"))]}, ["T"]),
+        # Nothing that could be marked.
+        ({"tools": [{"name": "t", "cache_control": EPHEMERAL}], "messages": [user(text("Q"))]}, []),
+        ({"messages": [user(text("  ", cache_control=EPHEMERAL), text("Q"))]}, []),
+        ({"messages": "no list"}, []),
+        ({"messages": [None, {"role": "user"}, {"role": "user", "content": [None, {"type": "text"}]}]}, []),
+    ],
+)
+def test_the_marker_ends_the_last_block_that_something_follows(body: dict[str, Any], expected: list[str]) -> None:
+    more = place_marker(body, MARK)
+    assert marked_texts(body) == expected
+    assert more == ({} if expected else None)
+
+
+@pytest.mark.parametrize(("ttl", "seconds"), [("5m", 300), ("1h", 3600)])
+def test_a_lifetime_goes_with_it(ttl: str, seconds: int) -> None:
+    body = {"messages": [user(text("D", cache_control={**EPHEMERAL, "ttl": ttl}), text("Q"))]}
+    assert place_marker(body, MARK) == {"ttl_seconds": seconds}
+    body = {"prompt_cache_options": {"ttl": ttl}, "messages": [user(text("D", cache_control=EPHEMERAL), text("Q"))]}
+    assert place_marker(body, MARK) == {"ttl_seconds": seconds}
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [({"ttl": "2h"}, "'2h'; give one of 5m, 30m, 1h"), ({"ttl": []}, "give one of"), ("ephemeral", "give an object")],
+)
+def test_wrong_breakpoints_say_what_is_allowed(field: Any, words: str) -> None:
+    with pytest.raises(RequestError, match=words.replace("[", r"\[")):
+        place_marker({"messages": [user(text("D", cache_control=field), text("Q"))]}, MARK)
+
+
+def test_what_a_request_says_itself_counts_more() -> None:
+    assert combined(None, {}) is None and combined(True, {}) is True and combined(False, {"ttl_seconds": 1}) is False
+    assert combined(None, {"ttl_seconds": 1}) == combined(True, {"ttl_seconds": 1}) == {"ttl_seconds": 1}
+    assert combined({"ttl_seconds": 2, "pin": True}, {"ttl_seconds": 1}) == {"ttl_seconds": 2, "pin": True}
+
+
+def test_headers_are_reports() -> None:
+    assert header(REPORT) == f"reused; kept=432/1441; ratio=0.7; id={'ab' * 16}"
+    nothing = {"context_id": None, "context_tokens": 0, "kept_tokens": 0}
+    assert header({**REPORT, **nothing, "status": "exact", "reason": "no_context"}) == "exact; reason=no_context"
+
+
+def exchange(path: str, body: Any, *, chunks: int = 1, report: Any = None, fails: bool = False) -> tuple[Any, Any, list[Any]]:
+    """(the body that the app reads, what it finds in the exchange, what the client receives)."""
+    seen: list[Any] = []
+    sent: list[Any] = []
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    incoming = [
+        {"type": "http.request", "body": raw[len(raw) * i // chunks : len(raw) * (i + 1) // chunks], "more_body": i < chunks - 1}
+        for i in range(chunks)
+    ]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        while message.get("more_body"):
+            more = await receive()
+            message = {**more, "body": message["body"] + more["body"]}
+        seen.append(message["body"])
+        lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+        assert lengths == [str(len(message["body"])).encode()]
+        try:
+            seen.append(params_with(None))
+        except RequestError as error:
+            seen.append(str(error))
+        if report is not None:
+            note_report(report)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+        if fails:
+            raise OSError
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        await send({"type": "http.response.body", "body": b"y"})
+
+    async def receive() -> Any:
+        return incoming.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-length", str(len(raw)).encode())]}
+    with contextlib.suppress(OSError):
+        asyncio.run(ExchangeMiddleware(app, MARK)(scope, receive, send))
+    assert current.get() is None
+    return seen[0], seen[1], sent
+
+
+BODY = {"messages": [user(text("D", cache_control={**EPHEMERAL, "ttl": "1h"}), text("Q"))]}
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_body_is_rewritten_on_its_way(chunks: int) -> None:
+    read, wish, sent = exchange("/v1/messages", BODY, chunks=chunks, report=REPORT)
+    assert marked_texts(json.loads(read)) == ["D"] and wish == {"ttl_seconds": 3600}
+    assert [message["type"].split(".")[-1] for message in sent] == ["start", "body", "body"]
+    assert sent[0]["headers"] == [(b"a", b"b"), (b"x-obcache", header(REPORT).encode())]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", BODY),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
+        ("/v1/chat/completions", b'{"cache_control": broken'),
+        ("/v1/chat/completions", b'["cache_control"]'),
+        ("/v1/chat/completions", {"messages": [user(text(f"D{MARK}", cache_control=EPHEMERAL), text("Q"))]}),
+    ],
+)
+def test_all_other_bodies_pass_as_they_are(path: str, body: Any) -> None:
+    read, wish, sent = exchange(path, body)
+    assert read == (body if isinstance(body, bytes) else json.dumps(body).encode())
+    assert wish is None and sent[0]["headers"] == [(b"a", b"b")]
+
+
+def test_parameters_that_sglang_drops_arrive() -> None:
+    body = {"messages": [], "custom_params": {"obcache": {"compression_ratio": 0.5}}}
+    assert exchange("/v1/messages", body)[1] == {"compression_ratio": 0.5}
+    assert exchange("/v1/chat/completions", body)[1] is None  # SGLang hands these on itself
+
+
+def test_a_wrong_breakpoint_is_the_requests_error() -> None:
+    body = {"messages": [user(text("D", cache_control={"ttl": "2h"}), text("Q"))]}
+    read, error, _ = exchange("/v1/messages", body)
+    assert json.loads(read) == body and "2h" in error
+
+
+def test_the_marker_is_not_counted() -> None:
+    body = {"system": f"S{MARK}", "messages": [user(text(f"D{MARK}"))]}
+    assert json.loads(exchange("/v1/messages/count_tokens", body)[0]) == {"system": "S", "messages": [user(text("D"))]}
+
+
+def test_an_answer_that_fails_before_its_body_is_left_to_the_server() -> None:
+    assert exchange("/v1/messages", BODY, fails=True)[2] == []
