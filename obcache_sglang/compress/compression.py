@@ -221,7 +221,10 @@ class Compression:
         pool, layer_id, sources = compressor.kv_pool, layer.layer_id, self._sources(rows)
         keys, values = pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
         gates, rotary = compressor.gates, compressor.rotaries[layer_id]
-        new = compressor.gate_scores(gates, rotary, layer_id, keys, values, sources.slots, sources.first)
+        if len(sources.slots):
+            new = compressor.gate_scores(gates, rotary, layer_id, keys, values, sources.slots, sources.first)
+        else:  # a context is compressed again, and nothing comes to it
+            new = torch.empty(layer.tp_k_head_num, 0, device=rows.slots.device)
         if sources.kept is None or sources.kept_slots is None:
             return new
         # What the layer's heads have kept, in the order of the cells.

@@ -33,6 +33,12 @@ class Sources:
         heads = heads_of(self.kept.offsets[first_head : last_head + 1], last - first, first_head)
         return heads * self.first + self.kept.positions[first:last]
 
+    def _new_slots(self, positions: torch.Tensor) -> torch.Tensor:
+        """The slots int64 of tokens from `first` on; any of the pool's for tokens before. positions: int32, of any shape, like the result."""
+        if len(self.slots) == 0:  # a context that is compressed again: nothing comes to what is kept
+            return torch.zeros_like(positions, dtype=torch.int64)
+        return self.slots[(positions - self.first).clamp_min(0)]
+
     def rows(
         self, space: KVSpace, heads: torch.Tensor, positions: torch.Tensor, index: torch.Tensor | None, first_head: int
     ) -> torch.Tensor:
@@ -42,7 +48,7 @@ class Sources:
         with first_head.
         """
         layers, lanes = heads // space.num_kv_heads, heads % space.num_kv_heads
-        rows = space.rows(layers, self.slots[(positions - self.first).clamp_min(0)], lanes)
+        rows = space.rows(layers, self._new_slots(positions), lanes)
         if index is None or self.kept is None or self.kept_slots is None:
             return rows
         found = torch.searchsorted(index, heads * self.first + positions).clamp_max(len(index) - 1)
@@ -54,7 +60,7 @@ class Sources:
 
         positions: [num_kv_heads, M] int32, that the layer's heads have, of which first_head is the first of all.
         """
-        slots = self.slots[(positions - self.first).clamp_min(0)]
+        slots = self._new_slots(positions)
         if self.kept is None or self.kept_slots is None:
             return slots
         first, last = self.kept.bounds[first_head], self.kept.bounds[first_head + len(positions)]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -146,8 +146,8 @@ class ContextCache:
                 return self.obtain(target.namespace, target.settings, target.tokens[:start], is_segment=True, keep=keep)
         return target
 
-    def find_prefix(self, namespace: Namespace, settings: CompressionSettings, tokens: array[int]) -> Context | None:
-        """The longest resident context, made with these settings, that `tokens` starts with and goes on after."""
+    def find_prefix(self, namespace: Namespace, settings: Sequence[CompressionSettings], tokens: array[int]) -> Context | None:
+        """The longest resident context, made with one of these settings, that `tokens` starts with and goes on after."""
         best: Context | None = None
         for context in self._contexts.values():
             length = context.num_tokens
@@ -156,12 +156,30 @@ class ContextCache:
                 and length < len(tokens)
                 and (best is None or length > best.num_tokens)
                 and tokens[max(0, length - 8) : length] == context.tokens[-8:]  # copies the whole only where it may be equal
-                and context.settings == settings
+                and context.settings in settings
                 and context.namespace == namespace
                 and tokens[:length] == context.tokens
             ):
                 best = context
+        if best is not None:
+            self._contexts.move_to_end(best.id)
         return best
+
+    def find_again(self, context: Context, settings: Sequence[CompressionSettings]) -> Context | None:
+        """The same tokens as a context's, resident with one of these settings."""
+        for each in settings:
+            identity = context_id(context.namespace, each, context.tokens, context.judges, secret=self._secret)
+            found = self._contexts.get(identity)
+            if found is not None and self.is_resident(found):
+                self._contexts.move_to_end(identity)
+                return found
+        return None
+
+    def replaced(self, context: Context) -> None:
+        """Another compression of the same tokens takes a context's place: its node goes, with what follows it."""
+        if context.node is not None:
+            tree.drop_branch(self.tree, context.node)
+        self._mark_absent(context)
 
     def is_resident(self, context: Context) -> bool:
         """Whether the tree holds the context's slots, with the content that this record's compression left there.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from obcache_sglang.compress.compression import Compression, ScoringRows
 from obcache_sglang.kv.context import Context
 from obcache_sglang.scheduler.jobs import Jobs
-from obcache_sglang.scheduler.tree import drop_branch, exact_slots
+from obcache_sglang.scheduler.tree import compressed_slots, drop_branch, exact_slots
 from obcache_sglang.settings import CompressionSettings
 
 if TYPE_CHECKING:
@@ -37,24 +37,37 @@ PRESSURE_STEPS = 4
 class CachedCompression:
     """What one compression holds until it ends. As a `CompressionJob`, it is what `ForwardPlan.compress_layer` works for.
 
-    rows: with the slots of the context's exact KV. lock: of that. num_layers: to compress. instead_of: as in `InPlace.start`.
+    rows: with the slots that are read. lock: of these. num_layers: to compress. instead_of, base: as in `InPlace.start`.
     """
 
     def __init__(
-        self, context: Context, slots: torch.Tensor, rows: ScoringRows, lock: Any, num_layers: int, instead_of: int | None
+        self,
+        context: Context,
+        slots: torch.Tensor,
+        rows: ScoringRows,
+        lock: Any,
+        num_layers: int,
+        instead_of: int | None,
+        base: Context | None,
     ) -> None:
         """slots: [M] int64, the context's."""
         self.context = context
         self.slots: torch.Tensor | None = slots
         self.rows = rows
         self.lock = lock
-        self.compression = Compression(context)
+        self.compression = Compression(context, base)
         self.error: str | None = None
         self.scoring_seconds = 0.0
         self.started_at = time.perf_counter()
         self.num_layers = num_layers
         self.instead_of = instead_of
+        self.base = base
         self.num_layers_done = 0
+
+    @property
+    def makes_room(self) -> bool:
+        """Whether requests wait for the room that it makes."""
+        return self.instead_of is not None or self.base is not None
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -83,31 +96,33 @@ class InPlace:
         """The compression of a context."""
         return self._under_way if self._under_way is not None and self._under_way.context is context else None
 
-    def start(self, context: Context, *, instead_of: int | None = None) -> bool:
+    def start(self, context: Context, *, instead_of: int | None = None, base: Context | None = None) -> bool:
         """Begins the compression of a context; False where its method needs a forward, its exact KV is not all cached, or there is no room.
 
         instead_of: the node of the tree where its exact KV ends; that and what follows it goes when the context is compressed.
+        base: the same tokens, compressed less, from which it is compressed in place of the exact ones, and which goes then.
         All ranks come to the vote: their trees are equal.
         """
         if self._under_way is not None or not self.can_compress(context.settings, context.num_tokens):
             return False
         tree = self.cache.tree
-        cached = exact_slots(tree, context)
+        cached = exact_slots(tree, context) if base is None else compressed_slots(tree, base)
         if cached is None:
             return False
-        node, exact = cached
-        rows = ScoringRows(0, 0, context.num_tokens, exact, last=True)
-        if instead_of is None:
+        node, slots_read = cached
+        rows = ScoringRows(0, 0, context.num_tokens, slots_read, last=True)
+        makes_room = instead_of is not None or base is not None
+        if not makes_room:
             self.jobs.room.make(context.num_slots)
         lock = tree.lock(node)  # what makes room must not take what is read
-        if instead_of is None and self.engine.runs_something and not self.jobs.room.has_spare(context.num_slots):
+        if not makes_room and self.engine.runs_something and not self.jobs.room.has_spare(context.num_slots):
             tree.unlock(lock)
             return False  # as a prefill it waits until SGLang admits it
         slots = self.jobs.reserve_on_all_ranks(context)
         if slots is None:
             tree.unlock(lock)
             return False
-        self._under_way = CachedCompression(context, slots, rows, lock, len(self._layers), instead_of)
+        self._under_way = CachedCompression(context, slots, rows, lock, len(self._layers), instead_of, base)
         context.is_queued = True
         return True
 
@@ -128,7 +143,7 @@ class InPlace:
             return
         assert self._compress_layer is not None
         step_tokens = STEP_TOKENS if self.engine.on_cpu else GPU_STEP_TOKENS
-        if job.instead_of is not None:
+        if job.makes_room:
             step_tokens *= PRESSURE_STEPS
         most = max(1, step_tokens // job.context.num_tokens) if self.engine.runs_something else len(self._layers)
         step = self._layers[job.num_layers_done : job.num_layers_done + most]
@@ -161,7 +176,9 @@ class InPlace:
         self.cache.tree.unlock(job.lock)
         if job.instead_of is not None:
             drop_branch(self.cache.tree, job.instead_of)
-        self.jobs.ask_again(context)
+        if job.base is not None:
+            self.cache.replaced(job.base)
+        self.jobs.ask_again(context, job.base)
         try:  # as in `Jobs`: whatever fails here on one rank changes no decision
             self.metrics.compressed_in_place()
             self.jobs.record(context, job.started_at, job.scoring_seconds, context.num_tokens)

@@ -301,9 +301,12 @@ class Jobs:
             if isinstance(req, ContextReq) and req.context is context:
                 req.exact_reason = reason
 
-    def ask_again(self, context: Context) -> None:
-        """Questions that were to be served exactly until a context is compressed: it is now, and they are decided on anew."""
+    def ask_again(self, context: Context, instead_of: Context | None) -> None:
+        """Questions that were to be served exactly until a context is compressed, or after the one that it stands instead of, are decided on
+        anew: it is compressed now."""
         for req in self.engine.queue:
+            if isinstance(req, ContextReq) and req.is_virtual and req.context is instead_of:
+                req.decided = False
             if not isinstance(req, ContextReq) or req.exact_reason not in ("deferred", "no_context"):
                 continue
             if req.namespace == context.namespace and req.prompt_ids[: context.num_tokens] == context.tokens:

@@ -84,7 +84,7 @@ class CompressionManager:
         self.jobs = Jobs(engine, self.cache, self.room, metrics, agree=agree, secret=secret)
         self.in_place = InPlace(self.jobs, layers, compress_layer)
         self.when_idle = WhenIdle(self.in_place)
-        self.under_pressure = UnderPressure(self.in_place)
+        self.under_pressure = UnderPressure(self.in_place, settings)
         self._prefixes = SharedPrefixes(secret)
         self._now = 0.0
 
@@ -262,6 +262,11 @@ class CompressionManager:
             return self._serve_exact(req, req.exact_reason or "no_context"), None
         if context.state is ContextState.DELETING:
             return self._serve_exact(req, "deleted"), None
+        if not self.cache.is_resident(context) and (
+            again := self.cache.find_again(context, self.settings.rungs(context.settings))
+        ):
+            req.use_real_ids()
+            context = req.context = again
         if self.cache.is_resident(context):
             if self._has_no_need(req, context):
                 req.report("exact", "deferred")
@@ -295,7 +300,7 @@ class CompressionManager:
         """The context of a request by its boundary, or the longest resident one that its prompt starts with."""
         plan, prompt = req.plan, req.origin_input_ids
         if plan.context_len == 0 or plan.finds_boundary:
-            context = self.cache.find_prefix(req.namespace, plan.settings, prompt)
+            context = self.cache.find_prefix(req.namespace, (plan.settings, *self.settings.rungs(plan.settings)), prompt)
             if context is not None:
                 context.is_segment = False
                 req.context_id = self.cache.capability(context, array("q"))

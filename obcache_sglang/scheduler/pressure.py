@@ -2,7 +2,8 @@
 
 As long as there is room everything stays exact. When the tree is about to evict, this lets it, leaf by leaf, in its own order, with two
 exceptions. A leaf that holds a context which may be compressed is compressed, from its cached KV, before it goes. Before a compressed
-context goes, those that still are exact are compressed, the least recently asked about first.
+context goes, those that still are exact are compressed, the least recently asked about first; and then compressed ones are again, from
+what they kept, as far as the ladder goes (`--obcache-ladder`).
 
 Ranks of one tensor-parallel group run this in step: their trees, queues and pools are equal.
 """
@@ -19,6 +20,7 @@ from obcache_sglang.kv.context import Context, ContextState
 from obcache_sglang.scheduler import tree
 from obcache_sglang.scheduler.in_place import InPlace
 from obcache_sglang.scheduler.requests import ContextReq
+from obcache_sglang.settings import ServerSettings
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -39,12 +41,13 @@ DECODE_STEPS = 8
 class UnderPressure:
     """Of one scheduler. in_place: what compresses."""
 
-    def __init__(self, in_place: InPlace) -> None:
-        self.in_place = in_place
+    def __init__(self, in_place: InPlace, settings: ServerSettings) -> None:
+        self.in_place, self.settings = in_place, settings
         self.engine, self.cache = in_place.engine, in_place.cache
         # By the slot of the last token of its exact KV: that stays where it is until it is evicted, however the tree splits its nodes.
         self._by_last_slot: dict[int, Context] = {}
         self._not_seen: dict[str, Context] = {}
+        self._tried: set[str] = set()
 
     def add(self, context: Context) -> None:
         """A context whose questions are served exactly as long as there is room."""
@@ -54,6 +57,7 @@ class UnderPressure:
         """The tree was reset: nothing is cached."""
         self._by_last_slot.clear()
         self._not_seen.clear()
+        self._tried.clear()
 
     def relieve(self, admitted: list[Req]) -> list[Req]:
         """Makes room for what a pass is to admit, as the tree would, but for what is compressed first.
@@ -62,7 +66,7 @@ class UnderPressure:
         decision, since what they were to read exactly has been compressed.
         """
         self._look()
-        if not self._by_last_slot or self.engine.must_become_idle:
+        if not (self._by_last_slot or self.settings.ladder) or self.engine.must_become_idle:
             return admitted
         wanted = self._wanted(admitted)
         for _ in range(MOST_VICTIMS):
@@ -118,15 +122,36 @@ class UnderPressure:
 
     def _shrink(self, victim: int) -> bool:
         """Begins to compress a context, so that the leaf which the tree would evict need not go, or is not lost. Whether there is one."""
-        if any(context.node == victim for context in self.cache):
-            candidates = iter(list(self._by_last_slot.values()))
-        else:
-            slots = set(tree.own_slots(self.cache.tree, victim))
-            held = [self._by_last_slot[slot] for slot in self._by_last_slot.keys() & slots]
-            candidates = iter(sorted(held, key=lambda each: (-each.num_tokens, each.id)))
+        if any(context.node == victim for context in list(self.cache)):
+            return self._shrink_exact(list(self._by_last_slot.values())) or self._shrink_further()
+        slots = set(tree.own_slots(self.cache.tree, victim))
+        held = [self._by_last_slot[slot] for slot in self._by_last_slot.keys() & slots]
+        return self._shrink_exact(sorted(held, key=lambda each: (-each.num_tokens, each.id)))
+
+    def _shrink_exact(self, candidates: list[Context]) -> bool:
         for context in candidates:
             node = self._shrinkable(context)
             if node is not None and self.in_place.start(context, instead_of=node):
+                self.in_place.advance()
+                return True
+        return False
+
+    def _shrink_further(self) -> bool:
+        """Begins to compress a compressed context again: the one on the lowest rung that was not asked about for longest."""
+        # Each is tried once: what fails would be begun for ever, and requests wait meanwhile.
+        self._tried -= {each.id for each in self.cache if each.state is ContextState.RESIDENT}
+        resident = [each for each in list(self.cache) if self.cache.is_resident(each) and each.tree_lock is None]
+        for context in sorted(resident, key=lambda each: each.settings.compression_ratio):  # else in the order of their use
+            rungs = self.settings.rungs(context.settings)
+            if not rungs or not self.in_place.can_compress(context.settings, context.num_tokens):
+                continue
+            if context.node is None or tree.is_locked(self.cache.tree, context.node):
+                continue
+            smaller = self.cache.obtain(context.namespace, rungs[0], context.tokens, context.judges, keep=(context,))
+            if smaller is None or not self._may_shrink(smaller) or smaller.num_slots >= context.num_slots:
+                continue
+            if smaller.id not in self._tried and self.in_place.start(smaller, base=context):
+                self._tried.add(smaller.id)
                 self.in_place.advance()
                 return True
         return False

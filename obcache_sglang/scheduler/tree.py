@@ -51,6 +51,14 @@ def exact_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.T
     return node, tree.tree_core.collect_full_device_indices(node, root)[: context.num_tokens].to(torch.int64)
 
 
+def compressed_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.Tensor] | None:
+    """(node, slots [num_slots] int64) of a resident context. This does not count as a use."""
+    if context.node is None:
+        return None
+    root = tree.root_node_handle(context.namespace.extra_key)
+    return context.node, tree.tree_core.collect_full_device_indices(context.node, root).to(torch.int64)
+
+
 def next_victims(tree: UnifiedRadixCache, most: int = 1) -> list[int]:
     """The leaves that the tree would evict next, in order. The walk is begun and ended, and evicts nothing."""
     core = tree.tree_core

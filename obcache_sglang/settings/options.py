@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,20 @@ def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise InvalidValue(name, value, "is not a non-empty string.")
     return value
+
+
+def _ladder(name: str, value: Any) -> tuple[float, ...]:
+    """Ascending ratios, given as "0.7,0.85" or as a list."""
+    given = value.split(",") if isinstance(value, str) else value
+    if not isinstance(given, Sequence):
+        raise InvalidValue(name, value, "is not a list of ratios; give for example 0.7,0.85.")
+    ratios = tuple(_number(each.strip()) if isinstance(each, str) else each for each in given)
+    for ratio in ratios:
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+            raise InvalidValue(name, value, f"has {ratio!r}, which is not a number between 0 and 1.")
+    if list(ratios) != sorted(set(ratios)):
+        raise InvalidValue(name, value, "does not ascend; give each ratio once, the lowest first.")
+    return tuple(map(float, ratios))
 
 
 def _switch(name: str, value: Any) -> bool:
@@ -326,6 +340,16 @@ SERVER_OPTIONS = (
             "Default: first; with mode auto, pressure."
         ),
         metavar="|".join(WHENS),
+        per_request=False,
+    ),
+    Option(
+        "ladder",
+        _ladder,
+        (
+            "Higher ratios, such as 0.7,0.85: with when=pressure, contexts that are compressed already are compressed again, from "
+            "what they kept, before one is evicted. Default: none."
+        ),
+        metavar="RATIO,...",
         per_request=False,
     ),
     Option(

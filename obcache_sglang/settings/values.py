@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from obcache_sglang.errors import InvalidValue
@@ -262,6 +262,7 @@ class ServerSettings:
     gates: file of gates, or the name of those in the package; they bring a head profile. Then the default method is `gate`.
     when: `first`: a context's first question compresses it; `idle`: questions are served exactly until the engine has nothing
         else to do or its pool gets tight; then their contexts are compressed; `pressure`: until the pool needs a context's room.
+    ladder: ratios to which a context is compressed again, one after the other, where the pool would evict it; with when=pressure.
     min_tokens: shorter contexts are served exactly.
     marker: the text that ends a context.
     max_contexts: contexts remembered at once.
@@ -278,6 +279,7 @@ class ServerSettings:
     when: str = "first"
     head_profile: str | None = None
     gates: str | None = None
+    ladder: tuple[float, ...] = ()
     min_tokens: int = 256
     marker: str = "<|obcache|>"
     max_contexts: int = 1024
@@ -300,6 +302,15 @@ class ServerSettings:
                 f"needs method=gate: contexts are compressed from their cached KV, where method={self.compression.method} reads them anew. "
                 "Start the server with --obcache-gates, or set when=first or idle.",
             )
+        if self.ladder and self.when != "pressure":
+            raise InvalidValue("ladder", self.ladder, f"has no effect with when={self.when}. Set when=pressure, or leave it out.")
+        if self.ladder and self.ladder[0] <= self.compression.compression_ratio:
+            raise InvalidValue(
+                "ladder",
+                self.ladder,
+                f"begins below compression_ratio={self.compression.compression_ratio:g}, with which contexts are compressed first. "
+                "Give higher ratios, or lower compression_ratio.",
+            )
         if self.decode_graphs == "on" and self.head_attention != "triton":
             raise InvalidValue(
                 "decode_graphs",
@@ -312,6 +323,10 @@ class ServerSettings:
     def has_profile(self) -> bool:
         """Whether there is a head profile, by itself or with gates."""
         return self.head_profile is not None or self.gates is not None
+
+    def rungs(self, compression: CompressionSettings) -> list[CompressionSettings]:
+        """What contexts with these settings are compressed to, one after the other, under lasting pressure."""
+        return [replace(compression, compression_ratio=ratio) for ratio in self.ladder if ratio > compression.compression_ratio]
 
     @property
     def captures_decode_graphs(self) -> bool:

@@ -22,7 +22,7 @@ ASKED = ("\n\nIn short, this means that", "\n\nThe first rule above says", "\n\n
 def auto_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Its pool holds three of the six documents."""
     flags = (*COMMON, "--max-total-tokens", "1500", "--obcache", "--obcache-mode", "auto", "--obcache-min-tokens", "128")
-    flags += ("--obcache-gates", "smollm2-135m", "--obcache-compression-ratio", "0.7")
+    flags += ("--obcache-gates", "smollm2-135m", "--obcache-compression-ratio", "0.7", "--obcache-ladder", "0.85")
     with serve(model_dir, tmp_path_factory.mktemp("auto") / "log", flags, STRICT) as running:
         yield from checked(running)
 
@@ -63,6 +63,31 @@ def test_documents_that_the_pool_would_lose_answer_compressed(auto_server: Serve
         assert made["context_tokens"] == BOUNDARY
         answer = ask(auto_server, model_dir, topic, 2)
         assert (report(answer)["status"], answer["output_ids"]) == ("reused", expected)
+
+
+def test_lasting_pressure_keeps_a_part_of_what_was_kept(auto_server: Server, model_dir: Path) -> None:
+    flush(auto_server)
+    contexts = [prompt(model_dir, topic, 0)[:BOUNDARY] for topic in TOPICS]
+    for context in contexts:
+        auto_server.post("/obcache/compress", {"input_ids": context})
+    before, after = [], []
+    for topic in TOPICS[:2]:
+        before.append(kept_positions(auto_server, ask(auto_server, model_dir, topic, 0), 0.7))
+    long = document(model_dir, 1200, "typesseq")
+    assert report(generate(auto_server, long))["status"] == "exact"
+    answers = [ask(auto_server, model_dir, topic, 1) for topic in TOPICS[:2]]
+    for answer in answers:
+        after.append(kept_positions(auto_server, answer, 0.85))
+    for larger, smaller in zip(before, after, strict=True):
+        assert sum(map(len, smaller)) * 2 == pytest.approx(sum(map(len, larger)), rel=0.05)
+        assert all(set(few) <= set(many) for few, many in zip(smaller, larger, strict=True))
+
+
+def kept_positions(server: Server, answer: dict[str, Any], ratio: float) -> list[list[int]]:
+    """Of each head of all layers."""
+    assert (report(answer)["status"], report(answer)["compression_ratio"]) == ("reused", ratio)
+    shown = server.get(f"/obcache/contexts/{report(answer)['context_id']}?positions=true")
+    return [head for layer in shown["positions"] for head in layer]
 
 
 def test_with_room_everything_is_what_it_was(auto_server: Server, stock_server: Server, model_dir: Path) -> None:

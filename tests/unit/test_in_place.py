@@ -27,7 +27,8 @@ class Layers:
         self.fails_at = ""
 
     def __call__(self, job: Any, rows: Any, layer: str) -> None:
-        assert rows.last and rows.num_rows == 0 and len(rows.slots) == len(CONTEXT)
+        read = len(job.context.tokens) if job.base is None else job.base.num_slots
+        assert rows.last and rows.num_rows == 0 and len(rows.slots) == read
         self.done.append(layer)
         if layer == self.fails_at:
             job.error = "unsupported_attention"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from obcache_sglang.errors import InvalidValue
 from obcache_sglang.kv.context import ContextState, Namespace
 from obcache_sglang.scheduler import shared_prefixes, tree
 from obcache_sglang.scheduler.requests import ContextReq
@@ -23,7 +24,7 @@ WIDE = array("q", range(700, 800))
 
 
 def under_pressure(**settings: Any) -> Driven:
-    drive, _ = driven(when="pressure", **settings)
+    drive, _ = driven(**{"when": "pressure", **settings})
     return drive
 
 
@@ -135,6 +136,89 @@ def test_a_failed_compression_loses_nothing_but_what_the_tree_would_have_evicted
     assert drive.manager.metrics.to_dict()["compressions"] == 0
     assert drive.engine.free_slots() >= len(WIDE)
     assert sum(drive.accounts()) == 200
+
+
+LADDER = {"compression_ratio": 0.5, "ladder": (0.75, 0.9)}
+
+
+def ratios(drive: Driven) -> list[tuple[int, float]]:
+    """(first token, ratio) of the contexts that are held."""
+    held = [each for each in drive.manager.cache if drive.manager.cache.is_resident(each)]
+    return sorted((each.tokens[0], each.settings.compression_ratio) for each in held)
+
+
+def test_lasting_pressure_compresses_further_before_anything_goes() -> None:
+    drive = under_pressure(**LADDER)
+    for context in (CONTEXT, OTHER, THIRD):
+        answered(drive, context)
+    press(drive, array("q", range(1000, 1120)))  # 140 with the room that compressing takes: all three are compressed
+    drive.engine.queue = []
+    assert ratios(drive) == [(100, 0.5), (300, 0.5), (500, 0.5)]
+    press(drive, array("q", range(2000, 2155)))  # 60 slots are held; 45 may be
+    drive.engine.queue = []
+    assert ratios(drive) == [(100, 0.75), (300, 0.75), (500, 0.5)]
+    press(drive, array("q", range(3000, 3180)))
+    drive.engine.queue = []
+    assert ratios(drive) == [(100, 0.9), (300, 0.9), (500, 0.75)]
+    assert sum(drive.accounts()) == 200
+    # Whoever asks reads what is there, by its tokens and by the id that the first rung had.
+    req = drive.ask(CONTEXT, num_tokens=2)
+    assert drive.step() == [req]
+    assert (report(req)["status"], report(req)["compression_ratio"], report(req)["kept_tokens"]) == (
+        "reused",
+        0.9,
+        int(40 * (1 - 0.9)),
+    )
+    drive.engine.queue = []
+    press(drive, array("q", range(4000, 4195)))
+    assert ratios(drive) == [(500, 0.9)]  # nothing was left to compress
+
+
+def test_a_question_that_waits_follows_its_context_up_the_ladder() -> None:
+    drive = under_pressure(**LADDER)
+    for context in (CONTEXT, OTHER, THIRD):
+        answered(drive, context)
+    press(drive, array("q", range(1000, 1120)))
+    waits = drive.ask(CONTEXT, num_tokens=2)
+    drive.engine.queue = [waits]
+    drive.step()
+    assert waits.is_virtual and waits.context is not None and waits.context.num_slots == 20
+    wide = drive.ask(array("q", range(2000, 2174)), question=5, exact="below_min_tokens")
+    drive.engine.queue = [wide, waits]
+    first = drive.step()
+    assert wide in first and waits not in first  # it is decided on in the next pass
+    assert waits in drive.step() and waits.context.num_slots < 20
+    assert waits.origin_input_ids[: waits.context.num_slots] == waits.context.virtual_ids
+
+
+def test_a_rung_that_fails_is_not_tried_for_ever() -> None:
+    drive, layers = driven(when="pressure", **LADDER)
+    for context in (CONTEXT, OTHER, THIRD):
+        answered(drive, context)
+    press(drive, array("q", range(1000, 1120)))
+    drive.engine.queue = []
+    layers.fails_at = "second"
+    done = len(layers.done)
+    req = press(drive, array("q", range(2000, 2180)))
+    assert drive.engine.free_slots() >= 180 and drive.step() == [req]
+    assert len(layers.done) - done <= 3 * len(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"when": "first", "ladder": "0.75"}, "has no effect with when=first"),
+        ({"ladder": "0.4,0.75"}, "begins below compression_ratio=0.5"),
+        ({"ladder": "0.9,0.75"}, "does not ascend"),
+        ({"ladder": "0.9,x"}, "has 'x'"),
+        ({"ladder": [1.0]}, "has 1.0"),
+        ({"ladder": 3}, "is not a list of ratios"),
+        ({"method": "tova"}, "needs method=gate"),
+    ],
+)
+def test_settings_that_have_no_effect_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidValue, match=words):
+        under_pressure(**{"compression_ratio": 0.5, **settings})
 
 
 def test_a_flush_forgets_what_was_cached() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,6 +199,23 @@ def test_heads_choose_among_what_they_kept_and_the_new_tokens(budget: str, one_s
         assert list(map(len, after)) == world.compressor.head_profile.counts(WHOLE, whole.num_slots, 4 + 8, most=most)
     if settings.get("compression_ratio") == 0.0:
         assert all(torch.equal(each, torch.arange(WHOLE)) for each in after)
+
+
+@pytest.mark.parametrize(
+    ("budget", "one_space"), [("uniform", True), ("uniform", False), ("adakv", True), ("global", True), ("profile", True)]
+)
+def test_a_context_is_compressed_again_from_what_it_kept(budget: str, one_space: bool) -> None:
+    """With a higher ratio, and nothing that comes to it."""
+    world = World(budget, one_space=one_space)
+    base, base_slots = world.compress(WHOLE)
+    world.settings = replace(world.settings, compression_ratio=0.85)
+    smaller, slots = world.compress(WHOLE, base, base_slots)
+    assert smaller.num_slots < base.num_slots
+    k, v = (each.split(smaller.kept.offsets.diff().tolist()) for each in world.cells(smaller, slots))
+    for head, (kept_before, kept) in enumerate(zip(by_head(base.kept), by_head(smaller.kept), strict=True)):
+        assert set(kept.tolist()) <= set(kept_before.tolist())
+        exact = world.kv[head // HEADS][:, kept, head % HEADS]
+        torch.testing.assert_close(torch.stack([k[head], v[head]]), exact, rtol=0, atol=0)
 
 
 def test_no_head_is_given_more_than_it_has() -> None:
