@@ -7,6 +7,7 @@ the first lines of the report say so.
 
     python -m obcache_sglang.bench MODEL --arms replay/obcache-v/global@0.7,0.85 --kvpress adakv@0.85
     python -m obcache_sglang.bench MODEL --output-tokens 8 128 256 --bench-serving 256
+    python -m obcache_sglang.bench MODEL --arms --auto 0.85 --obcache-flags "--obcache-gates auto"
     python -m obcache_sglang.bench MODEL --case fits
     python -m obcache_sglang.bench MODEL --scaling
 """
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--arms",
-        nargs="+",
+        nargs="*",
         default=list(DEFAULT_ARMS),
         metavar="METHOD/SCORE/BUDGET@RATIO",
         help=f"or PRESET@RATIO; several ratios: @0.7,0.85 (default: {' '.join(DEFAULT_ARMS)})",
@@ -95,6 +96,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="POLICY[/fp8]",
         help="stock SGLang by its --schedule-policy, fcfs (its default) or lpm (longest prefix first, with in-batch prefix caching); /fp8: "
         f"with an fp8 KV cache of twice the slots, the bytes of a 16-bit one, where the platform has one (default: {' '.join(DEFAULT_STOCK)})",
+    )
+    parser.add_argument(
+        "--auto",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="RATIO",
+        help="also a server in mode auto for each ratio, asked what stock is asked: nothing is marked. Needs --obcache-gates in --obcache-flags",
     )
     parser.add_argument(
         "--policies", nargs="+", choices=POLICIES, default=["fcfs"], help="of OBCache's servers, one for each (default: fcfs)"
@@ -152,9 +161,12 @@ class Bench:
         self.arguments = arguments
         self.facts = provenance("obcache_sglang.bench", given, arguments.model) | {"seed": str(arguments.seed)}
         self.arms = parse_bench_arms(arguments.arms)
+        if not self.arms and not arguments.auto:
+            raise ConfigError("--arms is empty: name an arm, or give --auto.")
+        self.auto = parse_bench_arms(f"gate/obcache-v/profile@{ratio:g}" for ratio in arguments.auto)
         self.press = parse_press(arguments.kvpress) if arguments.kvpress else None
         obcache_flags = shlex.split(arguments.obcache_flags)
-        check_measured_files(self.arms, obcache_flags, "--obcache-flags")
+        check_measured_files([*self.arms, *self.auto], obcache_flags, "--obcache-flags")
         self.obcache_flags = ["--obcache", *obcache_flags]
         self.stock = parse_stock(arguments.stock)
         chosen = {name: getattr(arguments, name) for name in ("documents", "tokens", "questions", "pool_share", "clients")}
@@ -172,7 +184,7 @@ class Bench:
             for output_tokens in arguments.output_tokens or [None]
         ]
         # One pool for all workloads, so that servers start once: the share is of the first, which has the most documents.
-        kept = 1 - min(arm.ratio for arm in self.arms)
+        kept = 1 - min(arm.ratio for arm in (*self.arms, *self.auto))
         workloads = [workload for _, workload in self.workloads]
         self.pool_slots = max(
             pool_size(workloads[0], self.case.pool_share, kept), *(least_pool(each, kept) for each in workloads)
@@ -242,8 +254,13 @@ class Bench:
             raise RuntimeError("no stock server runs: nothing to compare with.")
         for policy in self.arguments.policies:
             flags = ["--max-total-tokens", str(self.pool_slots), "--schedule-policy", policy, *self.obcache_flags]
-            server = start(obcache_server(policy), flags)
-            arms += [ServedArm.obcache(server, arm, policy, clients) for arm in self.arms]
+            if self.arms:
+                server = start(obcache_server(policy), flags)
+                arms += [ServedArm.obcache(server, arm, policy, clients) for arm in self.arms]
+            for arm in self.auto:
+                ratio = f"{arm.ratio:g}"
+                more = [*flags, "--obcache-mode", "auto", "--obcache-compression-ratio", ratio]
+                arms.append(ServedArm.auto(start(f"auto-{policy}-{ratio}", more), arm, policy, clients))
         return arms
 
     def _skip(self, stock: Stock, error: str) -> None:
@@ -258,11 +275,12 @@ class Bench:
         for output_tokens in self.arguments.bench_serving:
             asked: set[str] = set()
             for arm in served:
-                if not arm.arm.is_exact and arm.server_name not in asked:
+                if not arm.arm.is_exact and (not arm.marks or arm.server_name not in asked):
                     # What the plugin makes of prompts that say nothing: once for each server, whatever its arms.
                     asked.add(arm.server_name)
                     yield client.run_unmarked(arm, output_tokens)
-                yield client.run(arm, output_tokens)
+                if arm.marks:
+                    yield client.run(arm, output_tokens)
 
     def _start_kvpress(self, stack: contextlib.ExitStack, output: Path) -> Kvpress:
         assert self.press is not None
@@ -289,7 +307,11 @@ class Bench:
         stock, ours = ([arm for arm in served if arm.arm.is_exact is exact] for exact in (True, False))
         if first and not self.arguments.scaling:
             documents = list({ask.document: ask for ask in workload.asks}.values())[:COST_DOCUMENTS]
-            costs = [cost for arm in tqdm(ours, desc="costs", unit="arm") if (cost := compression_cost(stock[0], arm, documents))]
+            costs = [
+                cost
+                for arm in tqdm([arm for arm in ours if arm.marks], desc="costs", unit="arm")
+                if (cost := compression_cost(stock[0], arm, documents))
+            ]
         return Point(
             case.documents,
             case.tokens,
@@ -320,8 +342,8 @@ class Bench:
         if self.arguments.bench_serving:
             yield (
                 f"{MODULE}: the client as released, with random tokens as prompts. It does not mark where a document ends, and the plugin does "
-                "nothing with unmarked prompts: those rows are served exactly. The other rows of OBCache are given the boundary by the client's own "
-                "--extra-request-body. Its answers are not scored."
+                "nothing with unmarked prompts, except in mode auto: those rows are served exactly. The other rows of OBCache are given the boundary by the client's own "
+                "--extra-request-body. A server in mode auto gets what stock gets. Its answers are not scored."
             )
         if self.press:
             yield (

@@ -65,6 +65,9 @@ def fp8_dtype() -> str:
     return "fp8_e5m2" if old else "fp8_e4m3"
 
 
+AUTO = "auto"
+
+
 class Contender(Protocol):
     """An arm of the bench."""
 
@@ -97,15 +100,22 @@ def sampling_params(arm: Arm, context_len: int, max_new_tokens: int, *, ignore_e
 class ServedArm:
     """Asks a server in a closed loop: `clients` clients, each with its next question when it has its answer.
 
-    arm: `EXACT` for a server without OBCache.
+    arm: `EXACT` for a server without OBCache. marks: whether questions say where their document ends; in mode auto they are stock's own.
     """
 
-    def __init__(self, client: Client, name: str, arm: Arm, clients: int, server_name: str) -> None:
+    def __init__(self, client: Client, name: str, arm: Arm, clients: int, server_name: str, *, marks: bool = True) -> None:
         self.client = client
         self.name = name
         self.arm = arm
         self.clients = clients
         self.server_name = server_name
+        self.marks = marks
+
+    @classmethod
+    def auto(cls, client: Client, arm: Arm, policy: str, clients: int) -> ServedArm:
+        """A server in mode auto, which compresses like arm. Nothing in its questions says so."""
+        name = f"{AUTO}@{arm.ratio:g}"
+        return cls(client, name if policy == POLICIES[0] else f"{name}, {policy}", arm, clients, f"{AUTO}/{policy}", marks=False)
 
     @classmethod
     def stock(cls, client: Client, stock: Stock, clients: int) -> ServedArm:
@@ -140,7 +150,9 @@ class ServedArm:
     def _body(self, ask: Ask, max_new_tokens: int) -> dict[str, Any]:
         return {
             "input_ids": ask.input_ids,
-            "sampling_params": sampling_params(self.arm, ask.context_len, max_new_tokens, ignore_eos=ask.ignore_eos),
+            "sampling_params": sampling_params(
+                self.arm if self.marks else EXACT, ask.context_len, max_new_tokens, ignore_eos=ask.ignore_eos
+            ),
         }
 
     def _answer(self, ask: Ask) -> Answer:
@@ -173,7 +185,7 @@ class ServedArm:
     def _resident(self, asks: Sequence[Ask]) -> int:
         """Documents in the pool after `asks`.
 
-        The server lists compressed ones. Exact ones are looked for from the one asked last on, until one is not there (SGLang evicts what
+        The server lists compressed ones; in mode auto there are exact ones beside them, which are not looked for. Exact ones are looked for from the one asked last on, until one is not there (SGLang evicts what
         was used least recently, and a look that finds its document evicts nothing).
         """
         contexts = [] if self.arm.is_exact else self.client.get("/obcache/contexts")["contexts"]

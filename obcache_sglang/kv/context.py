@@ -67,6 +67,7 @@ class Context:
     node: its node in the radix tree, None where it has none.
     tree_lock: held while it is compressed, pinned, or the base of a compression.
     num_holders: compressions whose base it is.
+    is_wanted_pinned: whether it is to be pinned when it is compressed.
     ttl_seconds: how long it was to live when that was set last; None for as long as the tree holds it.
     expires_at: when it is deleted, in seconds since the epoch; None likewise.
     kept: which tokens this rank's heads keep, and where; None unless resident.
@@ -94,6 +95,7 @@ class Context:
     tree_lock: Any = None
     num_holders: int = 0
     pinned: bool = False
+    is_wanted_pinned: bool = False
     ttl_seconds: float | None = None
     expires_at: float | None = None
     kept: KeptTokens | None = None

@@ -37,7 +37,7 @@ PRESSURE_STEPS = 4
 class CachedCompression:
     """What one compression holds until it ends. As a `CompressionJob`, it is what `ForwardPlan.compress_layer` works for.
 
-    rows: with the slots that are read. lock: of these. num_layers: to compress. instead_of, base: as in `InPlace.start`.
+    rows: with the slots that are read. lock: of these. num_layers: to compress. base, makes_room: as in `InPlace.start`.
     """
 
     def __init__(
@@ -47,8 +47,9 @@ class CachedCompression:
         rows: ScoringRows,
         lock: Any,
         num_layers: int,
-        instead_of: int | None,
         base: Context | None,
+        *,
+        makes_room: bool,
     ) -> None:
         """slots: [M] int64, the context's."""
         self.context = context
@@ -60,14 +61,8 @@ class CachedCompression:
         self.scoring_seconds = 0.0
         self.started_at = time.perf_counter()
         self.num_layers = num_layers
-        self.instead_of = instead_of
-        self.base = base
+        self.base, self.makes_room = base, makes_room
         self.num_layers_done = 0
-
-    @property
-    def makes_room(self) -> bool:
-        """Whether requests wait for the room that it makes."""
-        return self.instead_of is not None or self.base is not None
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -96,11 +91,11 @@ class InPlace:
         """The compression of a context."""
         return self._under_way if self._under_way is not None and self._under_way.context is context else None
 
-    def start(self, context: Context, *, instead_of: int | None = None, base: Context | None = None) -> bool:
+    def start(self, context: Context, *, makes_room: bool = False, base: Context | None = None) -> bool:
         """Begins the compression of a context; False where its method needs a forward, its exact KV is not all cached, or there is no room.
 
-        instead_of: the node of the tree where its exact KV ends; that and what follows it goes when the context is compressed.
-        base: the same tokens, compressed less, from which it is compressed in place of the exact ones, and which goes then.
+        makes_room: requests wait for the room: its exact KV goes, with what follows it, when the context is compressed. The caller has seen that
+        enough is free. base: the same tokens, compressed less, from which it is compressed in place of the exact ones, and which goes then.
         All ranks come to the vote: their trees are equal.
         """
         if self._under_way is not None or not self.can_compress(context.settings, context.num_tokens):
@@ -111,7 +106,6 @@ class InPlace:
             return False
         node, slots_read = cached
         rows = ScoringRows(0, 0, context.num_tokens, slots_read, last=True)
-        makes_room = instead_of is not None or base is not None
         if not makes_room:
             self.jobs.room.make(context.num_slots)
         lock = tree.lock(node)  # what makes room must not take what is read
@@ -122,7 +116,7 @@ class InPlace:
         if slots is None:
             tree.unlock(lock)
             return False
-        self._under_way = CachedCompression(context, slots, rows, lock, len(self._layers), instead_of, base)
+        self._under_way = CachedCompression(context, slots, rows, lock, len(self._layers), base, makes_room=makes_room)
         context.is_queued = True
         return True
 
@@ -171,11 +165,11 @@ class InPlace:
     def _publish(self, job: CachedCompression) -> None:
         context, kept = job.context, job.compression.kept
         assert kept is not None
-        self.cache.publish(context, kept)
+        self.jobs.publish(context, kept)
         self._under_way, context.is_queued = None, False
         self.cache.tree.unlock(job.lock)
-        if job.instead_of is not None:
-            drop_branch(self.cache.tree, job.instead_of)
+        if job.makes_room and job.base is None and (cached := exact_slots(self.cache.tree, context)) is not None:
+            drop_branch(self.cache.tree, cached[0])
         if job.base is not None:
             self.cache.replaced(job.base)
         self.jobs.ask_again(context, job.base)

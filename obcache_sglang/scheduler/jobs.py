@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
+    from obcache_sglang.kv.cells import KeptTokens
+
 logger = logging.getLogger(__name__)
 
 MAX_STARVED_PASSES = 64
@@ -301,6 +303,13 @@ class Jobs:
             if isinstance(req, ContextReq) and req.context is context:
                 req.exact_reason = reason
 
+    def publish(self, context: Context, kept: KeptTokens) -> None:
+        """Questions may read a context from now on; it is pinned if one asked for that while it was served exactly."""
+        self.cache.publish(context, kept)
+        if context.is_wanted_pinned:
+            context.is_wanted_pinned = False
+            self.room.pin(context)
+
     def ask_again(self, context: Context, instead_of: Context | None) -> None:
         """Questions that were to be served exactly until a context is compressed, or after the one that it stands instead of, are decided on
         anew: it is compressed now."""
@@ -310,7 +319,7 @@ class Jobs:
             if not isinstance(req, ContextReq) or req.exact_reason not in ("deferred", "no_context"):
                 continue
             if req.namespace == context.namespace and req.prompt_ids[: context.num_tokens] == context.tokens:
-                req.exact_reason, req.is_reported_exact, req.decided = None, False, False
+                req.exact_reason, req.decided = None, False
 
     def _go_on_or_publish(self, job: CompressionJob) -> bool:
         """What follows a prefill of a job that ran to the end; False where nothing does, with the reason in `job.error` if it failed.
@@ -334,7 +343,7 @@ class Jobs:
         if job.error is not None:
             return False
         assert kept is not None
-        self.cache.publish(context, kept)
+        self.publish(context, kept)
         if context is job.target or not self.is_awaited(job):
             return True
         following = self.cache.next_segment(job.target, context)

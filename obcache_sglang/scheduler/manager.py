@@ -31,7 +31,6 @@ from obcache_sglang.scheduler.pressure import UnderPressure
 from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq
 from obcache_sglang.scheduler.room import Room
 from obcache_sglang.scheduler.shared_prefixes import SharedPrefixes
-from obcache_sglang.scheduler.tree import num_cached, radix_key
 from obcache_sglang.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -149,6 +148,10 @@ class CompressionManager:
             if not engine.admits_nobody():
                 order, admitted = self._decide()
                 admitted = self.under_pressure.relieve(admitted)
+                # What was compressed in this pass changes what others read: these are decided on in the next one.
+                admitted = [req for req in admitted if not isinstance(req, ContextReq) or req.decided]
+            else:
+                self.under_pressure.relieve([])
         except Exception:  # a defect of ours must not end the scheduler
             logger.exception("obcache: a scheduling pass failed; all its requests are served exactly")
             order = admitted = [req for req in engine.queue if self._is_admitted_exactly(req)]
@@ -176,6 +179,7 @@ class CompressionManager:
         if self.engine.must_become_idle:
             self.jobs.stop_unattended()
         self.room.begin_pass()
+        self.under_pressure.begin_pass()
         self.when_idle.advance()
         queue = self.engine.queue
         order: list[Req] = []
@@ -268,8 +272,8 @@ class CompressionManager:
             req.use_real_ids()
             context = req.context = again
         if self.cache.is_resident(context):
-            if self._has_no_need(req, context):
-                req.report("exact", "deferred")
+            if self.settings.when == "pressure" and self.under_pressure.has_no_need(req, context):
+                req.report_exact("deferred")
                 return Verdict.ADMIT, None
             return self._serve_resident(req, context), None
         req.use_real_ids()
@@ -278,6 +282,9 @@ class CompressionManager:
                 self.when_idle.add(context, req)
             else:
                 self.under_pressure.add(context)
+            if req.plan.ttl_seconds is not None:
+                self._set_ttl(context, req.plan.ttl_seconds, made_now=True)
+            context.is_wanted_pinned |= req.plan.pin
             return self._serve_exact(req, "deferred"), None
         if self.jobs.await_another(context) or self.room.must_wait(context, self.jobs.all()):
             return Verdict.HOLD, None
@@ -299,14 +306,16 @@ class CompressionManager:
     def _find_context(self, req: ContextReq) -> Context | None:
         """The context of a request by its boundary, or the longest resident one that its prompt starts with."""
         plan, prompt = req.plan, req.origin_input_ids
+        boundary = plan.boundary(len(prompt), self.cache.page_size)
         if plan.context_len == 0 or plan.finds_boundary:
             context = self.cache.find_prefix(req.namespace, (plan.settings, *self.settings.rungs(plan.settings)), prompt)
-            if context is not None:
+            # Rather all of a long document exactly, so that it can be compressed, than a short beginning of it compressed for ever.
+            if context is not None and 2 * context.num_tokens >= boundary:
                 context.is_segment = False
                 req.context_id = self.cache.capability(context, array("q"))
-            if context is not None or plan.context_len == 0:
                 return context
-        boundary = plan.boundary(len(prompt), self.cache.page_size)
+            if plan.context_len == 0:
+                return None
         if boundary == 0:
             req.exact_reason = "shorter_than_a_page"
             return None
@@ -318,15 +327,9 @@ class CompressionManager:
             req.context_id = self.cache.capability(context, prompt[boundary : min(plan.context_len, len(prompt))])
         return context
 
-    def _has_no_need(self, req: ContextReq, context: Context) -> bool:
-        """Whether a question need not put up with its compressed context, since the exact one is cached as well. It costs nothing then."""
-        if self.settings.when != "pressure" or req.is_virtual or req.plan.action != "ask" or req.compressions_started:
-            return False
-        return num_cached(self.cache.tree, radix_key(req.namespace, context.tokens)) == context.num_tokens
-
     def _serve_resident(self, req: ContextReq, context: Context) -> Verdict:
         if req.return_logprob and not req.is_virtual and 0 <= req.logprob_start_len < context.num_tokens:
-            if req.plan.finds_boundary:  # it did not ask for a context
+            if req.plan.finds_boundary or self.settings.when == "pressure":  # it is answered, whatever is compressed by now
                 return self._serve_exact(req, "input_logprobs")
             req.set_finish_with_abort(
                 f"logprob_start_len={req.logprob_start_len} lies inside the compressed context of {context.num_tokens} tokens, "

@@ -1,19 +1,22 @@
 """Contexts that are compressed when the pool needs their room (`--obcache-when pressure`): SGLang's radix cache with a lossy tier.
 
-As long as there is room everything stays exact. When the tree is about to evict, this lets it, leaf by leaf, in its own order, with two
-exceptions. A leaf that holds a context which may be compressed is compressed, from its cached KV, before it goes. Before a compressed
-context goes, those that still are exact are compressed, the least recently asked about first; and then compressed ones are again, from
-what they kept, as far as the ladder goes (`--obcache-ladder`).
+As long as there is room everything stays exact. Where a pass needs more than is free, this makes the room before SGLang does: it evicts
+leaf by leaf, in the tree's own order, with two exceptions. A leaf where a context ends that may be compressed is compressed, from its
+cached KV, before it goes. Before a compressed context goes, those that still are exact are compressed, the one not asked about for longest
+first; and then compressed ones are again, from what they kept, as far as the ladder goes (`--obcache-ladder`).
 
-Ranks of one tensor-parallel group run this in step: their trees, queues and pools are equal.
+Ranks of one tensor-parallel group run this in step: their trees, queues and pools are equal. `agree` is a collective: all come to it, or none.
 """
 
 from __future__ import annotations
 
-from itertools import islice
-from typing import TYPE_CHECKING
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from obcache_sglang.kv.context import Context, ContextState
@@ -25,17 +28,28 @@ from obcache_sglang.settings import ServerSettings
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+logger = logging.getLogger(__name__)
+
 WAITING_SEEN = 16
 """Waiting requests for which room is made at once: the next pass sees the others."""
 
-MOST_VICTIMS = 256
-"""Leaves that are evicted in one pass of the scheduler, so that it ends; SGLang evicts what it needs beyond."""
+LEAVES_AT_ONCE = 32
+"""Leaves that are evicted between two looks at the order of the tree, which takes a look at all leaves."""
 
-LOOKS = 16
-"""Contexts that are looked for in the tree in one pass."""
+MOST_STEPS = 256
+"""Of one pass, so that it ends. SGLang evicts what it needs beyond."""
 
 DECODE_STEPS = 8
 """Tokens that each running request may generate before the next pass that looks."""
+
+
+@dataclass
+class _Step:
+    """What comes next: leaves that go, or a context that is compressed, from its exact KV or from `base`. Nothing of it: nothing can be done."""
+
+    leaves: list[int] = field(default_factory=list)
+    context: Context | None = None
+    base: Context | None = None
 
 
 class UnderPressure:
@@ -43,125 +57,197 @@ class UnderPressure:
 
     def __init__(self, in_place: InPlace, settings: ServerSettings) -> None:
         self.in_place, self.settings = in_place, settings
-        self.engine, self.cache = in_place.engine, in_place.cache
-        # By the slot of the last token of its exact KV: that stays where it is until it is evicted, however the tree splits its nodes.
-        self._by_last_slot: dict[int, Context] = {}
-        self._not_seen: dict[str, Context] = {}
+        self.engine, self.cache, self.jobs = in_place.engine, in_place.cache, in_place.jobs
+        # Served exactly until now, the one asked about last stands last.
+        self._candidates: OrderedDict[str, Context] = OrderedDict()
         self._tried: set[str] = set()
+        self._cached_exactly: dict[str, bool] = {}
 
     def add(self, context: Context) -> None:
         """A context whose questions are served exactly as long as there is room."""
-        self._not_seen[context.id] = context
+        self._candidates[context.id] = context
+        self._candidates.move_to_end(context.id)
+        if len(self._candidates) > self.cache.max_contexts:
+            self._candidates.popitem(last=False)
 
     def forget(self) -> None:
         """The tree was reset: nothing is cached."""
-        self._by_last_slot.clear()
-        self._not_seen.clear()
+        self._candidates.clear()
         self._tried.clear()
 
+    def begin_pass(self) -> None:
+        """What is cached may have changed."""
+        self._cached_exactly.clear()
+
+    def has_no_need(self, req: ContextReq, context: Context) -> bool:
+        """Whether a question need not put up with its compressed context, since the exact one is cached as well. It costs nothing then."""
+        if req.is_virtual or req.plan.action != "ask" or req.compressions_started or req.must_be_compressed:
+            return False
+        if context.id not in self._cached_exactly:  # asked of every waiting request in every pass
+            num_tokens, _ = tree.match(self.cache.tree, tree.radix_key(req.namespace, context.tokens))
+            self._cached_exactly[context.id] = num_tokens == context.num_tokens
+        return self._cached_exactly[context.id]
+
     def relieve(self, admitted: list[Req]) -> list[Req]:
-        """Makes room for what a pass is to admit, as the tree would, but for what is compressed first.
-
-        Returns those of them that may be admitted now. The others wait: all for a compression that goes on in the next pass, or some for a
-        decision, since what they were to read exactly has been compressed.
+        """Makes room for what a pass is to admit and for what decodes. Returns those that may be admitted now: none, where a compression that
+        makes the room goes on in the next pass.
         """
-        self._look()
-        if not (self._by_last_slot or self.settings.ladder) or self.engine.must_become_idle:
+        if not (self._candidates or self.settings.ladder) or self.engine.must_become_idle:
             return admitted
-        wanted = self._wanted(admitted)
-        for _ in range(MOST_VICTIMS):
-            if self.engine.free_slots() >= wanted:
-                break
-            if self.in_place.is_busy:
-                return []
-            victims = tree.next_victims(self.cache.tree)
-            if not victims or not (self._shrink(*victims) or tree.evict_next(self.cache.tree)):
-                break
-        return [req for req in admitted if not isinstance(req, ContextReq) or req.decided]
+        first = admitted[:WAITING_SEEN]
+        needed = self._needed(first)
+        if self.engine.free_slots() >= needed:
+            return admitted
+        if self.in_place.is_busy:
+            return []
+        with self._held(first):
+            for _ in range(MOST_STEPS):
+                step = self._planned(needed)
+                if not self.jobs.agree(step is not None) or step is None:
+                    break
+                spare = self.engine.free_slots() - needed
+                # Beyond what is needed, nothing is lost: only compressed.
+                if spare >= (self._to_compress_next() if step.context is not None else 0) or not self._take(step):
+                    break
+                if self.in_place.is_busy:
+                    return []
+        return admitted
 
-    def _wanted(self, admitted: list[Req]) -> int:
-        """KV slots that a pass may take, with what compressing the largest context takes first."""
+    def _needed(self, waiting: list[Req]) -> int:
+        """KV slots that a pass may take."""
         engine = self.engine
-        most = engine.most_prefill_tokens
         running = 0 if engine.running_batch is None else DECODE_STEPS * len(engine.running_batch.reqs)
-        largest = max((context.num_slots for context in self._by_last_slot.values()), default=0)
-        if engine.free_slots() >= most + running + largest:
-            return most + running + largest
-        uncached = 0
         chunked = engine.chunked_req
-        if chunked is not None:
-            uncached += len(chunked.origin_input_ids) - chunked.kv.kv_committed_len
-        for req in islice(admitted, WAITING_SEEN):
+        uncached = 0 if chunked is None else len(chunked.origin_input_ids) - chunked.kv.kv_committed_len
+        most = engine.most_prefill_tokens
+        for req in waiting:
             if uncached >= most:
                 break
-            # What is about to be read counts as used, so that it is not what makes room.
-            key = RadixKey(req.origin_input_ids, req.extra_key, cache_salt=req.cache_salt)
-            match = self.cache.tree.match_prefix(MatchPrefixParams(key=key))
-            uncached += len(req.origin_input_ids) - match.device_prefix_len
-        return min(uncached, most) + running + largest
+            uncached += len(req.origin_input_ids) - tree.match(self.cache.tree, _key(req))[0]
+        return min(uncached, most) + running
 
-    def _look(self) -> None:
-        """Finds where some of those not seen yet are cached; that is what the others wait for."""
-        for identity in list(islice(self._not_seen, LOOKS)):
-            context = self._not_seen.pop(identity)
-            if not self._may_shrink(context):
-                continue
-            cached = tree.exact_slots(self.cache.tree, context)
-            if cached is None:
-                self._not_seen[identity] = context
-            else:
-                slot = int(cached[1][-1])
-                self._by_last_slot.pop(slot, None)  # the last asked about stands last
-                self._by_last_slot[slot] = context
-        if len(self._by_last_slot) > 2 * self.cache.max_contexts:
-            self._by_last_slot = {slot: each for slot, each in self._by_last_slot.items() if self._may_shrink(each)}
+    @contextmanager
+    def _held(self, waiting: list[Req]) -> Iterator[None]:
+        """What is about to be read is not what makes the room."""
+        locks: list[Any] = []
+        try:
+            for req in waiting:
+                num_tokens, node = tree.match(self.cache.tree, _key(req))
+                if num_tokens:
+                    locks.append(self.cache.tree.lock(node))
+            yield
+        finally:
+            for lock in locks:
+                self.cache.tree.unlock(lock)
+
+    def _to_compress_next(self) -> int:
+        """Slots that stay free in a pool under pressure, so that the next context can be compressed before it goes."""
+        return max((each.num_slots for each in self._candidates.values() if self._may_shrink(each)), default=0)
 
     def _may_shrink(self, context: Context) -> bool:
         known = self.cache.get(context.id) is context
         return known and context.state is ContextState.ABSENT and not context.is_queued
 
-    def _shrink(self, victim: int) -> bool:
-        """Begins to compress a context, so that the leaf which the tree would evict need not go, or is not lost. Whether there is one."""
-        if any(context.node == victim for context in list(self.cache)):
-            return self._shrink_exact(list(self._by_last_slot.values())) or self._shrink_further()
-        slots = set(tree.own_slots(self.cache.tree, victim))
-        held = [self._by_last_slot[slot] for slot in self._by_last_slot.keys() & slots]
-        return self._shrink_exact(sorted(held, key=lambda each: (-each.num_tokens, each.id)))
+    # --- what comes next ----------------------------------------------------------------------------------------------------------
 
-    def _shrink_exact(self, candidates: list[Context]) -> bool:
-        for context in candidates:
-            node = self._shrinkable(context)
-            if node is not None and self.in_place.start(context, instead_of=node):
-                self.in_place.advance()
-                return True
-        return False
+    def _planned(self, needed: int) -> _Step | None:
+        """None where a defect of this rank keeps it from knowing: then no rank does anything."""
+        try:
+            return self._plan(needed)
+        except Exception:
+            logger.exception("obcache: making room by compression failed; SGLang evicts")
+            return None
 
-    def _shrink_further(self) -> bool:
-        """Begins to compress a compressed context again: the one on the lowest rung that was not asked about for longest."""
-        # Each is tried once: what fails would be begun for ever, and requests wait meanwhile.
-        self._tried -= {each.id for each in self.cache if each.state is ContextState.RESIDENT}
+    def _plan(self, needed: int) -> _Step:
+        step, room = _Step(), self.engine.free_slots()
+        exact = self._exact()
+        compressed = {each.node for each in self.cache if each.state is ContextState.RESIDENT}
+        for path in tree.next_victims(self.cache.tree, LEAVES_AT_ONCE):
+            leaf = path[-1]
+            smaller = _Step()
+            if leaf.node_id in exact:
+                smaller = self._of(exact, [leaf.node_id, *exact])
+            elif leaf.node_id in compressed:
+                smaller = self._of(exact, list(exact))
+                smaller = smaller if smaller.context is not None else self._further()
+            if smaller.context is not None:
+                return step if step.leaves else smaller
+            step.leaves.append(leaf.node_id)
+            room += leaf.path_end - leaf.path_start
+            # Else look again: what they leave may be a leaf then, or may free more than it did.
+            if room >= needed or (len(path) > 1 and path[-2].num_children <= 2):
+                break
+        return step
+
+    def _exact(self) -> OrderedDict[int, tuple[Context, int]]:
+        """By the node where they end: contexts that are cached exactly, each with the slots that its going would free. Longest not asked about first.
+
+        Without those that others stand on: what is compressed goes with all that follows it.
+        """
+        found: OrderedDict[int, tuple[Context, int]] = OrderedDict()
+        inner: set[int] = set()
+        for identity, context in list(self._candidates.items()):
+            if not self._may_shrink(context):
+                del self._candidates[identity]
+                continue
+            num_tokens, node = tree.match(self.cache.tree, tree.radix_key(context.namespace, context.tokens))
+            if num_tokens < context.num_tokens:
+                continue  # evicted, or not read yet
+            path = tree.path(self.cache.tree, node)
+            inner |= {each.node_id for each in path[:-1]}
+            known = found.get(node)
+            if known is None or known[0].num_tokens < context.num_tokens:
+                found[node] = context, tree.own_tokens(path)
+        return OrderedDict((node, each) for node, each in found.items() if node not in inner)
+
+    def _of(self, exact: OrderedDict[int, tuple[Context, int]], nodes: list[int]) -> _Step:
+        """The first of these contexts that nobody reads, and that takes less room compressed."""
+        for node in nodes:
+            context, gained = exact[node]
+            fits = context.num_slots <= self.engine.free_slots() and context.num_slots < gained
+            if fits and context.id not in self._tried and not tree.is_locked(self.cache.tree, node):
+                return _Step(context=context)
+        return _Step()
+
+    def _further(self) -> _Step:
+        """A compressed context on its next rung: of those on the lowest one the one that was not asked about for longest."""
         resident = [each for each in list(self.cache) if self.cache.is_resident(each) and each.tree_lock is None]
-        for context in sorted(resident, key=lambda each: each.settings.compression_ratio):  # else in the order of their use
+        # Each is tried once: what fails would be begun for ever, and requests wait meanwhile.
+        self._tried -= {each.id for each in resident}
+        for context in sorted(resident, key=lambda each: each.settings.compression_ratio):
             rungs = self.settings.rungs(context.settings)
             if not rungs or not self.in_place.can_compress(context.settings, context.num_tokens):
                 continue
             if context.node is None or tree.is_locked(self.cache.tree, context.node):
                 continue
             smaller = self.cache.obtain(context.namespace, rungs[0], context.tokens, context.judges, keep=(context,))
-            if smaller is None or not self._may_shrink(smaller) or smaller.num_slots >= context.num_slots:
+            if smaller is None or smaller.id in self._tried or not self._may_shrink(smaller):
                 continue
-            if smaller.id not in self._tried and self.in_place.start(smaller, base=context):
-                self._tried.add(smaller.id)
-                self.in_place.advance()
-                return True
-        return False
+            if smaller.num_slots < context.num_slots and smaller.num_slots <= self.engine.free_slots():
+                return _Step(context=smaller, base=context)
+        return _Step()
 
-    def _shrinkable(self, context: Context) -> int | None:
-        """The node where a context's exact KV ends, if nobody reads it and it would take less room compressed."""
-        cached = tree.exact_slots(self.cache.tree, context) if self._may_shrink(context) else None
-        if cached is None:
-            return None
-        node, slots = cached
-        self._by_last_slot.pop(int(slots[-1]), None)  # once, also where it fails
-        gained = len(tree.own_slots(self.cache.tree, node)) - context.num_slots
-        return node if gained > 0 and not tree.is_locked(self.cache.tree, node) else None
+    def _take(self, step: _Step) -> bool:
+        """Whether anything came of it."""
+        if step.context is None:
+            gone = [tree.drop_leaf(self.cache.tree, node) for node in step.leaves]
+            return any(gone)
+        self._tried.add(step.context.id)
+        if not self.in_place.start(step.context, base=step.base, makes_room=True):
+            return True  # it is not tried again
+        if step.base is None:
+            self._forget_beginnings(step.context)
+        self.in_place.advance()
+        return True
+
+    def _forget_beginnings(self, context: Context) -> None:
+        """Contexts that this one goes on from, as in a conversation: they go as any text does, unless they are asked about again."""
+        for identity, each in list(self._candidates.items()):
+            if each.num_tokens > context.num_tokens or each.namespace != context.namespace:
+                continue
+            if context.tokens[: each.num_tokens] == each.tokens:
+                del self._candidates[identity]
+
+
+def _key(req: Req) -> RadixKey:
+    return RadixKey(req.origin_input_ids, req.extra_key, cache_salt=req.cache_salt)

@@ -142,6 +142,10 @@ class ContextReq(Req):
                     HTTPStatus.SERVICE_UNAVAILABLE,
                 )
             return
+        self.report_exact(reason)
+
+    def report_exact(self, reason: str) -> None:
+        """Says that the request is served exactly, and counts it once."""
         self.report("exact", reason)
         if not self.is_reported_exact:
             self.is_reported_exact = True

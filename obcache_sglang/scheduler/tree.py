@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
@@ -16,6 +16,7 @@ from obcache_sglang.host import use
 from obcache_sglang.kv.context import Context, Namespace
 
 if TYPE_CHECKING:
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import TreePathNodeInfo
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 MOST_LEAVES = 4096
@@ -34,9 +35,25 @@ def context_key(context: Context, suffix: array[int] | None = None) -> RadixKey:
     return radix_key(context.namespace, context.virtual_ids if suffix is None else context.virtual_ids + suffix)
 
 
-def num_cached(tree: UnifiedRadixCache, key: RadixKey) -> int:
-    """How many tokens of a prompt are cached. This does not count as a use."""
-    return int(tree.tree_core.match_full_device_prefix(key)[0])
+def match(tree: UnifiedRadixCache, key: RadixKey) -> tuple[int, int]:
+    """(tokens of a prompt that are cached, the deepest node that has any of them, which may go on after them). This does not count as a use."""
+    num_tokens, node, _ = tree.tree_core.match_full_device_prefix(key)
+    return int(num_tokens), node
+
+
+def path(tree: UnifiedRadixCache, node: int) -> tuple[TreePathNodeInfo, ...]:
+    """The nodes from the first to this one."""
+    return tree.tree_core.collect_path_info([node])[0]  # type: ignore[no-any-return]
+
+
+def own_tokens(path: Sequence[TreePathNodeInfo]) -> int:
+    """Tokens of the last node of a path, and of those before it that are followed by nothing else."""
+    start = path[-1].path_start
+    for each in reversed(path[:-1]):
+        if each.num_children > 1:
+            break
+        start = each.path_start
+    return int(path[-1].path_end - start)
 
 
 def exact_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.Tensor] | None:
@@ -44,7 +61,7 @@ def exact_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.T
 
     node: the deepest that has any of them; it may go on after them.
     """
-    num_tokens, node, _ = tree.tree_core.match_full_device_prefix(radix_key(context.namespace, context.tokens))
+    num_tokens, node = match(tree, radix_key(context.namespace, context.tokens))
     if num_tokens < context.num_tokens:
         return None
     root = tree.root_node_handle(context.namespace.extra_key)
@@ -59,8 +76,8 @@ def compressed_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, to
     return context.node, tree.tree_core.collect_full_device_indices(context.node, root).to(torch.int64)
 
 
-def next_victims(tree: UnifiedRadixCache, most: int = 1) -> list[int]:
-    """The leaves that the tree would evict next, in order. The walk is begun and ended, and evicts nothing."""
+def next_victims(tree: UnifiedRadixCache, most: int) -> Sequence[tuple[TreePathNodeInfo, ...]]:
+    """The leaves that the tree would evict next, in order, each with its path. The walk is begun and ended, and evicts nothing."""
     core = tree.tree_core
     core.evict_device_start(_FULL, 1)
     found: list[int] = []
@@ -69,18 +86,7 @@ def next_victims(tree: UnifiedRadixCache, most: int = 1) -> list[int]:
             found.append(node)
     finally:
         core.evict_device_end(_FULL)
-    return found
-
-
-def evict_next(tree: UnifiedRadixCache) -> bool:
-    """Lets the tree evict what it would evict next. Whether there was anything."""
-    return bool(tree.evict(EvictParams(num_tokens=1)).num_tokens_evicted)
-
-
-def own_slots(tree: UnifiedRadixCache, node: int) -> list[int]:
-    """The slots of one node, without those of the nodes before it."""
-    ((*_, info),) = tree.tree_core.collect_path_info([node])
-    return tree.tree_core.collect_full_device_indices(node, info.parent_id).tolist()  # type: ignore[no-any-return]
+    return core.collect_path_info(found) if found else ()
 
 
 def is_locked(tree: UnifiedRadixCache, node: int) -> bool:
@@ -94,17 +100,13 @@ def is_locked(tree: UnifiedRadixCache, node: int) -> bool:
 
 def drop_branch(tree: UnifiedRadixCache, node: int) -> None:
     """Evicts a node and what follows it, as far as nobody has it locked."""
-    leaves = next_victims(tree, MOST_LEAVES)
-    while leaves:
-        try:
-            paths = tree.tree_core.collect_path_info(leaves)
-        except KeyError:
-            break
-        behind = [path for path in paths if any(each.node_id == node for each in path[:-1])]
-        for path in behind:
-            drop_leaf(tree, path[-1].node_id)
-        # What they leave may be leaves now.
-        leaves = [path[-2].node_id for path in behind if path[-2].node_id != node and path[-2].num_children == 1]
+    behind = [path for path in next_victims(tree, MOST_LEAVES) if any(each.node_id == node for each in path[:-1])]
+    # From the ends on: a node goes when everything behind it has gone.
+    nodes = {each.node_id: each.path_end for path in behind for each in path}
+    start = next((each.path_end for path in behind for each in path if each.node_id == node), 0)
+    for each, end in sorted(nodes.items(), key=lambda pair: -pair[1]):
+        if end > start:
+            drop_leaf(tree, each)
     drop_leaf(tree, node)
 
 
@@ -154,7 +156,6 @@ TOUCHES = (
     use(f"{_TREE}.root_node_handle", "call", "where a path in the tree begins", ("extra_key",)),
     use(f"{_TREE}.lock", "call", "holds a node while it is made, read or pinned", ("node_id",)),
     use(f"{_TREE}.unlock", "call", "lets it be evicted", ("lock",)),
-    use(f"{_TREE}.evict", "call", "lets the least recently used leaf go", ("params",)),
     use(f"{_TREE}.evictable_size", "call", "whether a node is locked by a request"),
     use(f"{_TREE}._drop_subtree_no_host", "call", "frees a context's slots", ("node_id", "tracker")),
     use(

@@ -122,10 +122,11 @@ class Driven:
         layers: Sequence[Any] = (),
         compress_layer: Any = None,
         context_len: int | None = None,
+        chunk: int | None = None,
         **settings: Any,
     ) -> None:
-        """layers, compress_layer: as in CompressionManager. settings: of the server."""
-        self.engine = Engine(size, context_len)
+        """layers, compress_layer: as in CompressionManager. chunk: as in Engine. settings: of the server."""
+        self.engine = Engine(size, context_len, chunk)
         self.now = 1000.0
         given = {"min_tokens": 4, "compression_ratio": 0.5, "method": "tova", **settings}
         self.manager = CompressionManager(

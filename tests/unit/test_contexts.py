@@ -215,10 +215,10 @@ def test_a_salt_never_matches_another_salts_node(cache: ContextCache) -> None:
 
 def test_a_prompt_finds_the_longest_context_it_starts_with(cache: ContextCache) -> None:
     short, long = make(cache, tokens(0, 20)), make(cache, tokens(0, 40))
-    assert cache.find_prefix(HERE, HALF, tokens(0, 50)) is long
-    assert cache.find_prefix(HERE, HALF, tokens(0, 40)) is short  # something must be left to generate from
-    assert cache.find_prefix(HERE, HALF, tokens(1, 50)) is None
-    assert cache.find_prefix(Namespace("x", None, None), HALF, tokens(0, 50)) is None
+    assert cache.find_prefix(HERE, [HALF], tokens(0, 50)) is long
+    assert cache.find_prefix(HERE, [HALF], tokens(0, 40)) is short  # something must be left to generate from
+    assert cache.find_prefix(HERE, [HALF], tokens(1, 50)) is None
+    assert cache.find_prefix(Namespace("x", None, None), [HALF], tokens(0, 50)) is None
 
 
 @pytest.mark.parametrize("settings", [HALF, UNEVEN], ids=["even", "uneven"])
