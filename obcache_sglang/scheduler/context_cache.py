@@ -188,14 +188,15 @@ class ContextCache:
         """
         if context.state is not ContextState.RESIDENT:
             return False
-        if self._holds_node(context):
+        if self.holds(context):
             return True
         self._mark_absent(context)
         self.on_evicted()
         return False
 
-    def _holds_node(self, context: Context) -> bool:
-        if context.node is None:
+    def holds(self, context: Context) -> bool:
+        """As `is_resident`, but one that is found gone is not marked: for what one rank alone looks at."""
+        if context.state is not ContextState.RESIDENT or context.node is None:
             return False
         try:
             ((*_, node),) = self.tree.tree_core.collect_path_info([context.node])

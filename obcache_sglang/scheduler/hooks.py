@@ -260,9 +260,9 @@ def after_unload_lora_adapter(result: Any, scheduler: Any, recv_req: Any) -> Any
 
 @_contained("filtering KV events")
 def after_take_events(events: list[Any], tree_cache: Any) -> list[Any]:
-    """KV events without virtual tokens, and without what is cached after them: routers could do nothing with them."""
-    wiring = Wiring.of(tree_cache)
-    return events if wiring is None else wiring.events.of(events)
+    """KV events without virtual tokens, and with the real ones of the contexts that are held."""
+    wiring, manager = Wiring.of(tree_cache), _manager(tree_cache)
+    return events if wiring is None else wiring.events.of(events, None if manager is None else manager.cache)
 
 
 def around_get_internal_state(get_internal_state: Any, scheduler: Any, recv_req: Any) -> Any:

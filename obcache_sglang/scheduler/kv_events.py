@@ -1,46 +1,118 @@
-"""KV events for routers: without virtual tokens, and without what is cached after them."""
+"""KV events for routers: the real tokens of contexts while they are resident, and never virtual ones.
+
+A router that follows the events (or counts prefixes by them) sends a question where its document is, compressed or not.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, StorageMedium
+from sglang.srt.mem_cache.utils import get_hash_str, hash_str_to_int64
 
 from obcache_sglang.host import use
-from obcache_sglang.kv.context import FIRST_VIRTUAL_ID
+from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context
+from obcache_sglang.scheduler import tree
+
+if TYPE_CHECKING:
+    from obcache_sglang.scheduler.context_cache import ContextCache
+
+_SALT_SEED = b"sglang-cache-salt-v1\0"
 
 
 class VisibleEvents:
-    """The events of one tree that routers can do something with.
+    """The events of one tree that routers can do something with, and those of the contexts that it holds.
 
     A block after a hidden one is hidden too, also when it is stored long after: hidden blocks are remembered until they are removed.
     """
 
     def __init__(self) -> None:
         self._hidden: set[int] = set()
+        # The hashes of contexts that were shown as stored, by context id; and of how many contexts each block is a part.
+        self._shown: dict[str, tuple[Context, list[int]]] = {}
+        self._held: Counter[int] = Counter()
 
-    def of(self, events: list[Any]) -> list[Any]:
-        """The visible ones of events that the tree recorded since the last call."""
-        shown = []
-        for event in events:
-            if isinstance(event, BlockStored):
-                if event.token_ids[:1] >= [FIRST_VIRTUAL_ID] or event.parent_block_hash in self._hidden:
-                    self._hidden.update(event.block_hashes)
-                    continue
-            elif isinstance(event, BlockRemoved) and self._hidden.intersection(event.block_hashes):
-                visible = [block for block in event.block_hashes if block not in self._hidden]
-                self._hidden.difference_update(event.block_hashes)
-                if not visible:
-                    continue
-                event = msgspec.structs.replace(event, block_hashes=visible)
-            elif isinstance(event, AllBlocksCleared):
-                self._hidden.clear()
-            shown.append(event)
+    def of(self, events: list[Any], cache: ContextCache | None = None) -> list[Any]:
+        """What is to be seen of events that the tree recorded since the last call, and of what became of contexts. cache: their tree's."""
+        shown = [visible for event in events for visible in self._visible(event)]
+        if cache is not None:
+            shown += self._changes(cache)
         return shown
 
+    def _visible(self, event: Any) -> Iterator[Any]:
+        if isinstance(event, BlockStored):
+            if event.token_ids[:1] >= [FIRST_VIRTUAL_ID] or event.parent_block_hash in self._hidden:
+                self._hidden.update(event.block_hashes)
+                return
+        elif isinstance(event, BlockRemoved):
+            # What goes exactly may stay in a compressed context.
+            left = [block for block in event.block_hashes if block not in self._hidden and not self._held[block]]
+            self._hidden.difference_update(event.block_hashes)
+            if not left:
+                return
+            event = msgspec.structs.replace(event, block_hashes=left)
+        elif isinstance(event, AllBlocksCleared):
+            self._hidden.clear()
+            self._shown.clear()
+            self._held.clear()
+        yield event
+
+    def _changes(self, cache: ContextCache) -> Iterator[Any]:
+        """Contexts that went, and that came."""
+        # Published hashes of LoRA adapters are in a namespace of each load: their contexts are left out. One rank alone publishes.
+        resident = {each.id: each for each in cache if each.namespace.lora_id is None and cache.holds(each)}
+        for identity in self._shown.keys() - resident.keys():
+            context, blocks = self._shown.pop(identity)
+            self._held.subtract(blocks)
+            exact = tree.match(cache.tree, tree.radix_key(context.namespace, context.tokens))[0] // cache.page_size
+            gone = [block for number, block in enumerate(blocks) if self._held[block] <= 0 and number >= exact]
+            self._held += Counter()  # forgets those that are 0
+            if gone:
+                yield BlockRemoved(block_hashes=gone, medium=StorageMedium.GPU)
+        for identity, context in resident.items():
+            if identity not in self._shown:
+                blocks = block_hashes(context, cache.page_size)
+                self._shown[identity] = context, blocks
+                yield from self._stored(context, blocks, cache.page_size)
+                self._held.update(blocks)
+
+    def _stored(self, context: Context, blocks: list[int], page_size: int) -> Iterator[BlockStored]:
+        """What of a context no other one has shown: each run of blocks in one event, as of a node of the tree."""
+        for is_held, run in groupby(range(len(blocks)), lambda number: bool(self._held[blocks[number]])):
+            numbers = list(run)
+            first, last = numbers[0], numbers[-1] + 1
+            if not is_held:
+                yield BlockStored(
+                    block_hashes=blocks[first:last],
+                    parent_block_hash=blocks[first - 1] if first else None,
+                    token_ids=list(context.tokens[first * page_size : last * page_size]),
+                    block_size=page_size,
+                    lora_id=None,
+                    medium=StorageMedium.GPU,
+                    cache_salt=context.namespace.cache_salt,
+                )
+
+
+def block_hashes(context: Context, page_size: int) -> list[int]:
+    """The hashes [pages] that SGLang's events give the blocks of a context's real tokens."""
+    salt = context.namespace.cache_salt
+    seed = None if salt is None else hashlib.sha256(_SALT_SEED + salt.encode("utf-8")).hexdigest()
+    pages: Iterable[str] = get_hash_str(context.tokens, seed, page_size)
+    return [hash_str_to_int64(each) for each in pages]
+
+
+_EVENTS = "sglang.srt.disaggregation.kv_events"
+_UTILS = "sglang.srt.mem_cache.utils"
 
 TOUCHES = (
-    use("sglang.srt.disaggregation.kv_events.BlockStored", "read", "block_hashes, parent_block_hash, token_ids"),
-    use("sglang.srt.disaggregation.kv_events.BlockRemoved", "read", "block_hashes"),
+    use(f"{_EVENTS}.BlockStored", "call", "a context's real tokens", ("block_hashes", "parent_block_hash", "token_ids")),
+    use(f"{_EVENTS}.BlockRemoved", "call", "a context went", ("block_hashes", "medium")),
+    use(f"{_EVENTS}.StorageMedium", "read", "GPU, as SGLang calls the device"),
+    use(f"{_UTILS}.get_hash_str", "call", "hashes of blocks, as events have them", ("token_ids", "prior_hash", "page_size")),
+    use(f"{_UTILS}.hash_str_to_int64", "call", "likewise", ("hash_str",)),
 )

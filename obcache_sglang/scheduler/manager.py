@@ -277,7 +277,7 @@ class CompressionManager:
                 return Verdict.ADMIT, None
             return self._serve_resident(req, context), None
         req.use_real_ids()
-        if self._may_defer(req):
+        if self._may_defer(req, context):
             if self.settings.when == "idle":
                 self.when_idle.add(context, req)
             else:
@@ -295,13 +295,12 @@ class CompressionManager:
             return (Verdict.HOLD, None) if context.is_queued else self._resolve(req)
         return self._start_job(req, context)
 
-    def _may_defer(self, req: ContextReq) -> bool:
+    def _may_defer(self, req: ContextReq, context: Context) -> bool:
         """Whether a question is served exactly for now: not where it is the only one its context can have."""
-        plan = req.plan
-        has_time = plan.action == "ask" and plan.context_len < len(req.prompt_ids) - 1 and not req.must_be_compressed
-        if self.settings.when == "pressure":
-            return has_time and self.in_place.can_compress(plan.settings, plan.context_len)
-        return self.settings.when == "idle" and has_time
+        plan, when = req.plan, self.settings.when
+        if plan.action != "ask" or plan.context_len >= len(req.prompt_ids) - 1 or req.must_be_compressed or when == "first":
+            return False
+        return when == "idle" or self.under_pressure.stays_exact(context)
 
     def _find_context(self, req: ContextReq) -> Context | None:
         """The context of a request by its boundary, or the longest resident one that its prompt starts with."""

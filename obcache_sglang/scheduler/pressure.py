@@ -88,6 +88,15 @@ class UnderPressure:
             self._cached_exactly[context.id] = num_tokens == context.num_tokens
         return self._cached_exactly[context.id]
 
+    def stays_exact(self, context: Context) -> bool:
+        """Whether questions about a context that is not compressed are served exactly: it is cached, or there is room to read it. One that the
+        pool has lost, and that others would have to make room for, comes back compressed.
+        """
+        if context.is_queued or not self.in_place.can_compress(context.settings, context.num_tokens):
+            return False
+        num_tokens, _ = tree.match(self.cache.tree, tree.radix_key(context.namespace, context.tokens))
+        return self.engine.free_slots() >= context.num_tokens - num_tokens
+
     def relieve(self, admitted: list[Req]) -> list[Req]:
         """Makes room for what a pass is to admit and for what decodes. Returns those that may be admitted now: none, where a compression that
         makes the room goes on in the next pass.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import pytest
 import torch
-from sglang.srt.disaggregation.kv_events import AllBlocksCleared
+from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
@@ -15,7 +16,7 @@ from obcache_sglang.scheduler import context_cache as contexts
 from obcache_sglang.scheduler.context_cache import ContextCache, context_id
 from obcache_sglang.scheduler.kv_events import VisibleEvents
 from obcache_sglang.scheduler.room import make_way_for_pin
-from obcache_sglang.scheduler.tree import context_key
+from obcache_sglang.scheduler.tree import context_key, radix_key
 from obcache_sglang.settings import CompressionSettings
 from tests.unit.engine import HALF, KEPT, make_tree
 
@@ -398,3 +399,64 @@ def test_kv_events_never_show_virtual_tokens(cache: ContextCache) -> None:
         block for event in shown for block in event.block_hashes
     }
     assert not events._hidden
+
+
+def stored(events: list[Any]) -> dict[int, tuple[int | None, list[int]]]:
+    """Of each block by its hash: the one before it, and its tokens. As a router that follows the events knows it."""
+    known: dict[int, tuple[int | None, list[int]]] = {}
+    for event in events:
+        if isinstance(event, BlockStored):
+            assert event.parent_block_hash is None or event.parent_block_hash in known
+            before, size = event.parent_block_hash, event.block_size
+            for number, block in enumerate(event.block_hashes):
+                known[block] = before, list(event.token_ids[number * size : (number + 1) * size])
+                before = block
+        elif isinstance(event, BlockRemoved):
+            for block in event.block_hashes:
+                known.pop(block, None)
+        else:
+            known.clear()
+    return known
+
+
+@pytest.mark.parametrize("namespace", [HERE, Namespace(None, "salt", None), Namespace("key", None, None)])
+def test_routers_see_the_real_tokens_of_a_context_while_it_is_there(cache: ContextCache, namespace: Namespace) -> None:
+    events, seen = VisibleEvents(), []
+
+    def router() -> dict[int, tuple[int | None, list[int]]]:
+        seen.extend(events.of(cache.tree.take_events(), cache))
+        return stored(seen)
+
+    def cache_exactly(ids: array[int]) -> None:
+        slots = cache.allocator.alloc(len(ids)).to(torch.int64)
+        cache.tree.insert(InsertParams(key=radix_key(namespace, ids), value=slots))
+
+    # What the tree itself says of these tokens, cached exactly.
+    cache_exactly(tokens(0))
+    exact = router()
+    assert [token for _, page in exact.values() for token in page] == list(tokens(0))
+    context = make(cache, tokens(0), namespace=namespace)
+    assert router() == exact
+    lock = cache.tree.lock(context.node)
+    cache.tree.evict(EvictParams(num_tokens=POOL))
+    assert router() == exact, "what goes exactly stays compressed"
+    other = make(cache, tokens(0)[:20], namespace=namespace)
+    cache.tree.unlock(lock)
+    assert router() == exact
+    cache.drop_node(context)
+    assert list(router()) == list(exact)[:20]
+    cache_exactly(tokens(0)[:10])
+    cache.drop_node(other)
+    assert list(router()) == list(exact)[:10], "these are cached exactly again"
+    cache.tree.evict(EvictParams(num_tokens=POOL))
+    assert router() == {} and not events._held and not events._shown
+
+
+def test_a_flush_clears_what_routers_know(cache: ContextCache) -> None:
+    events = VisibleEvents()
+    make(cache, tokens(0))
+    seen = events.of(cache.tree.take_events(), cache)
+    assert len(stored(seen)) == len(tokens(0))
+    cache.tree.reset()
+    cache.clear()
+    assert stored(seen + events.of(cache.tree.take_events(), cache)) == {} and not events._shown

@@ -12,7 +12,7 @@ from obcache_sglang.errors import InvalidValue
 from obcache_sglang.kv.context import ContextState, Namespace
 from obcache_sglang.scheduler import shared_prefixes, tree
 from obcache_sglang.scheduler.pressure import UnderPressure
-from obcache_sglang.scheduler.requests import ContextReq
+from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from obcache_sglang.scheduler.shared_prefixes import SharedPrefixes
 from tests.unit.engine import Driven
 from tests.unit.test_in_place import CONTEXT, LAYERS, busy, cache_exactly, driven
@@ -272,6 +272,22 @@ def test_where_both_are_cached_the_exact_one_is_read() -> None:
     third.must_be_compressed = True
     drive.step()
     assert third.is_virtual
+
+
+def test_what_the_pool_has_lost_comes_back_compressed() -> None:
+    drive = three_answered()
+    drive.evict_all()
+    there_is_room = drive.ask(CONTEXT, num_tokens=2)
+    assert drive.step() == [there_is_room] and report(there_is_room)["reason"] == "deferred"
+    drive.engine.queue = []
+    cache_exactly(drive, array("q", range(9000, 9170)))  # other text, that was used since
+    first, second = drive.ask(CONTEXT, num_tokens=2), drive.ask(CONTEXT, question=8, num_tokens=2)
+    (job,) = drive.step()
+    assert isinstance(job, CompressionJob) and job.context is first.context is second.context
+    drive.forward(job)
+    drive.end(job)
+    assert drive.step() == [first, second]
+    assert (report(first)["status"], report(second)["status"]) == ("compressed", "reused")
 
 
 def test_what_a_question_asked_for_holds_when_its_context_is_compressed() -> None:
