@@ -62,6 +62,7 @@ class UnderPressure:
         self._candidates: OrderedDict[str, Context] = OrderedDict()
         self._tried: set[str] = set()
         self._cached_exactly: dict[str, bool] = {}
+        self._promised = 0
 
     def add(self, context: Context) -> None:
         """A context whose questions are served exactly as long as there is room."""
@@ -78,6 +79,7 @@ class UnderPressure:
     def begin_pass(self) -> None:
         """What is cached may have changed."""
         self._cached_exactly.clear()
+        self._promised = 0
 
     def has_no_need(self, req: ContextReq, context: Context) -> bool:
         """Whether a question need not put up with its compressed context, since the exact one is cached as well. It costs nothing then."""
@@ -89,13 +91,17 @@ class UnderPressure:
         return self._cached_exactly[context.id]
 
     def stays_exact(self, context: Context) -> bool:
-        """Whether questions about a context that is not compressed are served exactly: it is cached, or there is room to read it. One that the
-        pool has lost, and that others would have to make room for, comes back compressed.
+        """Whether a question about a context that is not compressed is served exactly: it is cached, or there is room to read it beside what the
+        pass has promised to others. One that the pool has lost, and that others would have to make room for, comes back compressed.
         """
         if context.is_queued or not self.in_place.can_compress(context.settings, context.num_tokens):
             return False
         num_tokens, _ = tree.match(self.cache.tree, tree.radix_key(context.namespace, context.tokens))
-        return self.engine.free_slots() >= context.num_tokens - num_tokens
+        missing = context.num_tokens - num_tokens
+        if missing and self.engine.free_slots() < self._promised + missing + self.jobs.room.tight_slots:
+            return False
+        self._promised += missing
+        return True
 
     def relieve(self, admitted: list[Req]) -> list[Req]:
         """Makes room for what a pass is to admit and for what decodes. Returns those that may be admitted now: none, where a compression that
@@ -132,7 +138,7 @@ class UnderPressure:
         for req in waiting:
             if uncached >= most:
                 break
-            uncached += len(req.origin_input_ids) - tree.match(self.cache.tree, _key(req))[0]
+            uncached += len(req.origin_input_ids) - tree.match(self.cache.tree, _key(req))[0] + self.jobs.slots_to_admit(req)
         return min(uncached, most) + running
 
     @contextmanager
