@@ -284,9 +284,9 @@ def test_what_the_pool_has_lost_comes_back_compressed() -> None:
     cache_exactly(drive, array("q", range(9000, 9101)))
     reqs = [drive.ask(OTHER, num_tokens=2), drive.ask(CONTEXT, num_tokens=2)]
     assert isinstance(drive.step()[-1], CompressionJob) and report(reqs[0])["reason"] == "deferred"
-    drive.engine.queue = []
-    drive.manager.jobs.end_dead()
-    cache_exactly(drive, array("q", range(9500, 9570)))  # other text, that was used since
+    drive = three_answered()
+    drive.evict_all()
+    cache_exactly(drive, array("q", range(9500, 9670)))  # other text, that was used since
     first, second = drive.ask(CONTEXT, num_tokens=2), drive.ask(CONTEXT, question=8, num_tokens=2)
     (job,) = drive.step()
     assert isinstance(job, CompressionJob) and job.context is first.context is second.context
