@@ -115,6 +115,7 @@ class UnderPressure:
             return admitted
         if self.in_place.is_busy:
             return []
+        self.jobs.room.make(needed)  # what answered questions left after compressed contexts is rarely asked for again
         with self._held(first):
             for _ in range(MOST_STEPS):
                 step = self._planned(needed)
