@@ -202,19 +202,29 @@ class UnderPressure:
         """
         found: OrderedDict[int, tuple[Context, int]] = OrderedDict()
         inner: set[int] = set()
+        asked: set[str] | None = None
         for identity, context in list(self._candidates.items()):
             if not self._may_shrink(context):
                 del self._candidates[identity]
                 continue
             num_tokens, node = tree.match(self.cache.tree, tree.radix_key(context.namespace, context.tokens))
             if num_tokens < context.num_tokens:
-                continue  # evicted, or not read yet
+                # Evicted, or not read yet: what nobody waits for would only be looked for in vain.
+                asked = self._asked() if asked is None else asked
+                if identity not in asked:
+                    del self._candidates[identity]
+                continue
             path = tree.path(self.cache.tree, node)
             inner |= {each.node_id for each in path[:-1]}
             known = found.get(node)
             if known is None or known[0].num_tokens < context.num_tokens:
                 found[node] = context, tree.own_tokens(path)
         return OrderedDict((node, each) for node, each in found.items() if node not in inner)
+
+    def _asked(self) -> set[str]:
+        """The contexts of requests that are under way."""
+        reqs = (*self.engine.in_flight(), *self.engine.waiting())
+        return {req.context.id for req in reqs if isinstance(req, ContextReq) and req.context is not None}
 
     def _of(self, exact: OrderedDict[int, tuple[Context, int]], nodes: list[int]) -> _Step:
         """The first of these contexts that nobody reads, and that takes less room compressed."""

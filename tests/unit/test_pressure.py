@@ -331,6 +331,22 @@ def test_one_rank_that_cannot_plan_keeps_all_from_compressing(monkeypatch: pytes
     assert compressions(drive) == 2  # nothing was forgotten
 
 
+def test_contexts_that_are_gone_are_not_looked_for_again() -> None:
+    drive = three_answered()
+    drive.evict_all()
+    cache_exactly(drive, array("q", range(9000, 9120)))
+    waits = drive.ask(THIRD, num_tokens=2)
+    press(drive)
+    assert list(drive.manager.under_pressure._candidates.values()) in ([], [waits.context])
+    drive.engine.queue = []
+    for number in range(50):  # of a thousand different ones, none is remembered that is not there
+        answered(drive, array("q", range(10000 + 100 * number, 10040 + 100 * number)))
+        drive.evict_all()
+    cache_exactly(drive, array("q", range(9000, 9150)))
+    press(drive)
+    assert len(drive.manager.under_pressure._candidates) <= 1
+
+
 def test_a_failed_compression_loses_nothing_but_what_the_tree_would_have_evicted() -> None:
     drive, layers = driven(when="pressure")
     for context in (CONTEXT, OTHER, THIRD):
