@@ -1,9 +1,10 @@
 """Contexts that are compressed when the pool needs their room (`--obcache-when pressure`): SGLang's radix cache with a lossy tier.
 
 As long as there is room everything stays exact. Where a pass needs more than is free, this makes the room before SGLang does: it evicts
-leaf by leaf, in the tree's own order, with two exceptions. A leaf where a context ends that may be compressed is compressed, from its
-cached KV, before it goes. Before a compressed context goes, those that still are exact are compressed, the one not asked about for longest
-first; and then compressed ones are again, from what they kept, as far as the ladder goes (`--obcache-ladder`).
+leaf by leaf, in the tree's own order, with three exceptions. A leaf where a context ends that may be compressed is compressed, from its
+cached KV, before it goes. Compressed contexts are spared while they hold less than `SPARED_SHARE` of the pool. Before one goes, those that
+still are exact are compressed, the one not asked about for longest first; and then compressed ones are again, from what they kept, as far
+as the ladder goes (`--obcache-ladder`).
 
 Ranks of one tensor-parallel group run this in step: their trees, queues and pools are equal. `agree` is a collective: all come to it, or none.
 """
@@ -32,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 WAITING_SEEN = 16
 """Waiting requests for which room is made at once: the next pass sees the others."""
+
+SPARED_SHARE = 0.5
+"""Of the pool: as long as compressed contexts hold less, other text makes the room. A slot of theirs stands for several tokens, so evicting by last use
+alone would give ten documents for one."""
 
 LEAVES_AT_ONCE = 32
 """Leaves that are evicted between two looks at the order of the tree, which takes a look at all leaves."""
@@ -107,7 +112,9 @@ class UnderPressure:
         """Makes room for what a pass is to admit and for what decodes. Returns those that may be admitted now: none, where a compression that
         makes the room goes on in the next pass.
         """
-        if not (self._candidates or self.settings.ladder) or self.engine.must_become_idle:
+        if self.settings.when != "pressure" or self.engine.must_become_idle:
+            return admitted
+        if not self._candidates and not any(each.state is ContextState.RESIDENT for each in self.cache):
             return admitted
         first = admitted[:WAITING_SEEN]
         needed = self._needed(first)
@@ -177,15 +184,19 @@ class UnderPressure:
     def _plan(self, needed: int) -> _Step:
         step, room = _Step(), self.engine.free_slots()
         exact = self._exact()
-        compressed = {each.node for each in self.cache if each.state is ContextState.RESIDENT}
-        for path in tree.next_victims(self.cache.tree, LEAVES_AT_ONCE):
+        compressed = {each.node: each.num_slots for each in self.cache if each.state is ContextState.RESIDENT}
+        are_spared = sum(compressed.values()) <= SPARED_SHARE * self.engine.pool_slots
+        spared: list[int] = []
+        for path in tree.next_victims(self.cache.tree, LEAVES_AT_ONCE + len(compressed)):
             leaf = path[-1]
+            if leaf.node_id in compressed and are_spared:
+                spared.append(leaf.node_id)
+                continue
             smaller = _Step()
             if leaf.node_id in exact:
                 smaller = self._of(exact, [leaf.node_id, *exact])
             elif leaf.node_id in compressed:
-                smaller = self._of(exact, list(exact))
-                smaller = smaller if smaller.context is not None else self._further()
+                smaller = self._smaller(exact)
             if smaller.context is not None:
                 return step if step.leaves else smaller
             step.leaves.append(leaf.node_id)
@@ -193,7 +204,15 @@ class UnderPressure:
             # Else look again: what they leave may be a leaf then, or may free more than it did.
             if room >= needed or (len(path) > 1 and path[-2].num_children <= 2):
                 break
+        if not step.leaves and spared:
+            smaller = self._smaller(exact)
+            return smaller if smaller.context is not None else _Step(leaves=spared[:1])
         return step
+
+    def _smaller(self, exact: OrderedDict[int, tuple[Context, int]]) -> _Step:
+        """What is compressed so that a compressed context need not go."""
+        found = self._of(exact, list(exact))
+        return found if found.context is not None else self._further()
 
     def _exact(self) -> OrderedDict[int, tuple[Context, int]]:
         """By the node where they end: contexts that are cached exactly, each with the slots that its going would free. Longest not asked about first.

@@ -186,7 +186,18 @@ def compressed_long_ago(size: int = 200, **settings: Any) -> Driven:
     return drive
 
 
-def test_with_a_context_go_the_answers_after_it() -> None:
+@pytest.mark.parametrize(("share", "left"), [(0.5, "compressed"), (0.05, "gone")])
+def test_compressed_contexts_are_spared_while_they_hold_little(monkeypatch: pytest.MonkeyPatch, share: float, left: str) -> None:
+    monkeypatch.setattr("obcache_sglang.scheduler.pressure.SPARED_SHARE", share)
+    drive = compressed_long_ago()
+    for first in (9000, 9100):  # text of others, that was used since
+        cache_exactly(drive, array("q", range(first, first + 60)))
+    press(drive, array("q", range(70)))
+    assert state(drive, OLD) == [left]
+
+
+def test_with_a_context_go_the_answers_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obcache_sglang.scheduler.pressure.SPARED_SHARE", 0)
     drive = compressed_long_ago()
     answered(drive, CONTEXT)
     for number in range(4):  # two of them begin alike
