@@ -50,9 +50,13 @@ DECODE_STEPS = 8
 
 @dataclass
 class _Step:
-    """What comes next: leaves that go, or a context that is compressed, from its exact KV or from `base`. Nothing of it: nothing can be done."""
+    """What comes next: leaves that go, or a context that is compressed, from its exact KV or from `base`. Nothing of it: nothing can be done.
+
+    loses_spared: whether it takes a compressed context that would be spared.
+    """
 
     leaves: list[int] = field(default_factory=list)
+    loses_spared: bool = False
     context: Context | None = None
     base: Context | None = None
 
@@ -96,14 +100,14 @@ class UnderPressure:
         return self._cached_exactly[context.id]
 
     def stays_exact(self, context: Context) -> bool:
-        """Whether a question about a context that is not compressed is served exactly: it is cached, or there is room to read it beside what the
-        pass has promised to others. One that the pool has lost, and that others would have to make room for, comes back compressed.
+        """Whether a question about a context that is not compressed is served exactly: it is cached, or there is ample room to read it beside what
+        the pass has promised to others. Else one that the pool has lost comes back compressed.
         """
         if context.is_queued or not self.in_place.can_compress(context.settings, context.num_tokens):
             return False
         num_tokens, _ = tree.match(self.cache.tree, tree.radix_key(context.namespace, context.tokens))
         missing = context.num_tokens - num_tokens
-        if missing and self.engine.free_slots() < self._promised + missing + self.jobs.room.tight_slots:
+        if missing and self.engine.free_slots() < self._promised + missing + SPARED_SHARE * self.engine.pool_slots:
             return False
         self._promised += missing
         return True
@@ -128,6 +132,8 @@ class UnderPressure:
                 step = self._planned(needed)
                 if not self.jobs.agree(step is not None) or step is None:
                     break
+                if step.loses_spared and self.engine.runs_something:
+                    return self._that_fit(admitted)  # the others wait for what runs
                 spare = self.engine.free_slots() - needed
                 # Beyond what is needed, nothing is lost: only compressed.
                 if spare >= (self._to_compress_next() if step.context is not None else 0) or not self._take(step):
@@ -138,16 +144,33 @@ class UnderPressure:
 
     def _needed(self, waiting: list[Req]) -> int:
         """KV slots that a pass may take."""
-        engine = self.engine
-        running = 0 if engine.running_batch is None else DECODE_STEPS * len(engine.running_batch.reqs)
-        chunked = engine.chunked_req
-        uncached = 0 if chunked is None else len(chunked.origin_input_ids) - chunked.kv.kv_committed_len
-        most = engine.most_prefill_tokens
+        under_way, most = self._needed_by_running(), self.engine.most_prefill_tokens
+        uncached = 0
         for req in waiting:
             if uncached >= most:
                 break
-            uncached += len(req.origin_input_ids) - tree.match(self.cache.tree, _key(req))[0] + self.jobs.slots_to_admit(req)
-        return min(uncached, most) + running
+            uncached += self._needed_by(req)
+        return under_way + min(uncached, most)
+
+    def _needed_by_running(self) -> int:
+        engine = self.engine
+        running = 0 if engine.running_batch is None else DECODE_STEPS * len(engine.running_batch.reqs)
+        chunked = engine.chunked_req
+        rest = 0 if chunked is None else len(chunked.origin_input_ids) - chunked.kv.kv_committed_len
+        return running + min(rest, engine.most_prefill_tokens)
+
+    def _needed_by(self, req: Req) -> int:
+        num_tokens, _ = tree.match(self.cache.tree, _key(req))
+        return len(req.origin_input_ids) - num_tokens + self.jobs.slots_to_admit(req)
+
+    def _that_fit(self, admitted: list[Req]) -> list[Req]:
+        """Those, in their order, that together take no more than is free."""
+        room = self.engine.free_slots() - self._needed_by_running()
+        for number, req in enumerate(admitted):
+            room -= self._needed_by(req)
+            if room < 0:
+                return admitted[:number]
+        return admitted
 
     @contextmanager
     def _held(self, waiting: list[Req]) -> Iterator[None]:
@@ -206,7 +229,7 @@ class UnderPressure:
                 break
         if not step.leaves and spared:
             smaller = self._smaller(exact)
-            return smaller if smaller.context is not None else _Step(leaves=spared[:1])
+            return smaller if smaller.context is not None else _Step(leaves=spared[:1], loses_spared=True)
         return step
 
     def _smaller(self, exact: OrderedDict[int, tuple[Context, int]]) -> _Step:

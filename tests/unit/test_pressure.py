@@ -196,6 +196,21 @@ def test_compressed_contexts_are_spared_while_they_hold_little(monkeypatch: pyte
     assert state(drive, OLD) == [left]
 
 
+def test_a_new_prompt_waits_for_what_runs_rather_than_take_a_compressed_context() -> None:
+    drive = compressed_long_ago()
+    cache_exactly(drive, CONTEXT)
+    lock = drive.engine.tree.lock(tree.match(drive.engine.tree, RadixKey(CONTEXT, None))[1])  # something reads it
+    fits, waits = (
+        drive.ask(array("q", range(first, first + 80)), exact="below_min_tokens", question=number)
+        for number, first in enumerate((9000, 9200))
+    )
+    busy(drive)
+    assert drive.step() == [fits] and state(drive, OLD) == ["compressed"]
+    drive.engine.running = []  # nothing else will end: then it goes
+    assert drive.step() == [fits, waits] and state(drive, OLD) == ["gone"]
+    drive.engine.tree.unlock(lock)
+
+
 def test_with_a_context_go_the_answers_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("obcache_sglang.scheduler.pressure.SPARED_SHARE", 0)
     drive = compressed_long_ago()
@@ -291,8 +306,8 @@ def test_what_the_pool_has_lost_comes_back_compressed() -> None:
     there_is_room = drive.ask(CONTEXT, num_tokens=2)
     assert drive.step() == [there_is_room] and report(there_is_room)["reason"] == "deferred"
     drive.engine.queue = []
-    # There is room for one of them, beside what is left free.
-    cache_exactly(drive, array("q", range(9000, 9101)))
+    # There is ample room for one of them: half of the pool stays free.
+    cache_exactly(drive, array("q", range(9000, 9050)))
     reqs = [drive.ask(OTHER, num_tokens=2), drive.ask(CONTEXT, num_tokens=2)]
     assert isinstance(drive.step()[-1], CompressionJob) and report(reqs[0])["reason"] == "deferred"
     drive = three_answered()
