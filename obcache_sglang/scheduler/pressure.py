@@ -44,6 +44,9 @@ LEAVES_AT_ONCE = 32
 MOST_STEPS = 256
 """Of one pass, so that it ends. SGLang evicts what it needs beyond."""
 
+PRESSED_PASSES = 1024
+"""Of the scheduler, for which a pool counts as under pressure after room had to be made."""
+
 DECODE_STEPS = 8
 """Tokens that each running request may generate before the next pass that looks."""
 
@@ -72,6 +75,7 @@ class UnderPressure:
         self._tried: set[str] = set()
         self._cached_exactly: dict[str, bool] = {}
         self._promised = 0
+        self._passes_since = PRESSED_PASSES + 1
 
     def add(self, context: Context) -> None:
         """A context whose questions are served exactly as long as there is room."""
@@ -84,11 +88,13 @@ class UnderPressure:
         """The tree was reset: nothing is cached."""
         self._candidates.clear()
         self._tried.clear()
+        self._passes_since = PRESSED_PASSES + 1
 
     def begin_pass(self) -> None:
         """What is cached may have changed."""
         self._cached_exactly.clear()
         self._promised = 0
+        self._passes_since += 1
 
     def has_no_need(self, req: ContextReq, context: Context) -> bool:
         """Whether a question need not put up with its compressed context, since the exact one is cached as well. It costs nothing then."""
@@ -100,14 +106,17 @@ class UnderPressure:
         return self._cached_exactly[context.id]
 
     def stays_exact(self, context: Context) -> bool:
-        """Whether a question about a context that is not compressed is served exactly: it is cached, or there is ample room to read it beside what
-        the pass has promised to others. Else one that the pool has lost comes back compressed.
+        """Whether a question about a context that is not compressed is served exactly: it is cached, or there is room to read it beside what
+        the pass has promised to others; half of the pool, where room had to be made not long ago. Else one that the pool has lost comes back
+        compressed.
         """
         if context.is_queued or not self.in_place.can_compress(context.settings, context.num_tokens):
             return False
         num_tokens, _ = tree.match(self.cache.tree, tree.radix_key(context.namespace, context.tokens))
         missing = context.num_tokens - num_tokens
-        if missing and self.engine.free_slots() < self._promised + missing + SPARED_SHARE * self.engine.pool_slots:
+        is_pressed = self._passes_since <= PRESSED_PASSES
+        margin = SPARED_SHARE * self.engine.pool_slots if is_pressed else self.jobs.room.tight_slots
+        if missing and self.engine.free_slots() < self._promised + missing + margin:
             return False
         self._promised += missing
         return True
@@ -124,6 +133,7 @@ class UnderPressure:
         needed = self._needed(first)
         if self.engine.free_slots() >= needed:
             return admitted
+        self._passes_since = 0
         if self.in_place.is_busy:
             return []
         self.jobs.room.make(needed)  # what answered questions left after compressed contexts is rarely asked for again

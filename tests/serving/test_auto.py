@@ -36,33 +36,40 @@ def ask(server: Server, model_dir: Path, topic: str, number: int, **fields: Any)
     return generate(server, prompt(model_dir, topic, number), **fields)
 
 
-def test_documents_that_the_pool_would_lose_answer_compressed(auto_server: Server, model_dir: Path) -> None:
+def test_documents_that_the_pool_has_lost_come_back_compressed(auto_server: Server, model_dir: Path) -> None:
     flush(auto_server)
-    before = auto_server.get("/obcache/status")["counters"]
-    for number in (0, 1):  # nobody knows yet that anything is shared; then everything is exact until the room is needed
-        for topic in TOPICS:
-            answer = report(ask(auto_server, model_dir, topic, number))
-            assert answer["status"] == "exact"
-            assert (answer["reason"], answer["context_tokens"]) == (("no_context", 0), ("deferred", BOUNDARY))[number]
-    answers = {topic: ask(auto_server, model_dir, topic, 2) for topic in TOPICS}
-    reused = [topic for topic, answer in answers.items() if report(answer)["status"] == "reused"]
+    for topic in TOPICS:  # nobody knows yet that anything is shared
+        answer = report(ask(auto_server, model_dir, topic, 0))
+        assert (answer["status"], answer["reason"], answer["context_tokens"]) == ("exact", "no_context", 0)
+    second = [report(ask(auto_server, model_dir, topic, 1)) for topic in TOPICS]
+    assert {each["status"] for each in second} <= {"exact", "compressed"} and {each["context_tokens"] for each in second} == {
+        BOUNDARY
+    }
+    third = [ask(auto_server, model_dir, topic, 2) for topic in TOPICS]
+    reused = [answer for answer in third if report(answer)["status"] == "reused"]
     assert len(reused) >= 4, "the pool holds three of them exactly, and six compressed"
-    for topic in reused:
-        kept = report(answers[topic])["kept_tokens"]
-        assert kept == int(BOUNDARY * (1 - 0.7)) or kept == int(BOUNDARY * (1 - 0.7)) + 1
-        assert answers[topic]["meta_info"]["cached_tokens"] >= BOUNDARY
-    after = auto_server.get("/obcache/status")["counters"]
-    assert after["in_place"] - before["in_place"] == after["compressions"] - before["compressions"] >= 4
+    for answer in reused:
+        assert report(answer)["kept_tokens"] == pytest.approx(BOUNDARY * (1 - 0.7), abs=1)
+        assert answer["meta_info"]["cached_tokens"] >= BOUNDARY
 
-    # What was compressed in passing is what is compressed when somebody asks for it.
-    passing = {topic: answers[topic]["output_ids"] for topic in reused[:2]}
+
+def test_what_would_be_lost_is_compressed_without_being_read_again(auto_server: Server, model_dir: Path) -> None:
     flush(auto_server)
-    for topic, expected in passing.items():
-        context = prompt(model_dir, topic, 2)[:BOUNDARY]
-        made = auto_server.post("/obcache/compress", {"input_ids": context})
-        assert made["context_tokens"] == BOUNDARY
-        answer = ask(auto_server, model_dir, topic, 2)
-        assert (report(answer)["status"], answer["output_ids"]) == ("reused", expected)
+    for number in (0, 1):
+        for topic in TOPICS[:2]:
+            assert report(ask(auto_server, model_dir, topic, number))["status"] == "exact"
+    before = auto_server.get("/obcache/status")["counters"]
+    generate(auto_server, document(model_dir, 1000, "typesseq"), obcache=False)  # other text needs the room
+    answers = {topic: ask(auto_server, model_dir, topic, 2) for topic in TOPICS[:2]}
+    after = auto_server.get("/obcache/status")["counters"]
+    assert [report(answer)["status"] for answer in answers.values()] == ["reused"] * 2
+    assert after["in_place"] - before["in_place"] == after["compressions"] - before["compressions"] == 2
+    # What was compressed in passing is what is compressed when somebody asks for it.
+    flush(auto_server)
+    for topic, answer in answers.items():
+        auto_server.post("/obcache/compress", {"input_ids": prompt(model_dir, topic, 2)[:BOUNDARY]})
+        again = ask(auto_server, model_dir, topic, 2)
+        assert (report(again)["status"], again["output_ids"]) == ("reused", answer["output_ids"])
 
 
 def test_lasting_pressure_keeps_a_part_of_what_was_kept(auto_server: Server, model_dir: Path) -> None:
@@ -124,12 +131,13 @@ def test_tenants_share_no_prefix(auto_server: Server, model_dir: Path) -> None:
         assert report(answer)["reason"] == "no_context"
 
 
+@pytest.mark.long
 def test_a_crowd_is_answered(auto_server: Server, model_dir: Path) -> None:
     """More than fits at once: compressions go on while others decode."""
     flush(auto_server)
     wanted = [{"prompt": prompt(model_dir, topic, number), "max_new_tokens": 12} for number in range(3) for topic in TOPICS]
     answers = generate_together(auto_server, wanted)
-    assert {report(answer)["status"] for answer in answers} <= {"exact", "reused"}
+    assert {report(answer)["status"] for answer in answers} <= {"exact", "compressed", "reused"}
     assert all(len(answer["output_ids"]) == 12 for answer in answers)
     assert compressions(auto_server) > 0
 

@@ -306,8 +306,8 @@ def test_what_the_pool_has_lost_comes_back_compressed() -> None:
     there_is_room = drive.ask(CONTEXT, num_tokens=2)
     assert drive.step() == [there_is_room] and report(there_is_room)["reason"] == "deferred"
     drive.engine.queue = []
-    # There is ample room for one of them: half of the pool stays free.
-    cache_exactly(drive, array("q", range(9000, 9050)))
+    # There is room for one of them, beside what is left free.
+    cache_exactly(drive, array("q", range(9000, 9101)))
     reqs = [drive.ask(OTHER, num_tokens=2), drive.ask(CONTEXT, num_tokens=2)]
     assert isinstance(drive.step()[-1], CompressionJob) and report(reqs[0])["reason"] == "deferred"
     drive = three_answered()
@@ -320,6 +320,19 @@ def test_what_the_pool_has_lost_comes_back_compressed() -> None:
     drive.end(job)
     assert drive.step() == [first, second]
     assert (report(first)["status"], report(second)["status"]) == ("compressed", "reused")
+
+
+@pytest.mark.parametrize(("passes", "exact"), [(0, False), (3, True)])
+def test_after_pressure_a_lost_context_needs_ample_room(monkeypatch: pytest.MonkeyPatch, passes: int, exact: bool) -> None:
+    monkeypatch.setattr("obcache_sglang.scheduler.pressure.PRESSED_PASSES", 2)
+    drive = three_answered()
+    press(drive)
+    drive.evict_all()
+    cache_exactly(drive, array("q", range(9500, 9570)))
+    for _ in range(passes):
+        drive.step()
+    req = drive.ask(CONTEXT, num_tokens=2)  # 130 are free
+    assert (drive.step() == [req]) == exact
 
 
 def test_what_a_question_asked_for_holds_when_its_context_is_compressed() -> None:
