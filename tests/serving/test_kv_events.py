@@ -46,7 +46,7 @@ def server_and_subscriber(model_dir: Path, tmp_path_factory: pytest.TempPathFact
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = json.dumps({"publisher": "zmq", "endpoint": f"tcp://127.0.0.1:{port}"})
+    config = json.dumps({"publisher": "zmq", "endpoint": f"tcp://*:{port}"})
     flags = (*COMMON, "--max-total-tokens", "900", "--kv-events-config", config, "--obcache", "--obcache-min-tokens", "32")
     with serve(model_dir, tmp_path_factory.mktemp("events") / "log", flags, STRICT) as running:
         subscriber = Subscriber(port)
