@@ -23,14 +23,19 @@ def checked(server: Server) -> Iterator[Server]:
     assert not re.findall(r"leak|Traceback|panicked", log), log[-6000:]
 
 
+def serving(model_dir: Path, folder: Path, flags: tuple[str, ...], env: dict[str, str] = STRICT) -> Iterator[Server]:
+    """What a fixture yields from: a server, with its log in folder, that is `checked` at the end."""
+    with serve(model_dir, folder / "log", flags, env) as running:
+        yield from checked(running)
+
+
 @pytest.fixture(scope="session")
 def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Compression on; page size 1, overlap scheduling, chunks of 512 tokens."""
     flags = (*COMMON, "--max-total-tokens", "16384", "--chunked-prefill-size", "512", "--enable-metrics")
     flags += ("--obcache", "--obcache-min-tokens", "32", "--obcache-compression-ratio", "0.5", "--obcache-method", "snapkv")
     flags += ("--obcache-head-profile", "auto", "--obcache-budget", "adakv", "--obcache-gates", "auto")
-    with serve(model_dir, tmp_path_factory.mktemp("server") / "log", flags, STRICT) as running:
-        yield from checked(running)
+    yield from serving(model_dir, tmp_path_factory.mktemp("server"), flags)
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +45,11 @@ def tight_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     flags += ("--disable-overlap-schedule", "--obcache", "--obcache-min-tokens", "32", "--obcache-method", "snapkv")
     flags += ("--obcache-gates", "smollm2-135m")
     env = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
-    with serve(model_dir, tmp_path_factory.mktemp("tight") / "log", flags, env) as running:
-        yield from checked(running)
+    yield from serving(model_dir, tmp_path_factory.mktemp("tight"), flags, env)
 
 
 @pytest.fixture(scope="session")
 def stock_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The package is installed, and compression was not asked for."""
     flags = (*COMMON, "--max-total-tokens", "16384", "--chunked-prefill-size", "512")
-    with serve(model_dir, tmp_path_factory.mktemp("stock") / "log", flags) as running:
-        yield from checked(running)
+    yield from serving(model_dir, tmp_path_factory.mktemp("stock"), flags, {})

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from obcache_sglang.local_server import Server, serve
+from obcache_sglang.local_server import Server
 from tests.serving.client import compressions, document, flush, generate, generate_together, question, report, tokenizer
-from tests.serving.conftest import COMMON, STRICT, checked
+from tests.serving.conftest import COMMON, serving
 
 L = 400
 BOUNDARY = L // 64 * 64
@@ -23,8 +23,7 @@ def auto_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     """Its pool holds three of the six documents."""
     flags = (*COMMON, "--max-total-tokens", "1500", "--obcache", "--obcache-mode", "auto", "--obcache-min-tokens", "128")
     flags += ("--obcache-gates", "smollm2-135m", "--obcache-compression-ratio", "0.7", "--obcache-ladder", "0.85")
-    with serve(model_dir, tmp_path_factory.mktemp("auto") / "log", flags, STRICT) as running:
-        yield from checked(running)
+    yield from serving(model_dir, tmp_path_factory.mktemp("auto"), flags)
 
 
 def prompt(model_dir: Path, topic: str, number: int) -> list[int]:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from obcache_sglang.local_server import Server, serve
+from obcache_sglang.local_server import Server
 from obcache_sglang.settings import CompressionSettings
 from tests.serving.client import QUESTIONS, generate, generate_together, question, report
-from tests.serving.conftest import STRICT, checked
+from tests.serving.conftest import serving
 from tests.serving.test_exactness import NUM_TOKENS, Positions, attending_to, model, read
 from tests.serving.test_positions import kept_by_server, share_kept
 from tests.unit.test_kvpress import CONTEXT_LEN, FIXTURE, Layer, kept_by_us, layers, run_model
@@ -49,8 +49,7 @@ def gpu_server(
     flags = ("--attention-backend", backend, "--max-total-tokens", "32768", "--chunked-prefill-size", "512")
     flags += ("--cuda-graph-max-bs-decode", "16", "--obcache", "--obcache-min-tokens", "32")
     flags += ("--obcache-head-attention", "flashinfer") if heads else ("--obcache-decode-graphs", "on")
-    with serve(model_dir_bf16, tmp_path_factory.mktemp(request.param) / "log", flags, STRICT) as running:
-        yield from checked(running)
+    yield from serving(model_dir_bf16, tmp_path_factory.mktemp(request.param), flags)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from obcache_sglang.local_server import Server, serve
 from tests.serving.client import compressions, document, flush, generate, question, report
-from tests.serving.conftest import COMMON, STRICT, checked
+from tests.serving.conftest import COMMON, STRICT, checked, serving
 
 L = 300
 
@@ -64,8 +64,7 @@ def idle_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     """Replays, of many passes, when the engine is idle."""
     flags = (*COMMON, "--max-total-tokens", "12000", "--chunked-prefill-size", "512", "--obcache", "--obcache-min-tokens", "32")
     flags += ("--obcache-when", "idle", "--obcache-method", "replay", "--obcache-replay-chunk", "100")
-    with serve(model_dir, tmp_path_factory.mktemp("idle") / "log", flags, STRICT) as running:
-        yield from checked(running)
+    yield from serving(model_dir, tmp_path_factory.mktemp("idle"), flags)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from obcache_sglang.local_server import Server, serve
+from obcache_sglang.local_server import Server
 from tests.serving.client import document, generate, marker_id, question, report
-from tests.serving.conftest import COMMON, STRICT, checked
+from tests.serving.conftest import COMMON, STRICT, serving
 
 L = 300
 ADAPTER = "random"
@@ -61,8 +61,7 @@ def lora_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     flags = (*COMMON, "--max-total-tokens", "16384", "--lora-paths", f"{ADAPTER}={folder / 'adapter'}")
     flags += ("--lora-backend", "torch_native", "--obcache", "--obcache-min-tokens", "32")
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with serve(model_dir, folder / "log", flags, STRICT | {"PYTHONPATH": os.pathsep.join(paths)}) as running:
-        yield from checked(running)
+    yield from serving(model_dir, folder, flags, STRICT | {"PYTHONPATH": os.pathsep.join(paths)})
 
 
 @pytest.mark.long

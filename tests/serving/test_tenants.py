@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from obcache_sglang.local_server import Server, serve
+from obcache_sglang.local_server import Server
 from tests.serving.client import document, generate, marker_id, question, report
-from tests.serving.conftest import COMMON, STRICT, checked
+from tests.serving.conftest import COMMON, serving
 
 L = 300
 
@@ -81,8 +81,7 @@ def keyed_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     """Clients have one key, the operator another; every prompt is its own context."""
     flags = (*COMMON, "--max-total-tokens", "8192", "--api-key", "client", "--admin-api-key", "operator")
     flags += ("--obcache", "--obcache-min-tokens", "32", "--obcache-mode", "prompt")
-    with serve(model_dir, tmp_path_factory.mktemp("keyed") / "log", flags, STRICT) as running:
-        yield from checked(running)
+    yield from serving(model_dir, tmp_path_factory.mktemp("keyed"), flags)
 
 
 CLIENT, OPERATOR = ({"Authorization": f"Bearer {key}"} for key in ("client", "operator"))
