@@ -275,7 +275,7 @@ class Bench:
         for output_tokens in self.arguments.bench_serving:
             asked: set[str] = set()
             for arm in served:
-                if not arm.arm.is_exact and (not arm.marks or arm.server_name not in asked):
+                if not arm.arm.is_exact and arm.server_name not in asked:
                     # What the plugin makes of prompts that say nothing: once for each server, whatever its arms.
                     asked.add(arm.server_name)
                     yield client.run_unmarked(arm, output_tokens)

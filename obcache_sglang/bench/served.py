@@ -65,6 +65,11 @@ def fp8_dtype() -> str:
     return "fp8_e5m2" if old else "fp8_e4m3"
 
 
+def _with_policy(name: str, policy: str) -> str:
+    """The name of an arm, which says its server's policy where that is not SGLang's default."""
+    return name if policy == POLICIES[0] else f"{name}, {policy}"
+
+
 AUTO = "auto"
 
 
@@ -115,7 +120,7 @@ class ServedArm:
     def auto(cls, client: Client, arm: Arm, policy: str, clients: int) -> ServedArm:
         """A server in mode auto, which compresses like arm. Nothing in its questions says so."""
         name = f"{AUTO}@{arm.ratio:g}"
-        return cls(client, name if policy == POLICIES[0] else f"{name}, {policy}", arm, clients, f"{AUTO}/{policy}", marks=False)
+        return cls(client, _with_policy(name, policy), arm, clients, f"{name}/{policy}", marks=False)
 
     @classmethod
     def stock(cls, client: Client, stock: Stock, clients: int) -> ServedArm:
@@ -126,7 +131,7 @@ class ServedArm:
         """policy: the server's; the name says it where it is not SGLang's default."""
         options = "".join(f"+{option}" for option in arm.options.split(",") if option)
         name = f"{arm.method}/{arm.score}/{arm.budget}{options}@{arm.ratio:g}"
-        return cls(client, name if policy == POLICIES[0] else f"{name}, {policy}", arm, clients, obcache_server(policy))
+        return cls(client, _with_policy(name, policy), arm, clients, obcache_server(policy))
 
     def part(self, asks: Sequence[Ask]) -> list[Ask]:
         return list(asks)
