@@ -67,6 +67,7 @@ class Context:
     node: its node in the radix tree, None where it has none.
     tree_lock: held while it is compressed, pinned, or the base of a compression.
     num_holders: compressions whose base it is.
+    failed_in_place: whether its last compression from cached KV failed, and nobody has asked about it since.
     is_wanted_pinned: whether it is to be pinned when it is compressed.
     ttl_seconds: how long it was to live when that was set last; None for as long as the tree holds it.
     expires_at: when it is deleted, in seconds since the epoch; None likewise.
@@ -76,6 +77,7 @@ class Context:
     job_cached_tokens: its tokens that the compression found in the exact cache.
     reuses: questions that it served after the one that had it compressed.
     beginnings: the tokens and ids of the shorter contexts that it is compressed after, segment by segment, ascending; None until asked for.
+    rungs: ids of the same tokens on the steps of the ladder (`ServerSettings.rungs`); None until asked for.
     tails: by context id, the tokens between the last whole page and the end that a client gave it.
     suffixes: what requests left in the tree after it, as token ids.
     suffixes_complete: whether that is all of it.
@@ -96,6 +98,7 @@ class Context:
     num_holders: int = 0
     pinned: bool = False
     is_wanted_pinned: bool = False
+    failed_in_place: bool = False
     ttl_seconds: float | None = None
     expires_at: float | None = None
     kept: KeptTokens | None = None
@@ -105,6 +108,7 @@ class Context:
     job_cached_tokens: int = 0
     reuses: int = 0
     beginnings: list[tuple[int, str]] | None = None
+    rungs: list[str] | None = None
     tails: OrderedDict[str, array[int]] = field(default_factory=OrderedDict)
     suffixes: dict[bytes, None] = field(default_factory=dict)
     suffixes_complete: bool = True

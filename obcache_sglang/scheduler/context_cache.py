@@ -166,9 +166,12 @@ class ContextCache:
         return best
 
     def find_again(self, context: Context, settings: Sequence[CompressionSettings]) -> Context | None:
-        """The same tokens as a context's, resident with one of these settings."""
-        for each in settings:
-            identity = context_id(context.namespace, each, context.tokens, context.judges, secret=self._secret)
+        """The same tokens as a context's, resident with one of these settings, which are the same in every call (`ServerSettings.rungs`)."""
+        if context.rungs is None:
+            context.rungs = [
+                context_id(context.namespace, each, context.tokens, context.judges, secret=self._secret) for each in settings
+            ]
+        for identity in context.rungs:
             found = self._contexts.get(identity)
             if found is not None and self.is_resident(found):
                 self._contexts.move_to_end(identity)
@@ -198,11 +201,8 @@ class ContextCache:
         """As `is_resident`, but one that is found gone is not marked: for what one rank alone looks at."""
         if context.state is not ContextState.RESIDENT or context.node is None:
             return False
-        try:
-            ((*_, node),) = self.tree.tree_core.collect_path_info([context.node])
-        except KeyError:  # evicted; ids of nodes are never used again
-            return False
-        return bool(node.path_end == node.full_value_len == context.num_slots)
+        path = tree.path(self.tree, context.node)
+        return bool(path and path[-1].path_end == path[-1].full_value_len == context.num_slots)
 
     def reserve(self, context: Context) -> torch.Tensor | None:
         """Allocates the context's slots, evicting from the tree if needed, and inserts its node, locked.
@@ -251,6 +251,7 @@ class ContextCache:
         """The content is in the slots: from now on requests may match the context."""
         context.kept = kept
         context.state = ContextState.RESIDENT
+        context.failed_in_place = False
         if not context.pinned:
             self.unlock(context)
 

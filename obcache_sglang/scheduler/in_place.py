@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from obcache_sglang.compress.compression import Compression, ScoringRows
 from obcache_sglang.kv.context import Context
 from obcache_sglang.scheduler.jobs import Jobs
-from obcache_sglang.scheduler.tree import compressed_slots, drop_branch, exact_slots
+from obcache_sglang.scheduler.tree import compressed_slots, drop_branch, exact_slots, match_exact
 from obcache_sglang.settings import CompressionSettings
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class InPlace:
             return False  # as a prefill it waits until SGLang admits it
         slots = self.jobs.reserve_on_all_ranks(context)
         if slots is None:
+            context.failed_in_place = True
             tree.unlock(lock)
             return False
         self._under_way = CachedCompression(context, slots, rows, lock, len(self._layers), base, makes_room=makes_room)
@@ -168,10 +169,12 @@ class InPlace:
         self.jobs.publish(context, kept)
         self._under_way, context.is_queued = None, False
         self.cache.tree.unlock(job.lock)
-        if job.makes_room and job.base is None and (cached := exact_slots(self.cache.tree, context)) is not None:
-            drop_branch(self.cache.tree, cached[0])
         if job.base is not None:
             self.cache.replaced(job.base)
+        elif job.makes_room:
+            num_tokens, node = match_exact(self.cache.tree, context)
+            if num_tokens == context.num_tokens:
+                drop_branch(self.cache.tree, node)
         self.jobs.ask_again(context, job.base)
         try:  # as in `Jobs`: whatever fails here on one rank changes no decision
             self.metrics.compressed_in_place()
@@ -182,6 +185,7 @@ class InPlace:
     def _give_back(self, job: CachedCompression) -> None:
         """What a compression that failed holds."""
         logger.warning("obcache: context %s is not compressed and is served exactly: %s", job.context.id, job.error or "error")
+        job.context.failed_in_place = True
         if self._under_way is job:
             self._under_way, job.context.is_queued = None, False
             self.cache.tree.unlock(job.lock)

@@ -69,11 +69,11 @@ class VisibleEvents:
         for identity in self._shown.keys() - resident.keys():
             context, blocks = self._shown.pop(identity)
             self._held.subtract(blocks)
-            exact = tree.match(cache.tree, tree.radix_key(context.namespace, context.tokens))[0] // cache.page_size
+            exact = tree.match_exact(cache.tree, context)[0] // cache.page_size
             gone = [block for number, block in enumerate(blocks) if self._held[block] <= 0 and number >= exact]
-            self._held += Counter()  # forgets those that are 0
             if gone:
                 yield BlockRemoved(block_hashes=gone, medium=StorageMedium.GPU)
+        self._held += Counter()  # forgets those that are 0
         for identity, context in resident.items():
             if identity not in self._shown:
                 blocks = block_hashes(context, cache.page_size)

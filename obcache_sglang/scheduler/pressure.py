@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ DECODE_STEPS = 8
 
 @dataclass
 class _Step:
-    """What comes next: leaves that go, or a context that is compressed, from its exact KV or from `base`. Nothing of it: nothing can be done.
+    """What comes next: leaves that go, or a context that is compressed, from its exact KV or from `base`. Neither: nothing can be done.
 
     loses_spared: whether it takes a compressed context that would be spared.
     """
@@ -72,13 +72,13 @@ class UnderPressure:
         self.engine, self.cache, self.jobs = in_place.engine, in_place.cache, in_place.jobs
         # Served exactly until now, the one asked about last stands last.
         self._candidates: OrderedDict[str, Context] = OrderedDict()
-        self._tried: set[str] = set()
         self._cached_exactly: dict[str, bool] = {}
         self._promised = 0
         self._passes_since = PRESSED_PASSES + 1
 
     def add(self, context: Context) -> None:
         """A context whose questions are served exactly as long as there is room."""
+        context.failed_in_place = False
         self._candidates[context.id] = context
         self._candidates.move_to_end(context.id)
         if len(self._candidates) > self.cache.max_contexts:
@@ -87,7 +87,6 @@ class UnderPressure:
     def forget(self) -> None:
         """The tree was reset: nothing is cached."""
         self._candidates.clear()
-        self._tried.clear()
         self._passes_since = PRESSED_PASSES + 1
 
     def begin_pass(self) -> None:
@@ -101,7 +100,7 @@ class UnderPressure:
         if req.is_virtual or req.plan.action != "ask" or req.compressions_started or req.must_be_compressed:
             return False
         if context.id not in self._cached_exactly:  # asked of every waiting request in every pass
-            num_tokens, _ = tree.match(self.cache.tree, tree.radix_key(req.namespace, context.tokens))
+            num_tokens, _ = tree.match_exact(self.cache.tree, context)
             self._cached_exactly[context.id] = num_tokens == context.num_tokens
         return self._cached_exactly[context.id]
 
@@ -112,7 +111,7 @@ class UnderPressure:
         """
         if context.is_queued or not self.in_place.can_compress(context.settings, context.num_tokens):
             return False
-        num_tokens, _ = tree.match(self.cache.tree, tree.radix_key(context.namespace, context.tokens))
+        num_tokens, _ = tree.match_exact(self.cache.tree, context)
         missing = context.num_tokens - num_tokens
         is_pressed = self._passes_since <= PRESSED_PASSES
         margin = SPARED_SHARE * self.engine.pool_slots if is_pressed else self.jobs.room.tight_slots
@@ -225,12 +224,12 @@ class UnderPressure:
             if leaf.node_id in compressed and are_spared:
                 spared.append(leaf.node_id)
                 continue
-            smaller = _Step()
+            smaller = None
             if leaf.node_id in exact:
                 smaller = self._of(exact, [leaf.node_id, *exact])
             elif leaf.node_id in compressed:
-                smaller = self._smaller(exact)
-            if smaller.context is not None:
+                smaller = self._of(exact, exact) or self._further()
+            if smaller is not None:
                 return step if step.leaves else smaller
             step.leaves.append(leaf.node_id)
             room += leaf.path_end - leaf.path_start
@@ -238,14 +237,8 @@ class UnderPressure:
             if room >= needed or (len(path) > 1 and path[-2].num_children <= 2):
                 break
         if not step.leaves and spared:
-            smaller = self._smaller(exact)
-            return smaller if smaller.context is not None else _Step(leaves=spared[:1], loses_spared=True)
+            return self._of(exact, exact) or self._further() or _Step(leaves=spared[:1], loses_spared=True)
         return step
-
-    def _smaller(self, exact: OrderedDict[int, tuple[Context, int]]) -> _Step:
-        """What is compressed so that a compressed context need not go."""
-        found = self._of(exact, list(exact))
-        return found if found.context is not None else self._further()
 
     def _exact(self) -> OrderedDict[int, tuple[Context, int]]:
         """By the node where they end: contexts that are cached exactly, each with the slots that its going would free. Longest not asked about first.
@@ -259,7 +252,7 @@ class UnderPressure:
             if not self._may_shrink(context):
                 del self._candidates[identity]
                 continue
-            num_tokens, node = tree.match(self.cache.tree, tree.radix_key(context.namespace, context.tokens))
+            num_tokens, node = tree.match_exact(self.cache.tree, context)
             if num_tokens < context.num_tokens:
                 # Evicted, or not read yet: what nobody waits for would only be looked for in vain.
                 asked = self._asked() if asked is None else asked
@@ -278,41 +271,41 @@ class UnderPressure:
         reqs = (*self.engine.in_flight(), *self.engine.waiting())
         return {req.context.id for req in reqs if isinstance(req, ContextReq) and req.context is not None}
 
-    def _of(self, exact: OrderedDict[int, tuple[Context, int]], nodes: list[int]) -> _Step:
+    def _of(self, exact: Mapping[int, tuple[Context, int]], nodes: Iterable[int]) -> _Step | None:
         """The first of these contexts that nobody reads, and that takes less room compressed."""
         for node in nodes:
             context, gained = exact[node]
             fits = context.num_slots <= self.engine.free_slots() and context.num_slots < gained
-            if fits and context.id not in self._tried and not tree.is_locked(self.cache.tree, node):
+            if fits and not context.failed_in_place and not tree.is_locked(self.cache.tree, node):
                 return _Step(context=context)
-        return _Step()
+        return None
 
-    def _further(self) -> _Step:
+    def _further(self) -> _Step | None:
         """A compressed context on its next rung: of those on the lowest one the one that was not asked about for longest."""
         resident = [each for each in list(self.cache) if self.cache.is_resident(each) and each.tree_lock is None]
-        # Each is tried once: what fails would be begun for ever, and requests wait meanwhile.
-        self._tried -= {each.id for each in resident}
         for context in sorted(resident, key=lambda each: each.settings.compression_ratio):
             rungs = self.settings.rungs(context.settings)
             if not rungs or not self.in_place.can_compress(context.settings, context.num_tokens):
                 continue
+            num_slots = rungs[0].kept_slots(context.num_tokens, self.cache.page_size)
+            if not num_slots < context.num_slots or num_slots > self.engine.free_slots():
+                continue
             if context.node is None or tree.is_locked(self.cache.tree, context.node):
                 continue
             smaller = self.cache.obtain(context.namespace, rungs[0], context.tokens, context.judges, keep=(context,))
-            if smaller is None or smaller.id in self._tried or not self._may_shrink(smaller):
-                continue
-            if smaller.num_slots < context.num_slots and smaller.num_slots <= self.engine.free_slots():
+            # One that failed would be begun for ever, and requests wait meanwhile.
+            if smaller is not None and not smaller.failed_in_place and self._may_shrink(smaller):
                 return _Step(context=smaller, base=context)
-        return _Step()
+        return None
 
     def _take(self, step: _Step) -> bool:
         """Whether anything came of it."""
         if step.context is None:
             gone = [tree.drop_leaf(self.cache.tree, node) for node in step.leaves]
             return any(gone)
-        self._tried.add(step.context.id)
         if not self.in_place.start(step.context, base=step.base, makes_room=True):
-            return True  # it is not tried again
+            step.context.failed_in_place = True
+            return True
         if step.base is None:
             self._forget_beginnings(step.context)
         self.in_place.advance()

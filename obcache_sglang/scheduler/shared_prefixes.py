@@ -7,9 +7,9 @@ also when the pool has evicted it long ago. Of each block, the table knows wheth
 from __future__ import annotations
 
 import hashlib
-import itertools
 from array import array
 from collections import OrderedDict
+from itertools import pairwise
 
 from obcache_sglang.kv.context import Namespace
 
@@ -45,7 +45,7 @@ class SharedPrefixes:
         """
         following = self._blocks(namespace, prompt)
         parts = []
-        for number, (block, after) in enumerate(itertools.pairwise(following), 1):
+        for number, (block, after) in enumerate(pairwise(following), 1):
             known = self._followed_by.setdefault(block, after)
             if known != after:
                 self._followed_by[block] = _PARTS

@@ -41,9 +41,17 @@ def match(tree: UnifiedRadixCache, key: RadixKey) -> tuple[int, int]:
     return int(num_tokens), node
 
 
+def match_exact(tree: UnifiedRadixCache, context: Context) -> tuple[int, int]:
+    """`match` of a context's real tokens."""
+    return match(tree, radix_key(context.namespace, context.tokens))
+
+
 def path(tree: UnifiedRadixCache, node: int) -> tuple[TreePathNodeInfo, ...]:
-    """The nodes from the first to this one."""
-    return tree.tree_core.collect_path_info([node])[0]  # type: ignore[no-any-return]
+    """The nodes from the first to this one; none where it is gone: ids of nodes are never used again. This does not count as a use."""
+    try:
+        return tree.tree_core.collect_path_info([node])[0]  # type: ignore[no-any-return]
+    except KeyError:
+        return ()
 
 
 def own_tokens(path: Sequence[TreePathNodeInfo]) -> int:
@@ -61,19 +69,24 @@ def exact_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.T
 
     node: the deepest that has any of them; it may go on after them.
     """
-    num_tokens, node = match(tree, radix_key(context.namespace, context.tokens))
+    num_tokens, node = match_exact(tree, context)
     if num_tokens < context.num_tokens:
         return None
-    root = tree.root_node_handle(context.namespace.extra_key)
-    return node, tree.tree_core.collect_full_device_indices(node, root)[: context.num_tokens].to(torch.int64)
+    return node, _slots(tree, context, node)[: context.num_tokens]
 
 
 def compressed_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.Tensor] | None:
     """(node, slots [num_slots] int64) of a resident context. This does not count as a use."""
     if context.node is None:
         return None
+    return context.node, _slots(tree, context, context.node)
+
+
+def _slots(tree: UnifiedRadixCache, context: Context, node: int) -> torch.Tensor:
+    """All slots [tokens] int64 from the first node to this one, in a context's namespace."""
     root = tree.root_node_handle(context.namespace.extra_key)
-    return context.node, tree.tree_core.collect_full_device_indices(context.node, root).to(torch.int64)
+    slots: torch.Tensor = tree.tree_core.collect_full_device_indices(node, root).to(torch.int64)
+    return slots
 
 
 def next_victims(tree: UnifiedRadixCache, most: int) -> Sequence[tuple[TreePathNodeInfo, ...]]:
@@ -100,23 +113,21 @@ def is_locked(tree: UnifiedRadixCache, node: int) -> bool:
 
 def drop_branch(tree: UnifiedRadixCache, node: int) -> None:
     """Evicts a node and what follows it, as far as nobody has it locked."""
-    behind = [path for path in next_victims(tree, MOST_LEAVES) if any(each.node_id == node for each in path[:-1])]
+    ends: dict[int, int] = {}
+    for to_leaf in next_victims(tree, MOST_LEAVES):
+        ids = [each.node_id for each in to_leaf]
+        if node in ids:
+            ends |= {each.node_id: each.path_end for each in to_leaf[ids.index(node) + 1 :]}
     # From the ends on: a node goes when everything behind it has gone.
-    nodes = {each.node_id: each.path_end for path in behind for each in path}
-    start = next((each.path_end for path in behind for each in path if each.node_id == node), 0)
-    for each, end in sorted(nodes.items(), key=lambda pair: -pair[1]):
-        if end > start:
-            drop_leaf(tree, each)
+    for behind in sorted(ends, key=ends.__getitem__, reverse=True):
+        drop_leaf(tree, behind)
     drop_leaf(tree, node)
 
 
 def drop_leaf(tree: UnifiedRadixCache, node: int) -> bool:
     """Evicts a node, if it is a leaf that nobody has locked (the Rust core panics on a node with children). Whether it was."""
-    try:
-        ((*_, info),) = tree.tree_core.collect_path_info([node])
-    except KeyError:  # gone; ids of nodes are never used again
-        return False
-    if info.num_children:
+    known = path(tree, node)
+    if not known or known[-1].num_children:
         return False
     return not is_locked(tree, node) and bool(tree._drop_subtree_no_host(node, {_FULL: 0}))
 
@@ -133,15 +144,15 @@ def drop_ends(tree: UnifiedRadixCache, context: Context, suffixes: Sequence[arra
     heapq.heapify(heap)
     while heap:
         bound, index = heapq.heappop(heap)
-        match = tree.match_prefix(MatchPrefixParams(key=context_key(context, suffixes[index])))
-        depth = match.device_prefix_len
+        found = tree.match_prefix(MatchPrefixParams(key=context_key(context, suffixes[index])))
+        depth = found.device_prefix_len
         if depth < context.num_slots:
             return []  # the context's node itself is gone, and with it everything after it
         if depth == context.num_slots and suffixes[index]:
             continue  # nothing of this suffix is left
         if -depth != bound:
             heapq.heappush(heap, (-depth, index))
-        elif not drop_leaf(tree, match.last_device_node):
+        elif not drop_leaf(tree, found.last_device_node):
             left.append(suffixes[index])
         elif depth > context.num_slots:
             heapq.heappush(heap, (1 - depth, index))  # what is left of this suffix ends before

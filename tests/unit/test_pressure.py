@@ -479,6 +479,28 @@ def test_settings_that_have_no_effect_are_refused(settings: dict[str, Any], word
         under_pressure(**{"compression_ratio": 0.5, **settings})
 
 
+def test_what_was_compressed_and_evicted_can_be_compressed_again() -> None:
+    drive = three_answered()
+    press(drive)
+    assert state(drive, CONTEXT) == ["compressed"]
+    drive.evict_all()
+    for context in (CONTEXT, OTHER, THIRD):
+        answered(drive, context)
+    press(drive)
+    assert state(drive, CONTEXT) == ["compressed"]
+
+
+def test_a_context_that_failed_is_tried_again_when_it_is_asked_about() -> None:
+    drive, layers = driven(when="pressure")
+    for fails_at, found in (("second", "gone"), ("", "compressed")):
+        layers.fails_at = fails_at
+        for context in (CONTEXT, OTHER, THIRD):
+            answered(drive, context)
+        press(drive)
+        assert state(drive, CONTEXT) == [found]
+        drive.evict_all()
+
+
 def test_a_flush_forgets_who_asked() -> None:
     drive = three_answered()
     drive.engine.tree.reset()
