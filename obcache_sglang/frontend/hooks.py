@@ -122,12 +122,17 @@ class Frontend:
             marker_position=marker_position,
             server=self.settings,
             action=action,
-            exact=_exact_reason(request),
+            exact="excluded" if self._is_excluded(request) else _exact_reason(request),
             before=before,
         )
         if plan is not None:
             plan = _with_logprobs(request, plan, asked=wish.asked or marker_position is not None)
         return _Prepared(given_ids, sent_ids, plan)
+
+    def _is_excluded(self, request: Any) -> bool:
+        """Whether the operator wants the namespace of a request served exactly."""
+        names = (request.cache_salt, request.extra_key, getattr(request, "lora_path", None))
+        return any(name in self.settings.exclude for name in names if name is not None)
 
     def hold(self, prepared: _Prepared) -> None:
         """Keeps a prepared prompt for `take`. SGLang awaits nothing between the two calls."""

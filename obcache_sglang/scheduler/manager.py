@@ -156,7 +156,7 @@ class CompressionManager:
             logger.exception("obcache: a scheduling pass failed; all its requests are served exactly")
             order = admitted = [req for req in engine.queue if self._is_admitted_exactly(req)]
         engine.queue = admitted
-        self.metrics.pass_decided(time.perf_counter() - started_at)
+        self.metrics.pass_decided(time.perf_counter() - started_at, engine.pool_slots - engine.free_slots())
         try:
             result = pick_prefill_batch(running_batch=running_batch, **kwargs)
         finally:

@@ -28,6 +28,7 @@ class Metrics:
         self._waiting = 0
         self._waiting_seconds = 0.0
         self._slots_saved_now = 0
+        self._lost_share = 0.0
 
     @classmethod
     def create(cls, enabled: bool, labels: Mapping[str, str]) -> Metrics:
@@ -66,10 +67,16 @@ class Metrics:
             self._prometheus.reuses.inc()
             self._prometheus.tokens_saved.inc(tokens_saved)
 
-    def pass_decided(self, seconds: float) -> None:
-        """What is waiting was decided on for one scheduling pass, which took `seconds`."""
+    def pass_decided(self, seconds: float, used_slots: int) -> None:
+        """What is waiting was decided on for one scheduling pass, which took `seconds`. used_slots: KV slots that hold something now."""
         self._totals["schedule_passes"] += 1
         self._schedule_seconds += seconds
+        lost = self._slots_saved_now
+        share = lost / (lost + used_slots) if lost else 0.0
+        if share != self._lost_share:
+            self._lost_share = share
+            if self._prometheus:
+                self._prometheus.lost_share.set(share)
 
     def exact(self, reason: str) -> None:
         """A request that asked for compression was served with the exact cache. reason: a fixed short word, not free text."""
@@ -132,6 +139,7 @@ class Metrics:
             "waiting": self._waiting,
             "waiting_seconds": self._waiting_seconds,
             "slots_saved_now": self._slots_saved_now,
+            "lost_share": self._lost_share,
         }
 
 
@@ -161,6 +169,10 @@ class _Prometheus:
         self.evictions = counter("evictions_total", "Compressed contexts that were evicted to make room.")
         self.slots_saved_now = gauge(
             "resident_slots_saved", "KV slots that the resident contexts hold less than their exact caches would."
+        )
+
+        self.lost_share = gauge(
+            "lost_share", "Of the tokens that the cache stands for, the part that compressed contexts have lost."
         )
 
         def histogram(name: str, text: str) -> Any:

@@ -140,6 +140,15 @@ def _ladder(name: str, value: Any) -> tuple[float, ...]:
     return tuple(map(float, ratios))
 
 
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    """Names, given as "a,b" or as a list."""
+    given = value.split(",") if isinstance(value, str) else value
+    names = tuple(each.strip() if isinstance(each, str) else "" for each in given) if isinstance(given, Sequence) else ()
+    if not names or not all(names):
+        raise InvalidValue(name, "...", "is not a list of names; give for example tenant-a,tenant-b.")  # they may be secret
+    return names
+
+
 def _switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InvalidValue(name, value, "is not true or false.")
@@ -358,6 +367,16 @@ SERVER_OPTIONS = (
         "Shorter contexts are served exactly. Default: 256.",
         _number,
         "TOKENS",
+        per_request=False,
+    ),
+    Option(
+        "exclude",
+        _names,
+        (
+            "Namespaces that are never compressed: requests with one of these as cache_salt, extra_key or LoRA adapter are served "
+            "exactly. Default: none."
+        ),
+        metavar="NAME,...",
         per_request=False,
     ),
     Option(

@@ -264,6 +264,7 @@ class ServerSettings:
         else to do or its pool gets tight; then their contexts are compressed; `pressure`: until the pool needs a context's room.
     ladder: ratios to which a context is compressed again, one after the other, where the pool would evict it; with when=pressure.
     min_tokens: shorter contexts are served exactly.
+    exclude: values of cache_salt and extra_key, and names of LoRA adapters, whose requests are served exactly.
     marker: the text that ends a context.
     max_contexts: contexts remembered at once.
     max_pinned_slots: KV slots that pinned contexts may hold together; None for half of the pool.
@@ -281,6 +282,7 @@ class ServerSettings:
     gates: str | None = None
     ladder: tuple[float, ...] = ()
     min_tokens: int = 256
+    exclude: tuple[str, ...] = ()
     marker: str = "<|obcache|>"
     max_contexts: int = 1024
     max_pinned_slots: int | None = None
@@ -385,8 +387,9 @@ class ServerSettings:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe, for reports. A marker that the operator chose is left out: documents must not contain it."""
-        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("compression", "given")}
+        """JSON-safe, for reports. A marker that the operator chose is left out: documents must not contain it. So are namespaces, which open
+        what is cached in them."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("compression", "given", "exclude")}
         if self.marker != ServerSettings.marker:
             shown["marker"] = None
         return shown | {"compression": self.compression.to_dict()}

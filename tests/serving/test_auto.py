@@ -15,6 +15,7 @@ from tests.serving.conftest import COMMON, serving
 L = 400
 BOUNDARY = L // 64 * 64
 TOPICS = ("assignment", "binary", "calls", "class", "exprlists", "customization")
+EXCLUDED = "a namespace of its own"
 ASKED = ("\n\nIn short, this means that", "\n\nThe first rule above says", "\n\nFor example,", "\n\nSo we see that")
 
 
@@ -23,6 +24,7 @@ def auto_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     """Its pool holds three of the six documents."""
     flags = (*COMMON, "--max-total-tokens", "1500", "--obcache", "--obcache-mode", "auto", "--obcache-min-tokens", "128")
     flags += ("--obcache-gates", "smollm2-135m", "--obcache-compression-ratio", "0.7", "--obcache-ladder", "0.85")
+    flags += ("--obcache-exclude", f"{EXCLUDED},another")
     yield from serving(model_dir, tmp_path_factory.mktemp("auto"), flags)
 
 
@@ -128,6 +130,22 @@ def test_tenants_share_no_prefix(auto_server: Server, model_dir: Path) -> None:
     for salt in ("a", "b", "c"):
         answer = ask(auto_server, model_dir, TOPICS[5], ord(salt) % 4, cache_salt=salt)
         assert report(answer)["reason"] == "no_context"
+
+
+@pytest.mark.parametrize("field", ["cache_salt", "extra_key"])
+def test_a_namespace_that_is_excluded_is_served_exactly(auto_server: Server, model_dir: Path, field: str) -> None:
+    flush(auto_server)
+    before = compressions(auto_server)
+    for number in range(3):
+        for wish in (None, {"context_len": L}):
+            answer = ask(auto_server, model_dir, TOPICS[4], number, obcache=wish, **{field: EXCLUDED})
+            assert (report(answer)["status"], report(answer)["reason"]) == ("exact", "excluded")
+    header = {"cache_salt": "X-Cache-Salt", "extra_key": "X-Extra-Key"}[field]
+    body = {"input_ids": prompt(model_dir, TOPICS[4], 0)[:BOUNDARY]}
+    made = auto_server.request("POST", "/obcache/compress", json=body, headers={header: EXCLUDED})
+    assert "excluded" in made.text
+    assert compressions(auto_server) == before
+    assert EXCLUDED not in auto_server.request("GET", "/obcache/status").text
 
 
 @pytest.mark.long

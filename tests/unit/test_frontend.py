@@ -517,7 +517,7 @@ def test_metrics_count_once_for_status_and_prometheus():
         SimpleNamespace(state=state, position_offset=70, pinned=True) for state in (ContextState.RESIDENT, ContextState.ABSENT)
     ]
     assert metrics.set_gauges(resident) == resident[:1]
-    metrics.pass_decided(0.25)
+    metrics.pass_decided(0.25, used_slots=630)
     assert metrics.to_dict() == {
         "compressions": 1,
         "in_place": 1,
@@ -531,6 +531,7 @@ def test_metrics_count_once_for_status_and_prometheus():
         "schedule_seconds": 0.25,
         "compression_seconds": 0.5,
         "exact": {"session": 1},
+        "lost_share": 0.1,
         "contexts": 1,
         "pinned": 1,
         "evictions": 1,
