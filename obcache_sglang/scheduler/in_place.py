@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from obcache_sglang.compress.compression import Compression, ScoringRows
 from obcache_sglang.kv.context import Context
+from obcache_sglang.scheduler import tree
 from obcache_sglang.scheduler.jobs import Jobs
-from obcache_sglang.scheduler.tree import compressed_slots, drop_branch, exact_slots, match_exact
 from obcache_sglang.settings import CompressionSettings
 
 if TYPE_CHECKING:
@@ -37,13 +37,12 @@ PRESSURE_STEPS = 4
 class CachedCompression:
     """What one compression holds until it ends. As a `CompressionJob`, it is what `ForwardPlan.compress_layer` works for.
 
-    rows: with the slots that are read. lock: of these. num_layers: to compress. base, makes_room: as in `InPlace.start`.
+    slots: [M] int64, the context's, once they are reserved. rows: with the slots that are read. lock: of these. num_layers: to compress. base, makes_room: as in `InPlace.start`.
     """
 
     def __init__(
         self,
         context: Context,
-        slots: torch.Tensor,
         rows: ScoringRows,
         lock: Any,
         num_layers: int,
@@ -51,9 +50,8 @@ class CachedCompression:
         *,
         makes_room: bool,
     ) -> None:
-        """slots: [M] int64, the context's."""
         self.context = context
-        self.slots: torch.Tensor | None = slots
+        self.slots: torch.Tensor | None = None
         self.rows = rows
         self.lock = lock
         self.compression = Compression(context, base)
@@ -100,26 +98,36 @@ class InPlace:
         """
         if self._under_way is not None or not self.can_compress(context.settings, context.num_tokens):
             return False
-        tree = self.cache.tree
-        cached = exact_slots(tree, context) if base is None else compressed_slots(tree, base)
-        if cached is None:
+        if base is None and tree.match_exact(self.cache.tree, context)[0] < context.num_tokens:
             return False
-        node, slots_read = cached
-        rows = ScoringRows(0, 0, context.num_tokens, slots_read, last=True)
         if not makes_room:
             self.jobs.room.make(context.num_slots)
-        lock = tree.lock(node)  # what makes room must not take what is read
+        job = self._begun(context, base, makes_room=makes_room)
         if not makes_room and self.engine.runs_something and not self.jobs.room.has_spare(context.num_slots):
-            tree.unlock(lock)
+            if job is not None:
+                self.cache.tree.unlock(job.lock)
             return False  # as a prefill it waits until SGLang admits it
-        slots = self.jobs.reserve_on_all_ranks(context)
-        if slots is None:
+        slots = self.jobs.reserve_on_all_ranks(context, is_able=job is not None)
+        if slots is None or job is None:
             context.failed_in_place = True
-            tree.unlock(lock)
+            if job is not None:
+                self.cache.tree.unlock(job.lock)
             return False
-        self._under_way = CachedCompression(context, slots, rows, lock, len(self._layers), base, makes_room=makes_room)
+        job.slots, self._under_way = slots, job
         context.is_queued = True
         return True
+
+    def _begun(self, context: Context, base: Context | None, *, makes_room: bool) -> CachedCompression | None:
+        """A compression that has what it reads, locked: what makes room must not take it. None where a defect of this rank keeps it from that."""
+        try:
+            cached = tree.exact_slots(self.cache.tree, context) if base is None else tree.compressed_slots(self.cache.tree, base)
+            assert cached is not None
+            node, slots_read = cached
+            rows = ScoringRows(0, 0, context.num_tokens, slots_read, last=True)
+            return CachedCompression(context, rows, self.cache.tree.lock(node), len(self._layers), base, makes_room=makes_room)
+        except Exception:
+            logger.exception("obcache: reading the cached KV of context %s failed", context.id)
+            return None
 
     def can_compress(self, settings: CompressionSettings, num_tokens: int) -> bool:
         """Whether contexts of so many tokens can be compressed from their cached KV with these settings."""
@@ -172,9 +180,9 @@ class InPlace:
         if job.base is not None:
             self.cache.replaced(job.base)
         elif job.makes_room:
-            num_tokens, node = match_exact(self.cache.tree, context)
+            num_tokens, node = tree.match_exact(self.cache.tree, context)
             if num_tokens == context.num_tokens:
-                drop_branch(self.cache.tree, node)
+                tree.drop_branch(self.cache.tree, node)
         self.jobs.ask_again(context, job.base)
         try:  # as in `Jobs`: whatever fails here on one rank changes no decision
             self.metrics.compressed_in_place()

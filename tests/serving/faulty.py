@@ -83,6 +83,26 @@ FAULTY = (
 
 Not here: `ForwardPlan.plan_forward`, which contains `_plan` and does no more than ask whether there is anything to plan; and `after_flush`, whose part that can fail is `set_gauges`."""
 
+UNDER_PRESSURE = (
+    "scheduler.context_cache.ContextCache.find_again",
+    "scheduler.context_cache.ContextCache.replaced",
+    "scheduler.in_place.InPlace._publish",
+    "scheduler.pressure.UnderPressure._exact",
+    "scheduler.pressure.UnderPressure._further",
+    "scheduler.pressure.UnderPressure._plan",
+    "scheduler.pressure.UnderPressure._take",
+    "scheduler.pressure.UnderPressure.add",
+    "scheduler.pressure.UnderPressure.begin_pass",
+    "scheduler.pressure.UnderPressure.has_no_need",
+    "scheduler.pressure.UnderPressure.relieve",
+    "scheduler.pressure.UnderPressure.stays_exact",
+    "scheduler.shared_prefixes.SharedPrefixes.boundary",
+    "scheduler.tree.drop_branch",
+    "scheduler.tree.exact_slots",
+    "scheduler.tree.next_victims",
+)
+"""Likewise, of mode auto under pressure (`tests/serving/test_auto_soak.py`)."""
+
 
 class Faults:
     """The control file, as the test writes it.
@@ -110,8 +130,8 @@ class Faults:
 
     @contextmanager
     def of(self, *names: str) -> Iterator[None]:
-        """names: of `FAULTY`, with or without `@rank`."""
-        unknown = [name for name in names if name.partition("@")[0] not in FAULTY]
+        """names: of `FAULTY` or `UNDER_PRESSURE`, with or without `@rank`."""
+        unknown = [name for name in names if name.partition("@")[0] not in (*FAULTY, *UNDER_PRESSURE)]
         assert not unknown, unknown
         self.clear()
         self._write(names)
@@ -159,7 +179,7 @@ def _patch(name: str, file: Path) -> None:
 
 def _patch_all() -> None:
     file = Path(os.environ[FAULTS_VARIABLE])
-    for name in FAULTY:
+    for name in (*FAULTY, *UNDER_PRESSURE):
         _patch(name, file)
 
 
