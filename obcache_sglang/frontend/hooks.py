@@ -131,8 +131,8 @@ class Frontend:
 
     def _is_excluded(self, request: Any) -> bool:
         """Whether the operator wants the namespace of a request served exactly."""
-        names = (request.cache_salt, request.extra_key, getattr(request, "lora_path", None))
-        return any(name in self.settings.exclude for name in names if name is not None)
+        names = (getattr(request, name, None) for name in ("cache_salt", "extra_key", "lora_path"))
+        return any(name in self.settings.exclude for name in names)
 
     def hold(self, prepared: _Prepared) -> None:
         """Keeps a prepared prompt for `take`. SGLang awaits nothing between the two calls."""

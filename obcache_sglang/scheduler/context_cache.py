@@ -18,6 +18,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,6 +110,7 @@ class ContextCache:
         """
         if judges is None or not settings.own_queries_score:
             judges = array("q")
+        settings = settings.within(len(tokens), self.page_size)
         identity = context_id(namespace, settings, tokens, judges, secret=self._secret)
         if (context := self._deleting.get(identity)) is not None:
             return context
@@ -143,11 +145,14 @@ class ContextCache:
         for start, _ in self.beginnings(target):
             if start > first:
                 keep = (target,) if base is None else (target, base)
-                return self.obtain(target.namespace, target.settings, target.tokens[:start], is_segment=True, keep=keep)
+                is_shared = start in target.settings.boundaries
+                return self.obtain(target.namespace, target.settings, target.tokens[:start], is_segment=not is_shared, keep=keep)
         return target
 
     def find_prefix(self, namespace: Namespace, settings: Sequence[CompressionSettings], tokens: array[int]) -> Context | None:
-        """The longest resident context, made with one of these settings, that `tokens` starts with and goes on after."""
+        """The longest resident context, made with one of these settings, that `tokens` starts with and goes on after.
+
+        settings: without boundaries, which contexts may have."""
         best: Context | None = None
         for context in self._contexts.values():
             length = context.num_tokens
@@ -156,7 +161,7 @@ class ContextCache:
                 and length < len(tokens)
                 and (best is None or length > best.num_tokens)
                 and tokens[max(0, length - 8) : length] == context.tokens[-8:]  # copies the whole only where it may be equal
-                and context.settings in settings
+                and replace(context.settings, boundaries=()) in settings
                 and context.namespace == namespace
                 and tokens[:length] == context.tokens
             ):

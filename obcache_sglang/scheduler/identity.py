@@ -31,13 +31,16 @@ def _digest(namespace: Namespace, settings: CompressionSettings, judges: Sequenc
 
 
 def beginnings(context: Context, page_size: int, *, secret: bytes = b"") -> list[tuple[int, str]]:
-    """The tokens and ids of the shorter contexts that a context is compressed after, segment by segment, ascending. Reads each token once."""
+    """The tokens and ids of the shorter contexts that a context is compressed after, segment by segment, ascending. Reads each token once for every boundary."""
     starts = context.settings.segment_starts(context.num_tokens, page_size)
     if not starts:
         return []
-    digest = _digest(context.namespace, context.settings, (), secret)
-    found, first = [], 0
+    found: list[tuple[int, str]] = []
+    digest, settings, first = None, context.settings, 0
     for start in starts:
+        own = context.settings.within(start, page_size)
+        if digest is None or own != settings:
+            digest, settings, first = _digest(context.namespace, own, (), secret), own, 0
         digest.update(context.tokens[first:start].tobytes())
         found.append((start, digest.copy().hexdigest()))
         first = start

@@ -16,10 +16,13 @@ from typing import Any
 from obcache_sglang.errors import InvalidValue
 from obcache_sglang.settings import methods
 from obcache_sglang.settings.methods import EVERY_QUERY, METHODS, PRESETS
-from obcache_sglang.settings.options import COMPRESSION_OPTIONS, OPTIONS
+from obcache_sglang.settings.options import BOUNDS, COMPRESSION_OPTIONS, OPTIONS
 
 MAX_SEGMENTS = 64
 """Segments of one length. More would cost a long context more than its prefill: with each, all that is kept is scored and copied again."""
+
+MIN_SEGMENT_TOKENS = int(BOUNDS["segment_tokens"][0])
+"""Of a segment that ends at a boundary. Shorter ones end at the next boundary."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class CompressionSettings:
     adakv_safeguard: the part of an equal share that each head keeps whatever the other heads score, in [0, 1]; for adakv.
     replay_chunk: context tokens that one replay pass reads again; method replay only.
     segment_tokens: method gate only. Longer contexts are compressed segment by segment (`segment_start`); None for whole ones.
+    boundaries: method gate only. Where segments of the context end that other prompts share, such as a system prompt or a turn of a
+        conversation: token counts, ascending. Of each context only those that lie in it (`within`).
     normalization: for budget global. `layer` divides each query's errors by the squared norm of what the layer's attention adds there,
         both after the output projection (`compress.scores.relative_error_weights`), so that layers and heads can be compared. It
         applies to obcache scores, and to the errors that are measured for a replay (`compress.measured_errors`). These errors decide
@@ -70,12 +75,14 @@ class CompressionSettings:
     normalization: str = "layer"
     replay_chunk: int = 2048
     segment_tokens: int | None = None
+    boundaries: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises InvalidValue for the first setting that is not allowed, alone or with the others."""
         for option in COMPRESSION_OPTIONS:
             checked = option.check(option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, checked)
+        object.__setattr__(self, "boundaries", tuple(self.boundaries))
         method, requires = METHODS[self.method], PRESETS[self.preset].requires
         if any(getattr(self, name) != value for name, value in requires.items()):
             raise InvalidValue(
@@ -97,6 +104,12 @@ class CompressionSettings:
                 "segment_tokens",
                 self.segment_tokens,
                 f"can be used with method=gate only; with {self.method} the queries of a whole context score. Remove it, or set method=gate.",
+            )
+        if self.boundaries and method.scored_by != "gates":
+            raise InvalidValue(
+                "boundaries",
+                list(self.boundaries),
+                f"can be used with method=gate only; with {self.method} the queries of a whole context score. Give one boundary, the last.",
             )
         if self.pooling not in method.poolings:
             raise InvalidValue(
@@ -135,7 +148,7 @@ class CompressionSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; `from_dict` gives back an equal object."""
-        return asdict(self)
+        return asdict(self) | {"boundaries": list(self.boundaries)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionSettings:
@@ -145,8 +158,9 @@ class CompressionSettings:
     def fingerprint(self) -> str:
         """16 hexadecimal digits, equal in every process and release for equal settings."""
         values = self.to_dict()
-        if values["segment_tokens"] is None:  # a later setting, which changes nothing of what was stored without it
-            del values["segment_tokens"]
+        for name in ("segment_tokens", "boundaries"):
+            if not values[name]:  # a later setting, which changes nothing of what was stored without it
+                del values[name]
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -227,18 +241,31 @@ class CompressionSettings:
         pages = math.ceil(self.kept_tokens(context_tokens) / page_size)
         return min(context_tokens, pages * page_size)
 
+    def within(self, context_tokens: int, page_size: int) -> CompressionSettings:
+        """The settings of a context of `context_tokens` (whole pages): with its own boundaries, whole pages, `MIN_SEGMENT_TOKENS` apart."""
+        if not self.boundaries:
+            return self
+        own: list[int] = []
+        for boundary in self.boundaries:
+            pages = boundary // page_size * page_size
+            if pages < context_tokens and pages - (own[-1] if own else 0) >= MIN_SEGMENT_TOKENS:
+                own.append(pages)
+        return replace(self, boundaries=tuple(own))
+
     def segment_start(self, context_tokens: int, page_size: int) -> int:
         """Where the last segment of a context of `context_tokens` (whole pages) begins: its tokens before are a context of their own.
 
-        0 for a context of one segment. All but the last segment have `segment_tokens` (whole pages), the last a half to one and a half
-        times as many. After `MAX_SEGMENTS` segments they are twice as long, after as many tokens again twice as long as that, and so on.
+        0 for a context of one segment. Segments end at the boundaries. Between two boundaries all but the last segment have `segment_tokens`
+        (whole pages), the last a half to one and a half times as many. After `MAX_SEGMENTS` segments they are twice as long, after as many
+        tokens again twice as long as that, and so on.
         """
+        first = max(self.within(context_tokens, page_size).boundaries, default=0)
         if self.segment_tokens is None:
-            return 0
+            return first
         segment = max(1, self.segment_tokens // page_size) * page_size
-        while context_tokens > MAX_SEGMENTS * segment:
+        while context_tokens - first > MAX_SEGMENTS * segment:
             segment *= 2
-        return max(0, math.ceil((context_tokens - 1.5 * segment) / segment)) * segment
+        return first + max(0, math.ceil((context_tokens - first - 1.5 * segment) / segment)) * segment
 
     def segment_starts(self, context_tokens: int, page_size: int) -> list[int]:
         """Where all segments but the first begin, ascending; as `segment_start`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,8 +142,10 @@ class Driven:
             compress_layer=compress_layer,
         )
 
-    def ask(self, context: array[int], question: int = 7, num_tokens: int = 1, **plan: Any) -> ContextReq:
-        """A question of one token, or several times the same, on a context arrives."""
+    def ask(
+        self, context: array[int], question: int = 7, num_tokens: int = 1, boundaries: tuple[int, ...] = (), **plan: Any
+    ) -> ContextReq:
+        """A question of one token, or several times the same, on a context arrives. boundaries: of the context's segments."""
         fields = {
             "rid": f"question-{question}",
             "origin_input_text": "",
@@ -150,7 +153,8 @@ class Driven:
             "sampling_params": SamplingParams(max_new_tokens=4),
         }
         length = 0 if plan.get("finds_boundary") else len(context)
-        wish = Plan(length, self.manager.settings.compression, now=self.now, **plan)
+        settings = replace(self.manager.settings.compression, boundaries=boundaries)
+        wish = Plan(length, settings, now=self.now, **plan)
         req = self.manager.create_request(fields, wish.to_dict())
         self.engine.queue.append(req)
         return req

@@ -1,0 +1,104 @@
+"""Prompts that say where several segments end: system prompt, document, turns of a conversation. What they share, and what is made anew."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from obcache_sglang.errors import InvalidValue
+from obcache_sglang.settings import CompressionSettings
+from tests.unit.test_manager import report
+from tests.unit.test_segments import driven, make_all
+
+SYSTEM = array("q", range(200))
+GATE = CompressionSettings.resolve({"method": "gate", "compression_ratio": 0.5})
+
+
+def text(first: int, num_tokens: int) -> array[int]:
+    return array("q", range(first, first + num_tokens))
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "tokens", "page_size", "starts"),
+    [
+        ((), 900, 1, []),
+        ((200, 500), 900, 1, [200, 500]),
+        ((200, 500), 500, 1, [200]),
+        ((200, 500), 200, 1, []),
+        ((100, 200, 260, 500), 900, 1, [200, 500]),  # each has 128 tokens or more; the last may have few
+        ((200, 899), 900, 1, [200, 899]),
+        ((207, 510), 896, 16, [192, 496]),
+    ],
+)
+def test_segments_end_at_the_boundaries(boundaries: tuple[int, ...], tokens: int, page_size: int, starts: list[int]) -> None:
+    settings = replace(GATE, boundaries=boundaries)
+    assert settings.segment_starts(tokens, page_size) == starts
+    # What a segment is does not depend on what follows it.
+    for start in starts:
+        assert settings.within(start, page_size).segment_starts(start, page_size) == [each for each in starts if each < start]
+
+
+def test_between_boundaries_segments_are_as_long_as_everywhere() -> None:
+    settings = replace(GATE, segment_tokens=128, boundaries=(300, 1000))
+    starts = settings.segment_starts(1100, 1)
+    assert starts == [128, 300, 428, 556, 684, 812, 1000]
+    assert all(64 <= last - first <= 192 for first, last in pairwise([0, *starts]))
+
+
+def test_other_methods_have_one_boundary() -> None:
+    with pytest.raises(InvalidValue, match=r"boundaries=\[200\] can be used with method=gate only; with snapkv"):
+        CompressionSettings.resolve({"method": "snapkv", "boundaries": (200,)})
+
+
+def test_settings_without_boundaries_are_what_they_were() -> None:
+    assert replace(GATE, boundaries=(200,)).within(200, 1) == GATE
+    assert replace(GATE, boundaries=(200,)).within(200, 1).fingerprint() == GATE.fingerprint()
+    assert CompressionSettings.from_dict(replace(GATE, boundaries=(200,)).to_dict()) == replace(GATE, boundaries=(200,))
+
+
+def test_a_system_prompt_is_compressed_once_for_all_documents_behind_it() -> None:
+    drive = driven(4000, segment_tokens=None)
+    documents = [SYSTEM + text(first, 300) for first in (1000, 2000, 3000)]
+    assert drive.ask(documents[0], boundaries=(200,)) and make_all(drive) == [200, 300]
+    for document in documents[1:]:
+        drive.ask(document, boundaries=(200,))
+        assert make_all(drive) == [300]
+    # By itself it is a context like any other.
+    alone = drive.ask(SYSTEM)
+    assert make_all(drive) == [] and report(alone)["status"] == "reused"
+
+
+def test_a_turn_of_a_conversation_costs_its_own_tokens() -> None:
+    drive = driven(6000, segment_tokens=None)
+    history, ends = SYSTEM, [200]
+    prefilled = []
+    for turn in range(5):
+        drive.ask(history, boundaries=tuple(ends[:-1]), question=turn)
+        prefilled.append(make_all(drive))
+        drive.step()
+        history = history + text(1000 * (turn + 1), 150 + turn)
+        ends.append(len(history))
+    assert prefilled == [[200], [150], [151], [152], [153]]
+
+
+def test_what_others_share_does_not_give_way_to_a_longer_context() -> None:
+    drive = driven(4000, segment_tokens=128)
+    drive.ask(SYSTEM + text(1000, 300), boundaries=(200,))
+    make_all(drive)
+    segments = {each.num_tokens: each.is_segment for each in drive.manager.cache}
+    assert segments == {128: True, 200: False, 328: True, 500: False}
+
+
+def test_who_gives_no_boundary_finds_contexts_that_have_some() -> None:
+    drive = driven(4000, segment_tokens=None)
+    document = SYSTEM + text(1000, 300)
+    drive.ask(document, boundaries=(200,))
+    make_all(drive)
+    drive.step()
+    found = drive.manager.cache.find_prefix(
+        drive.engine.queue[0].namespace, [drive.manager.settings.compression], document + text(9000, 5)
+    )
+    assert found is not None and found.num_tokens == 500
