@@ -24,7 +24,7 @@ def shown(value: object) -> str:
 
 
 class ObcacheError(Exception):
-    """Base of all errors raised by obcache_sglang."""
+    """Base of all errors raised by obcache_sglang, except the client's, which imports nothing of ours."""
 
 
 class ConfigError(ObcacheError, ValueError):
