@@ -109,11 +109,9 @@ class ExchangeMiddleware:
     def _rewritten(self, path: str, body: bytes, exchange: Exchange) -> bytes | None:
         """The body with its marker in place, or without it where tokens are counted; None for one that stays. What it says goes to exchange."""
         assert self.marker is not None
-        has_marker = self.marker.encode() in body
-        has_fields = any(f'"{name}"'.encode() in body for name in breakpoints.FIELDS)
-        counts = path == _COUNTED and has_marker
+        has_fields = path in _HAVE_BLOCKS and any(f'"{name}"'.encode() in body for name in breakpoints.FIELDS)
         wishes = path in _DROP_PARAMS and b'"custom_params"' in body
-        if not (counts or wishes or (has_fields and not has_marker and path in _HAVE_BLOCKS)):
+        if not (path == _COUNTED or wishes or has_fields):
             return None
         try:
             read = orjson.loads(body)
@@ -121,11 +119,13 @@ class ExchangeMiddleware:
             return None  # SGLang says so
         if not isinstance(read, dict):
             return None
-        if counts:
-            return orjson.dumps(breakpoints.without_marker(read, self.marker))
+        if path == _COUNTED:
+            counted = breakpoints.without_marker(read, self.marker)
+            return None if counted == read else orjson.dumps(counted)
         if wishes:
             exchange.wish = breakpoints.own_params(read)
-        if not has_fields or has_marker:
+        # Not in the body as it came: clients may escape the marker's characters there.
+        if not has_fields or self.marker in orjson.dumps(read).decode():
             return None
         try:
             more = breakpoints.place_marker(read, self.marker)

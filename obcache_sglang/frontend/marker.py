@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any
 
 from obcache_sglang.errors import HostError, RequestError
@@ -83,8 +83,14 @@ class Marker:
 
     def is_plain_in(self, token_ids: Sequence[int]) -> bool:
         """Whether ordinary tokens contain the marker's text, merged with the text next to it or not."""
+        # The special token is not ordinary: beside it, a document may say "obcache".
         ids = array("q", token_ids)
-        return any(self.text in self.tokenizer.decode(list(part), skip_special_tokens=False) for part in self._suspects(ids))
+        return any(
+            self.text in self._decoded(list(ordinary))
+            for part in self._suspects(ids)
+            for is_special, ordinary in groupby(part, lambda token: token == self.token_id)
+            if not is_special
+        )
 
     def normalized(self, token_ids: Sequence[int]) -> Sequence[int]:
         """token_ids with the marker's special token in place of its ordinary tokens; the same object if there are none.

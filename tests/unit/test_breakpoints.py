@@ -210,5 +210,13 @@ def test_the_marker_is_not_counted() -> None:
     assert json.loads(exchange("/v1/messages/count_tokens", body)[0]) == {"system": "S", "messages": [user(text("D"))]}
 
 
+@pytest.mark.parametrize("mark", [MARK.replace("<", "\\u003c").replace(">", "\\u003e"), MARK])
+def test_a_marker_counts_however_the_clients_json_writes_it(mark: str) -> None:
+    """Go's writes < and > as escapes."""
+    raw = json.dumps({"messages": [user(text("DMARK", cache_control=EPHEMERAL), text("Q"))]}).replace("MARK", mark).encode()
+    assert exchange("/v1/messages", raw)[:2] == (raw, None)
+    assert MARK not in json.loads(exchange("/v1/messages/count_tokens", raw)[0])["messages"][0]["content"][0]["text"]
+
+
 def test_an_answer_that_fails_before_its_body_is_left_to_the_server() -> None:
     assert exchange("/v1/messages", BODY, fails=True)[2] == []

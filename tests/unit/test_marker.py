@@ -195,6 +195,15 @@ def test_prose_about_the_marker_is_no_marker(frontend: Frontend) -> None:
     assert frontend.marker.normalized([]) == []
 
 
+def test_a_document_may_name_the_marker_beside_it(frontend: Frontend) -> None:
+    """Decoded, its special token is the marker's text too, a few tokens after words that the search for ordinary tokens stops at."""
+    for left, right in (("All about\nobcache", " And then?"), ("a|obcache", "obcache?"), ("agreed on:", "obcache|> it is")):
+        assert list(prepare(frontend, left + TEXT + right).sent_ids) == [
+            *frontend.marker.tokenizer(left)["input_ids"],
+            *prepare(frontend, TEXT + right, SOME_ID).sent_ids,
+        ]
+
+
 def test_ids_outside_the_vocabulary_name_the_first_of_them(frontend: Frontend) -> None:
     for wrong in (-1, frontend.vocab_size + 5, 1 << 61):
         with pytest.raises(RequestError, match=f"Token id {wrong} is outside"):
