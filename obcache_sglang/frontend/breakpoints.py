@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from obcache_sglang.errors import RequestError, shown
+from obcache_sglang.frontend.marker_options import removed
 from obcache_sglang.messages import KEY
 
 FIELDS = ("cache_control", "prompt_cache_breakpoint")
@@ -110,7 +111,7 @@ def _field(block: Mapping[str, Any]) -> Any:
 def without_marker(value: Any, marker: str) -> Any:
     """A JSON value whose texts have no marker: what a request would be counted as."""
     if isinstance(value, str):
-        return value.replace(marker, "")
+        return removed(value, marker)
     if isinstance(value, list):
         return [without_marker(each, marker) for each in value]
     if isinstance(value, dict):
@@ -125,7 +126,7 @@ def own_params(body: Mapping[str, Any]) -> Any:
 
 
 def combined(own: Any, more: Mapping[str, Any]) -> Any:
-    """A request's own wish, with what its breakpoints say where it says nothing."""
+    """A request's own wish, with what its breakpoints or its marker say where it says nothing."""
     if own is None or own is True:
         return dict(more) or own
     return {**more, **own} if isinstance(own, Mapping) else own

@@ -14,6 +14,7 @@ import orjson
 
 from obcache_sglang.errors import RequestError
 from obcache_sglang.frontend import breakpoints
+from obcache_sglang.frontend.marker_options import contains
 from obcache_sglang.host import Touch
 
 HEADER = b"x-obcache"
@@ -125,7 +126,7 @@ class ExchangeMiddleware:
         if wishes:
             exchange.wish = breakpoints.own_params(read)
         # Not in the body as it came: clients may escape the marker's characters there.
-        if not has_fields or self.marker in orjson.dumps(read).decode():
+        if not has_fields or contains(orjson.dumps(read).decode(), self.marker):
             return None
         try:
             more = breakpoints.place_marker(read, self.marker)

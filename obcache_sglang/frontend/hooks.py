@@ -16,10 +16,12 @@ from typing import Any
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from obcache_sglang.errors import HostError, RequestError, shown
+from obcache_sglang.frontend.breakpoints import combined
 from obcache_sglang.frontend.checks import check_choices, check_embeddings, check_ids, check_sampling, check_scalars, check_texts
 from obcache_sglang.frontend.control import ExpiryTimer
 from obcache_sglang.frontend.exchange import note_report, params_with
 from obcache_sglang.frontend.marker import Marker
+from obcache_sglang.frontend.marker_options import contains
 from obcache_sglang.frontend.wish import make_plan, parse_wish, split_marker
 from obcache_sglang.host import Touch
 from obcache_sglang.messages import KEY, Action, Plan
@@ -78,9 +80,10 @@ class Frontend:
         check_ids(token_ids, None)
         if not isinstance(request.sampling_params, dict | None):
             raise RequestError("sampling_params is not an object: a request with one prompt takes one object, not a list.")
-        given_ids, token_ids = token_ids, token_ids if self.marker is None else self.marker.normalized(token_ids)
+        given_ids = token_ids
+        token_ids, options = (token_ids, {}) if self.marker is None else self.marker.read(token_ids)
         sent_ids, marker_position = split_marker(token_ids, self.marker_id)
-        wish = parse_wish(_own_params(request))
+        wish = parse_wish(combined(_own_params(request), options))
         action: Action = getattr(request, ACTION, "ask")
         before: tuple[int, ...] = ()
         if self.marker is not None and marker_position is not None and action == "ask":
@@ -252,7 +255,8 @@ def _prepared(frontend: Frontend, request: Any, token_ids: list[int]) -> _Prepar
         raise
     except Exception:
         check_ids(token_ids, frontend.vocab_size)
-        if frontend.settings.mode == "prompt" or _own_params(request) not in (None, False) or frontend.marker_id in token_ids:
+        marked = frontend.marker is not None and frontend.marker.is_special_in(token_ids)
+        if frontend.settings.mode == "prompt" or _own_params(request) not in (None, False) or marked:
             raise
         logger.exception("obcache: preparing a request failed; it does not ask for compression, and is passed on unchanged")
         return _Prepared(token_ids, token_ids, None)
@@ -263,7 +267,7 @@ def _refuse_without_compression(request: Any, marker: Marker | None) -> None:
     asks = _own_params(request) not in (None, False)
     text, token_ids = getattr(request, "text", None), getattr(request, "input_ids", None)
     if not asks and isinstance(text, str):
-        asks = ServerSettings.marker in text
+        asks = contains(text, ServerSettings.marker)
     elif not asks and marker is not None and isinstance(token_ids, list):
         try:
             asks = marker.is_plain_in(token_ids)
@@ -292,7 +296,7 @@ def _create(
     prepared = frontend.take(obj, input_ids)
     tokenized = original(tokenizer_manager, obj, input_text, prepared.sent_ids, *args, **kwargs)
     if prepared.sent_ids is not input_ids:
-        assert frontend.marker_id not in tokenized.input_ids, "a context marker would reach the model"
+        assert frontend.marker is None or not frontend.marker.is_special_in(tokenized.input_ids), "the model would read a marker"
     params = tokenized.sampling_params
     if prepared.plan is not None:
         params.custom_params = {**(params.custom_params or {}), KEY: prepared.plan.to_dict()}

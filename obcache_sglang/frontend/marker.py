@@ -9,6 +9,7 @@ from itertools import groupby, takewhile
 from typing import Any
 
 from obcache_sglang.errors import HostError, RequestError
+from obcache_sglang.frontend.marker_options import contains, head_of, is_marker_before, read_options
 
 # Both sides are tried with letters, spaces and line breaks next to the cut, where tokenizers merge or add spaces.
 _LEFT = ("A context ends here.", "line\n\n", "tail ")
@@ -16,6 +17,9 @@ _RIGHT = ("What follows?", "\n\nQuestion: what?", " and so on")
 
 # The marker's text begins and ends within this many tokens of its middle.
 _NEIGHBOURS = 8
+
+# Enough tokens after a marker's head to see whether it is a marker.
+_PEEKED = 16
 
 _SYSTEM_TEXT = "You answer questions."
 
@@ -25,9 +29,13 @@ class Marker:
     """The marker of a server, in the forms in which prompts contain it.
 
     token_id: its special token; None on a server without compression.
+    head: what it begins with if it has options; None for a marker that takes none.
+    head_id: the head's special token; None without one. Nothing before the head is merged with it, and what follows can be read back.
     lead: what the tokenizer puts before any text (begin-of-text).
     plain: its text as ordinary tokens, as clients send it that tokenize prompts themselves.
-    middle: the part of `plain` that does not depend on the text next to the marker.
+    plain_head: the head as ordinary tokens.
+    added: the tokenizer's added tokens that end a text, the marker's and the head's among them.
+    middles: the parts of `plain` and of `plain_head` that do not depend on the text next to them.
     openings: the chat template's words before a user's text, between turns and after a system message; none if it does not mark turns.
     num_opening_tokens: at least as many tokens as each of them has, and as the template puts before a system message's text.
     """
@@ -35,29 +43,39 @@ class Marker:
     text: str
     tokenizer: Any
     token_id: int | None
+    head: str | None
+    head_id: int | None
     lead: array[int]
     plain: array[int]
-    middle: array[int]
+    plain_head: array[int]
+    added: frozenset[int]
+    middles: tuple[array[int], ...]
     openings: tuple[str, ...] = ()
     num_opening_tokens: int = 0
 
     @classmethod
     def register(cls, tokenizer: Any, text: str) -> Marker:
         """Makes `text` a special token of `tokenizer`, in place. Raises HostError if it does not cut text cleanly."""
-        plain = _plain(tokenizer, text)
+        head = head_of(text)
+        plain, plain_head = _plain(tokenizer, text), _plain(tokenizer, head or "")
         token_id = register_marker(tokenizer, text)
+        head_id = None if head is None else register_marker(tokenizer, head)
         with_lead = list(tokenizer(text)["input_ids"])
         lead = array("q", with_lead[: with_lead.index(token_id)])
         openings = _openings(tokenizer, text)
         words = (*openings, _before_system_text(tokenizer, text))
         length = max(len(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in words) + _NEIGHBOURS
-        return cls(text, tokenizer, token_id, lead, plain, _middle(tokenizer, plain), openings, length)
+        middles = _middles(tokenizer, plain, plain_head)
+        added = _added(tokenizer, plain, plain_head)
+        return cls(text, tokenizer, token_id, head, head_id, lead, plain, plain_head, added, middles, openings, length)
 
     @classmethod
     def unregistered(cls, tokenizer: Any, text: str) -> Marker:
         """The marker on a server without compression, where it is ordinary text."""
-        plain = _plain(tokenizer, text)
-        return cls(text, tokenizer, None, array("q"), plain, _middle(tokenizer, plain))
+        head = head_of(text)
+        plain, plain_head = _plain(tokenizer, text), _plain(tokenizer, head or "")
+        added, middles = _added(tokenizer, plain, plain_head), _middles(tokenizer, plain, plain_head)
+        return cls(text, tokenizer, None, head, None, array("q"), plain, plain_head, added, middles)
 
     def stands_first(self, before: Sequence[int]) -> bool:
         """Whether the marker begins its prompt, its system message, or its first user's turn: no document is in front of it.
@@ -79,24 +97,75 @@ class Marker:
         return bool(start) and "".join(self._decoded(ids).split()) == "".join(start.split())
 
     def _decoded(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def is_special_in(self, token_ids: Sequence[int]) -> bool:
+        """Whether the tokens have a special one of the marker's, which no model may see."""
+        return self.token_id in token_ids or self.head_id in token_ids
 
     def is_plain_in(self, token_ids: Sequence[int]) -> bool:
-        """Whether ordinary tokens contain the marker's text, merged with the text next to it or not."""
-        # The special token is not ordinary: beside it, a document may say "obcache".
+        """Whether ordinary tokens contain the marker's text, in either form, merged with the text next to it or not."""
+        # The special token is not ordinary: beside it, a document may say "obcache". A template's tokens end a text.
         ids = array("q", token_ids)
         return any(
-            self.text in self._decoded(list(ordinary))
-            for part in self._suspects(ids)
-            for is_special, ordinary in groupby(part, lambda token: token == self.token_id)
-            if not is_special
+            contains(self._decoded(list(ordinary)), self.text)
+            for middle in self.middles
+            for part in _suspects(ids, middle)
+            for is_added, ordinary in groupby(part, self.added.__contains__)
+            if not is_added
         )
 
-    def normalized(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """token_ids with the marker's special token in place of its ordinary tokens; the same object if there are none.
+    def read(self, token_ids: Sequence[int]) -> tuple[Sequence[int], dict[str, Any]]:
+        """(token_ids with the marker's special token in place of its other forms, its options); the same object if there are none.
 
-        Raises RequestError if the ordinary tokens are merged with the text next to them, so that no cut would be clean.
+        Raises RequestError for options that cannot be read, and for a marker of ordinary tokens where no cut would be clean.
         """
+        if self.token_id is None:
+            return token_ids, {}
+        options: dict[str, Any] = {}
+        if self.head_id in token_ids:
+            token_ids, options = self._without_options(token_ids)
+        return self._normalized(token_ids), options
+
+    def _without_options(self, token_ids: Sequence[int]) -> tuple[list[int], dict[str, Any]]:
+        """As `read`, for a marker that was tokenized with its options."""
+        assert self.token_id is not None and self.head is not None
+        ids: list[int] = []
+        options: dict[str, Any] = {}
+        done = 0
+        for place, token in enumerate(token_ids):
+            if token != self.head_id:
+                continue
+            ids += token_ids[done:place]
+            done = place + 1
+            end = next((later for later in range(done, len(token_ids)) if token_ids[later] in self.added), len(token_ids))
+            if not is_marker_before(self._decoded(list(token_ids[done : min(end, done + _PEEKED)]))):
+                ids += self.plain_head
+                continue
+            options, rest = read_options(self._text_after_head(list(token_ids[done:end])))
+            ids += [self.token_id, *self._tokens_after(self.text, self.token_id, rest)]
+            done = end
+        return [*ids, *token_ids[done:]], options
+
+    def _text_after_head(self, after: list[int]) -> str:
+        """The text that became these tokens after a head. Raises RequestError if there is none."""
+        assert self.head is not None and self.head_id is not None
+        # Some tokenizers write a blank at the start of a text, and leave it out when they decode one.
+        beside = self._decoded([self.head_id, *after]).removeprefix(self.head)
+        for text in (beside, self._decoded(after)):
+            if self._tokens_after(self.head, self.head_id, text) == after:
+                return text
+        raise RequestError(
+            "The options of the context marker cannot be read from the tokens of the prompt. Send text, or the plain marker with its "
+            "options in custom_params."
+        )
+
+    def _tokens_after(self, special: str, special_id: int, text: str) -> list[int]:
+        """The tokens of a text that follows a special token."""
+        ids = list(self.tokenizer(special + text, add_special_tokens=False)["input_ids"])
+        return ids[ids.index(special_id) + 1 :]
+
+    def _normalized(self, token_ids: Sequence[int]) -> Sequence[int]:
         if self.token_id is None or not self.is_plain_in(token_ids):
             return token_ids
         ids, replaced, last = array("q", token_ids), array("q"), 0
@@ -107,20 +176,21 @@ class Marker:
         replaced += ids[last:]
         if self.is_plain_in(replaced):
             raise RequestError(
-                "The prompt contains the context marker as ordinary tokens that are merged with the text next to it. Send text, or put "
-                f"the token {self.token_id} where the context ends."
+                "The prompt contains the context marker as ordinary tokens, with options or merged with the text next to it. Send text, or "
+                f"put the token {self.token_id} where the context ends, and options into custom_params."
             )
         return list(replaced)
 
-    def _suspects(self, ids: array[int]) -> Iterator[array[int]]:
-        """The parts of a prompt that may contain the marker's text. No token is in two parts."""
-        start = end = 0
-        for place in _places(ids, self.middle):
-            if place - _NEIGHBOURS > end:
-                yield ids[start:end]
-                start = place - _NEIGHBOURS
-            end = place + len(self.middle) + _NEIGHBOURS
-        yield ids[max(0, start) : end]
+
+def _suspects(ids: array[int], middle: array[int]) -> Iterator[array[int]]:
+    """The parts of a prompt that may contain the text whose middle this is. No token is in two parts."""
+    start = end = 0
+    for place in _places(ids, middle):
+        if place - _NEIGHBOURS > end:
+            yield ids[start:end]
+            start = place - _NEIGHBOURS
+        end = place + len(middle) + _NEIGHBOURS
+    yield ids[max(0, start) : end]
 
 
 def _plain(tokenizer: Any, text: str) -> array[int]:
@@ -156,6 +226,22 @@ def _rendered_before(tokenizer: Any, text: str, messages: list[dict[str, str]]) 
     except Exception:  # whatever a model's template makes of such messages
         return ""
     return str(before) if found else ""
+
+
+def _added(tokenizer: Any, *plain: array[int]) -> frozenset[int]:
+    """The tokenizer's added tokens, but blanks (some have tokens for many) and those that are in the marker's own text."""
+    words = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if str(token).strip())
+    return frozenset(words)
+
+
+def _middles(tokenizer: Any, *plain: array[int]) -> tuple[array[int], ...]:
+    """The middle of each text that is given as ordinary tokens, once where they are the same."""
+    found: list[array[int]] = []
+    for each in plain:
+        middle = _middle(tokenizer, each)
+        if middle and middle not in found:
+            found.append(middle)
+    return tuple(found)
 
 
 def _middle(tokenizer: Any, plain: array[int]) -> array[int]:

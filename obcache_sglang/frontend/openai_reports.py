@@ -13,6 +13,7 @@ from contextlib import aclosing
 from typing import Any
 
 from obcache_sglang.frontend.hooks import Frontend
+from obcache_sglang.frontend.marker_options import removed
 from obcache_sglang.host import Touch
 from obcache_sglang.messages import KEY
 
@@ -37,7 +38,7 @@ def _without_marker(echoed: str | list[str], serving: Any, *args: Any, **kwargs:
     if frontend is None or frontend.marker is None:
         return echoed
     text = frontend.marker.text
-    return echoed.replace(text, "") if isinstance(echoed, str) else [each.replace(text, "") for each in echoed]
+    return removed(echoed, text) if isinstance(echoed, str) else [removed(each, text) for each in echoed]
 
 
 def _add_to_stream(original: Callable[..., Any], serving: Any, adapted_request: Any, *args: Any, **kwargs: Any) -> Any:

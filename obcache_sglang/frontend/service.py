@@ -22,6 +22,7 @@ from obcache_sglang.errors import ContextNotFound, ObcacheError, RequestError, s
 from obcache_sglang.frontend import control
 from obcache_sglang.frontend.checks import check_unicode
 from obcache_sglang.frontend.hooks import ACTION, Frontend
+from obcache_sglang.frontend.marker_options import contains
 from obcache_sglang.frontend.wish import REQUEST_KEYS
 from obcache_sglang.host import Touch, TouchState, check_host, installed_sglang
 from obcache_sglang.messages import KEY
@@ -356,7 +357,7 @@ def _render(tokenizer_manager: Any, serving_chat: Any, body: Mapping[str, Any]) 
 def _with_marker(messages: Any, marker: str) -> Any:
     """`messages` with the marker where the context ends: where the client put it, else at the end of the last message."""
     try:
-        if marker in json.dumps(messages, ensure_ascii=False):
+        if contains(json.dumps(messages, ensure_ascii=False), marker):
             return messages
         messages = copy.deepcopy(messages)
         last = messages[-1]

@@ -14,6 +14,11 @@ from typing import Any
 from obcache_sglang.frontend.wish import REQUEST_KEYS
 
 MARKER = "<|obcache|>"
+MARKERS = (
+    *5 * (MARKER,), "<|obcache:ratio=0.5|>", "<|obcache:ratio=0.25, pin,ttl=5|>", "<|obcache:method=tova|>", "<|obcache:|>",
+    "<|obcache:ratio=", "<|obcache:\n", "`<|obcache:`", "<|obcache:ttl=\ud800|>",
+)  # fmt: skip
+"""In the forms in which texts have it, and what looks like it."""
 
 NOT_SENT = {
     "rid HEALTH_CHECK...": "SGLang takes it for a health check of its own, which it drops without an answer while it is busy",
@@ -223,7 +228,7 @@ class Hostile:
         text = self.words[first : first + length] if length < 20_000 else self.words * 4
         for _ in range(self._pick((0, 0, 1, 1, 1, 1, 1, 2, 3))):
             place = self._pick((0, len(text), len(text), len(text) // 2, int(self.random.random() * (len(text) + 1))))
-            text = text[:place] + MARKER + text[place:]
+            text = text[:place] + self._pick(MARKERS) + text[place:]
         if self._one_in(2):
             text += self._pick((" So", "\n\nIn short,", "?", " 🙂", "\ud800", "\0", "<|im_end|>", "<|obcache", "|>"))
         return text

@@ -27,6 +27,8 @@ if __name__ == "__main__":
     assert [answer["meta_info"]["obcache"]["status"] for answer in answers] == ["reused"] * 3, answers
     assert [context["name"] for context in engine.contexts()] == [engine.context(made["id"])["name"]]
     assert engine.obcache_status()["counters"]["compressions"] == 1
+    told = engine.generate([document + f"<|obcache:ratio={ratio}|>So" for ratio in (0.25, 0.75)], {"max_new_tokens": 4})
+    assert [answer["meta_info"]["obcache"]["compression_ratio"] for answer in told] == [0.25, 0.75], told
     assert engine.delete_context(made["id"]) == "deleted"
     engine.shutdown()
     print("engine: all good")

@@ -101,6 +101,14 @@ def test_openai_endpoints_go_through(behind: Replicas, model_dir: Path, endpoint
 
 
 @pytest.mark.parametrize("endpoint", [completion, chat, native])
+def test_options_in_the_marker_go_through(behind: Replicas, model_dir: Path, endpoint: Any) -> None:
+    """The router drops `custom_params` of chat and of /generate."""
+    path, body = endpoint(texts(model_dir)[3] + "<|obcache:ratio=0.25|>" + QUESTIONS[0])
+    answer = behind.router.post(path, body)
+    assert (answer["meta_info"] if path == "/generate" else answer["metadata"])["obcache"]["compression_ratio"] == 0.25
+
+
+@pytest.mark.parametrize("endpoint", [completion, chat, native])
 def test_a_context_id_gives_its_document_or_an_error(behind: Replicas, model_dir: Path, endpoint: Any) -> None:
     """The router drops `custom_params` of chat and of /generate: what is left is a marker without a document."""
     text = texts(model_dir)[2]

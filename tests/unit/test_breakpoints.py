@@ -185,6 +185,8 @@ def test_a_body_is_rewritten_on_its_way(chunks: int) -> None:
         ("/v1/chat/completions", b'{"cache_control": broken'),
         ("/v1/chat/completions", b'["cache_control"]'),
         ("/v1/chat/completions", {"messages": [user(text(f"D{MARK}", cache_control=EPHEMERAL), text("Q"))]}),
+        ("/v1/chat/completions", {"messages": [user(text("D<|obcache:pin|>", cache_control=EPHEMERAL), text("Q"))]}),
+        ("/v1/messages/count_tokens", {"messages": [user(text("D"), text("Q"))]}),
     ],
 )
 def test_all_other_bodies_pass_as_they_are(path: str, body: Any) -> None:
@@ -208,6 +210,13 @@ def test_a_wrong_breakpoint_is_the_requests_error() -> None:
 def test_the_marker_is_not_counted() -> None:
     body = {"system": f"S{MARK}", "messages": [user(text(f"D{MARK}"))]}
     assert json.loads(exchange("/v1/messages/count_tokens", body)[0]) == {"system": "S", "messages": [user(text("D"))]}
+    told = {"system": "S<|obcache:ratio=0.5,pin|>", "messages": [user(text("D `<|obcache:`"))]}
+    assert json.loads(exchange("/v1/messages/count_tokens", told)[0]) == {**told, "system": "S"}
+
+
+def test_a_text_about_markers_may_have_a_breakpoint() -> None:
+    body = {"messages": [user(text("D ends with <|obcache:", cache_control=EPHEMERAL), text('Q "<|obcache:"'))]}
+    assert marked_texts(json.loads(exchange("/v1/messages", body)[0])) == ["D ends with <|obcache:"]
 
 
 @pytest.mark.parametrize("mark", [MARK.replace("<", "\\u003c").replace(">", "\\u003e"), MARK])

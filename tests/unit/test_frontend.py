@@ -284,6 +284,67 @@ def test_the_marker_is_gone_before_lengths_are_checked(serve_one):
     assert sent.sampling_params.custom_params["obcache"]["context_len"] == len(serve_one.manager.tokenizer(CONTEXT)["input_ids"])
 
 
+def test_options_of_the_marker_are_the_requests_wish(serve_one):
+    _, plain = serve_one(CONTEXT + MARKER + "Nine?")
+    _, sent = serve_one(CONTEXT + "<|obcache:ratio=0.25,method=tova,pin,ttl=60|>" + "Nine?")
+    plan = sent.sampling_params.custom_params["obcache"]
+    assert sent.input_ids == plain.input_ids == serve_one.manager.validated
+    assert plan["context_len"] == plain.sampling_params.custom_params["obcache"]["context_len"]
+    assert (plan["settings"]["compression_ratio"], plan["settings"]["method"]) == (0.25, "tova")
+    assert (plan["pin"], plan["ttl_seconds"]) == (True, 60)
+
+
+@pytest.mark.parametrize(
+    ("own", "ratio", "pin"),
+    [
+        ({"compression_ratio": 0.9}, 0.9, True),
+        ({"pin": False}, 0.25, False),
+        (True, 0.25, True),
+        ({"ttl_seconds": 60}, 0.25, True),
+    ],
+)
+def test_what_custom_params_say_counts_more_than_the_markers_options(serve_one, own, ratio, pin):
+    _, sent = serve_one(CONTEXT + "<|obcache:ratio=0.25,pin|>Nine?", {"obcache": own})
+    plan = sent.sampling_params.custom_params["obcache"]
+    assert (plan["settings"]["compression_ratio"], plan["pin"]) == (ratio, pin)
+
+
+def test_off_counts_more_than_the_markers_options(serve_one):
+    _, plain = serve_one(CONTEXT + MARKER + "Nine?", {"obcache": False})
+    _, sent = serve_one(CONTEXT + "<|obcache:ratio=0.25|>Nine?", {"obcache": False})
+    assert sent.input_ids == plain.input_ids
+    assert sent.sampling_params.custom_params is None
+
+
+def test_wrong_options_of_the_marker_are_named(serve_one):
+    for said, words in (
+        ("ratio=2", '["compression_ratio"]=2 is outside'),
+        ("pin=5", '["pin"]=5 is not true or false'),
+        ("method=tova,window=5", '["window"]=5 cannot be used with method=tova'),
+        ("color=red", "'color', which is not a known key"),
+    ):
+        with pytest.raises(RequestError) as refused:
+            serve_one(CONTEXT + f"<|obcache:{said}|>Nine?")
+        assert words in str(refused.value)
+
+
+def test_a_defect_of_ours_lets_no_options_through(serve_one, monkeypatch):
+    """They would be read as a token of no meaning, and the rest of them as text."""
+    monkeypatch.setattr("obcache_sglang.frontend.hooks.split_marker", lambda *_: 1 / 0)
+    serve_one.frontend.vocab_size += 100  # padded, as many models' are
+    assert serve_one(CONTEXT)[1].input_ids == serve_one.manager.tokenizer(CONTEXT)["input_ids"]
+    with pytest.raises(ZeroDivisionError):
+        serve_one(CONTEXT + "<|obcache:ratio=0.25|>Nine?")
+
+
+def test_an_echo_has_no_marker_in_either_form(serve_one):
+    from obcache_sglang.frontend.openai_reports import _without_marker
+
+    serving = SimpleNamespace(tokenizer_manager=serve_one.manager)
+    assert _without_marker(f"a{MARKER}b", serving) == _without_marker("a<|obcache:ratio=0.25|>b", serving) == "ab"
+    assert _without_marker(["a<|obcache:ratio=0.25|>b", "`<|obcache:`"], serving) == ["ab", "`<|obcache:`"]
+
+
 def test_other_custom_params_and_the_clients_request_stay_as_they_are(serve_one):
     custom = {"thinking_budget": 5, "obcache": {"compression_ratio": 0.9}}
     request, sent = serve_one(CONTEXT + MARKER + "Nine?", custom)
@@ -355,14 +416,19 @@ def test_a_manager_without_a_frontend_passes_on_what_does_not_rely_on_one(monkey
     assert len(token_ids) > 1, "without --obcache the marker is text like any other"
     refused = [request, GenerateReqInput(text="a" + MARKER, sampling_params={}), GenerateReqInput(input_ids=token_ids)]
     refused.append(GenerateReqInput(text="a", sampling_params={"custom_params": {"obcache": True}}))
+    for wrong in ("<|obcache:ratio=0.5|>", "<|obcache:|>", "<|obcache:ratio"):
+        refused.append(GenerateReqInput(text="a" + wrong, sampling_params={}))
+        refused.append(GenerateReqInput(input_ids=manager.tokenizer(f"a{wrong}b")["input_ids"]))
     for each in refused:
         with pytest.raises(RequestError, match="started without --obcache"):
             frontend._validate(Manager.validate, manager, each, list(token_ids))
     others = {"obcache": False, "x": 1}
-    plain = GenerateReqInput(text="obcache", sampling_params={"custom_params": others})
-    token_ids = manager.tokenizer("obcache")["input_ids"]
+    text = "obcache, `<|obcache:`"
+    plain = GenerateReqInput(text=text, sampling_params={"custom_params": others})
+    token_ids = manager.tokenizer(text)["input_ids"]
+    frontend._validate(Manager.validate, manager, GenerateReqInput(input_ids=token_ids, sampling_params={}), token_ids)
     frontend._validate(Manager.validate, manager, plain, token_ids)
-    sent = frontend._create(Manager.create, manager, plain, "obcache", token_ids)
+    sent = frontend._create(Manager.create, manager, plain, text, token_ids)
     assert sent.input_ids == token_ids
     assert sent.sampling_params.custom_params == others
 
@@ -447,6 +513,8 @@ def test_compress_ends_the_context_of_messages_where_their_text_ends():
     assert service._with_marker(parts, MARKER)[0]["content"][0]["text"] == "A" + MARKER
     marked = [{"role": "system", "content": "A" + MARKER + "b"}]
     assert service._with_marker(marked, MARKER) is marked
+    told = [{"role": "system", "content": "A<|obcache:pin|>b"}]
+    assert service._with_marker(told, MARKER) is told
     for wrong in ([], "text", [{"role": "user"}], [{"role": "user", "content": []}]):
         with pytest.raises(RequestError, match="do not end with text"):
             service._with_marker(wrong, MARKER)
@@ -552,8 +620,13 @@ def test_metrics_count_once_for_status_and_prometheus():
 def test_a_context_in_the_frontend_language_ends_with_the_marker():
     assert lang.context("A document.") == "A document." + MARKER
     assert lang.context("A document.", marker="¶") == "A document.¶"
+    assert lang.context("A document.", compression_ratio=0.5, pin=True) == "A document.<|obcache:compression_ratio=0.5,pin|>"
     with pytest.raises(ValueError, match="already contains the marker"):
         lang.context("A" + MARKER)
+    with pytest.raises(ValueError, match="already contains the marker"):
+        lang.context("A<|obcache:pin|>")
+    with pytest.raises(ValueError, match="takes no options"):
+        lang.context("A", marker="¶", pin=True)
 
 
 def test_a_variable_left_in_a_shell_turns_nothing_on_in_a_launcher(monkeypatch):

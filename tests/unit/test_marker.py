@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from obcache_sglang.errors import RequestError
 from obcache_sglang.frontend.hooks import Frontend
@@ -45,23 +46,41 @@ def byte_level(bos: bool) -> PreTrainedTokenizerFast:
 
 
 def sentencepiece(scheme: str) -> PreTrainedTokenizerFast:
+    """scheme: where a text begins with a blank. "normalizer": as Llama 2's own files say it, at the start of each text between added tokens."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme=scheme), decoders.ByteFallback(), decoders.Fuse()])
+    if scheme == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        blanks = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        blanks = [decoders.Metaspace(prepend_scheme=scheme), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(blanks)
     special = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer.train_from_iterator(
         [*PROSE, TEXT], trainers.BpeTrainer(vocab_size=900, special_tokens=special, max_token_length=12)
     )
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    # The trainer takes the tokens of bytes as special ones only. No model's are.
+    written = json.loads(tokenizer.to_str())
+    written["added_tokens"] = [each for each in written["added_tokens"] if not each["content"].startswith("<0x")]
+    tokenizer = Tokenizer.from_str(json.dumps(written))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+
+
+def with_blanks(tokenizer: Any) -> Any:
+    """Added tokens for runs of blanks, as Gemma and GPT-NeoX have them."""
+    tokenizer.add_tokens([AddedToken(blanks, normalized=False) for blanks in ("  ", "   ", "\n\n", "\n\n\n")])
+    return tokenizer
 
 
 KINDS: dict[str, Callable[[Any], Any]] = {
     "smollm2": lambda model_dir: AutoTokenizer.from_pretrained(model_dir),
     "llama2": lambda model_dir: sentencepiece("first"),
     "llama2-legacy": lambda model_dir: sentencepiece("always"),
+    "llama2-normalizer": lambda model_dir: sentencepiece("normalizer"),
     "llama3": lambda model_dir: byte_level(bos=True),
     "qwen": lambda model_dir: byte_level(bos=False),
+    "gemma": lambda model_dir: with_blanks(sentencepiece("never")),
 }
 
 
@@ -192,7 +211,148 @@ def test_the_marker_as_ordinary_tokens_is_found_or_refused(frontend: Frontend) -
 def test_prose_about_the_marker_is_no_marker(frontend: Frontend) -> None:
     for text in ("obcache is a plugin", "the token |obcache| here", "<|obcache", "obcache " * 500):
         assert prepare(frontend, text * 2).plan is None
-    assert frontend.marker.normalized([]) == []
+    assert frontend.marker.read([]) == ([], {})
+
+
+OPTIONS = "<|obcache:ratio=0.5, pin|>"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *QUESTIONS,
+        "",
+        " ",
+        "\n",
+        ">",
+        "|> Why?",
+        ", ratio=0.9|>",
+        "<",
+        "obcache?",
+        "é",
+        " 北京",
+        "a\n\n\n b  c",
+        "What?<s>And<s> then?",
+    ],
+)
+def test_a_marker_with_options_cuts_as_the_plain_one(frontend: Frontend, asked: str) -> None:
+    """The model reads the same, whatever tokens the options' last characters have become one with."""
+    for document in (DOCUMENT, DOCUMENT + "\n\n", DOCUMENT + " <", DOCUMENT + " obcache:"):
+        plain, told = prepare(frontend, document + TEXT + asked), prepare(frontend, document + OPTIONS + asked)
+        assert list(told.sent_ids) == list(plain.sent_ids)
+        assert told.plan.context_len == plain.plan.context_len
+        assert (told.plan.settings.compression_ratio, told.plan.pin) == (0.5, True)
+        assert (plain.plan.settings.compression_ratio, plain.plan.pin) == (0.7, False)
+
+
+def test_options_may_begin_with_a_blank(frontend: Frontend) -> None:
+    """Which some tokenizers leave out where they decode a text that begins with one."""
+    plain, told = (prepare(frontend, DOCUMENT + marker + "\n\nWhat?") for marker in (TEXT, "<|obcache:  ratio=0.5 ,   pin |>"))
+    assert list(told.sent_ids) == list(plain.sent_ids)
+    assert told.plan.settings.compression_ratio == 0.5
+
+
+def test_a_question_by_id_may_have_options(frontend: Frontend) -> None:
+    plain, told = prepare(frontend, TEXT + " And then?", SOME_ID), prepare(frontend, "<|obcache:ttl=60|> And then?", SOME_ID)
+    assert list(told.sent_ids) == list(plain.sent_ids)
+    assert told.plan.ttl_seconds == 60 and told.plan.context_id == SOME_ID
+    with pytest.raises(RequestError, match="leave out compression_ratio"):
+        prepare(frontend, OPTIONS + " And then?", SOME_ID)
+
+
+def test_markers_of_both_forms_are_counted_together(frontend: Frontend) -> None:
+    for markers in ((TEXT, OPTIONS), (OPTIONS, TEXT), (OPTIONS, OPTIONS)):
+        with pytest.raises(RequestError, match="contains the context marker 2 times"):
+            prepare(frontend, DOCUMENT + markers[0] + " And" + markers[1] + " then?")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["<|obcache:|>", "<|obcache:ratio=|>", "<|obcache:ratio=0.5", "<|obcache:ratio|>", "<|obcache:x=1|>"]
+)
+@pytest.mark.parametrize("end", ["", "\n\nWhat?", "<s>"])
+def test_a_marker_that_cannot_be_read_is_refused(frontend: Frontend, wrong: str, end: str) -> None:
+    with pytest.raises(RequestError, match=r"context marker (has|with) the option|compression_ratio"):
+        prepare(frontend, DOCUMENT + wrong + end)
+
+
+def test_prose_about_markers_with_options_stays_as_it_is(frontend: Frontend) -> None:
+    assert frontend.marker is not None
+    for text in (
+        "the words `<|obcache:` begin",
+        'a "<|obcache:", b "<|obcache:"',
+        "it ends with <|obcache:",
+        "<|obcache:\n\nx",
+    ):
+        prepared = prepare(frontend, text)
+        assert prepared.plan is None
+        assert not frontend.marker.is_special_in(prepared.sent_ids)
+        read = frontend.marker.tokenizer.decode(list(prepared.sent_ids), skip_special_tokens=False)
+        assert "".join(read.split()).removeprefix("<s>").removeprefix("<|begin_of_text|>") == "".join(text.split())
+        marked = prepare(frontend, text + "\n" + OPTIONS + " What?")
+        assert marked.plan.settings.compression_ratio == 0.5 and not frontend.marker.is_special_in(marked.sent_ids)
+
+
+def test_a_marker_with_options_as_ordinary_tokens_is_refused(frontend: Frontend) -> None:
+    assert frontend.marker is not None
+    for left, right in (("agreed on:", "\n\nWhat?"), ("at all", " And"), ("x<", ">"), ("", "A"), ("obcache", "")):
+        for marker in (OPTIONS, "<|obcache:|>", "<|obcache:ratio=0.5"):
+            ids = frontend.marker.tokenizer(left + marker + right, split_special_tokens=True)["input_ids"]
+            with pytest.raises(RequestError, match="as ordinary tokens, with options"):
+                prepare(frontend, list(ids))
+    ids = frontend.marker.tokenizer("the words `<|obcache:` begin", split_special_tokens=True)["input_ids"]
+    assert prepare(frontend, list(ids)).sent_ids == ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_marker_without_letters_is_found_with_options_too(kind: str, model_dir: Any) -> None:
+    """What of it no neighbour merges with is not the same in both forms."""
+    tokenizer = KINDS[kind](model_dir)
+    frontend = Frontend(settings_from_python({"min_tokens": 4}), Marker.register(tokenizer, "<|#|>"), vocab_size=len(tokenizer))
+    assert prepare(frontend, DOCUMENT + "<|#:ratio=0.5|> And?").plan.settings.compression_ratio == 0.5
+    with pytest.raises(RequestError, match="as ordinary tokens, with options"):
+        prepare(frontend, list(tokenizer(DOCUMENT + "<|#:ratio=0.5|> And?", split_special_tokens=True)["input_ids"]))
+
+
+def test_a_head_at_the_end_of_a_turn_is_prose(model_dir: Any) -> None:
+    """Templates may go on with any special token."""
+    tokenizer = KINDS["qwen"](model_dir)
+    tokenizer.add_tokens(["[/INST]"], special_tokens=True)
+    frontend = Frontend(settings_from_python({"min_tokens": 4}), Marker.register(tokenizer, TEXT), vocab_size=len(tokenizer))
+    prepared = prepare(frontend, "[INST] It begins with <|obcache:[/INST]")
+    assert prepared.plan is None
+    assert tokenizer.decode(list(prepared.sent_ids)) == "[INST] It begins with <|obcache:[/INST]"
+    other = KINDS["qwen"](model_dir)
+    other.add_tokens(["[/INST]"], special_tokens=True)
+    stock = Marker.unregistered(other, TEXT)
+    assert not stock.is_plain_in(other("It begins with <|obcache:[/INST]")["input_ids"])
+    assert stock.is_plain_in(other("It begins with <|obcache:ratio[/INST]")["input_ids"])
+
+
+def test_a_marker_of_the_tokenizers_own_tokens_is_found(model_dir: Any) -> None:
+    marker = "<|im_end|>#"
+    tokenizer = KINDS["smollm2"](model_dir)
+    ids = list(tokenizer(DOCUMENT + marker + " And?")["input_ids"])
+    frontend = Frontend(settings_from_python({"min_tokens": 4}), Marker.register(tokenizer, marker), vocab_size=len(tokenizer))
+    assert prepare(frontend, ids).plan.context_len == len(tokenizer(DOCUMENT)["input_ids"])
+
+
+def test_options_whose_tokens_are_no_tokenizers_are_refused(frontend: Frontend) -> None:
+    """A client that cuts them in its own way: which text it means would be a guess."""
+    assert frontend.marker is not None
+    tokenizer = frontend.marker.tokenizer
+    spelled = [token for letter in "ratio=0.5|>" for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    ids = [*tokenizer(DOCUMENT)["input_ids"], frontend.marker.head_id, *spelled]
+    with pytest.raises(RequestError, match="cannot be read from the tokens"):
+        prepare(frontend, ids)
+
+
+def test_a_marker_without_bars_takes_no_options(model_dir: Any) -> None:
+    tokenizer = KINDS["smollm2"](model_dir)
+    marker = Marker.register(tokenizer, "¶¶")
+    frontend = Frontend(settings_from_python({"min_tokens": 4, "marker": "¶¶"}), marker, vocab_size=len(tokenizer))
+    assert marker.head_id is None
+    assert prepare(frontend, DOCUMENT + OPTIONS + " And?").plan is None
+    assert prepare(frontend, DOCUMENT + "¶¶:ratio=0.5 And?").plan.settings.compression_ratio == 0.7
 
 
 def test_a_document_may_name_the_marker_beside_it(frontend: Frontend) -> None:
