@@ -31,8 +31,8 @@ class _Place:
     field: Any
 
 
-def place_marker(body: dict[str, Any], marker: str) -> dict[str, Any] | None:
-    """Puts the marker at the end of the last block with a breakpoint that something follows, in place.
+def place_markers(body: dict[str, Any], marker: str, *, several: bool) -> dict[str, Any] | None:
+    """Puts the marker at the end of the blocks with a breakpoint that something follows, in place; of the last one only, unless several.
 
     What the last block of the last message says is the question: a context needs one. Returns what the breakpoint says beside that, for
     `custom_params["obcache"]`; None where no marker was put. Raises RequestError.
@@ -42,6 +42,7 @@ def place_marker(body: dict[str, Any], marker: str) -> dict[str, Any] | None:
     automatic = body.get("cache_control")
     if not marked and automatic is not None:  # Anthropic: the last block that can be cached
         marked = [(number, _Place(each.holder, each.key, automatic)) for number, each in enumerate(places)]
+        several = False
     ttl = None
     for _, place in marked:
         ttl = _ttl_seconds(place.field)
@@ -51,8 +52,8 @@ def place_marker(body: dict[str, Any], marker: str) -> dict[str, Any] | None:
     followed = [place for number, place in marked if number < len(places) - 1 and place.holder[place.key].strip()]
     if not followed:
         return None
-    chosen = followed[-1]
-    chosen.holder[chosen.key] += marker
+    for chosen in followed if several else followed[-1:]:
+        chosen.holder[chosen.key] += marker
     return {} if ttl is None else {"ttl_seconds": ttl}
 
 

@@ -55,11 +55,12 @@ def note_report(report: dict[str, Any]) -> None:
 
 
 class ExchangeMiddleware:
-    """ASGI. marker: its text; None on a server without a tokenizer."""
+    """ASGI. marker: its text; None on a server without a tokenizer. several: whether all breakpoints of a request end segments."""
 
-    def __init__(self, app: Any, marker: str | None) -> None:
+    def __init__(self, app: Any, marker: str | None, *, several: bool = False) -> None:
         self.app = app
         self.marker = marker
+        self.several = several
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -129,7 +130,7 @@ class ExchangeMiddleware:
         if not has_fields or contains(orjson.dumps(read).decode(), self.marker):
             return None
         try:
-            more = breakpoints.place_marker(read, self.marker)
+            more = breakpoints.place_markers(read, self.marker, several=self.several and not _names_method(read))
         except RequestError as error:
             exchange.error = error
             return None
@@ -137,6 +138,12 @@ class ExchangeMiddleware:
             return None
         exchange.wish = breakpoints.combined(exchange.wish, more)
         return orjson.dumps(read)
+
+
+def _names_method(body: dict[str, Any]) -> bool:
+    """Whether a request wants its context scored in a way of its own, with which a context may have no segments."""
+    own = breakpoints.own_params(body)
+    return isinstance(own, dict) and ("method" in own or "preset" in own)
 
 
 def _replayed(messages: list[Any], receive: Any) -> Any:

@@ -22,7 +22,7 @@ from obcache_sglang.frontend.control import ExpiryTimer
 from obcache_sglang.frontend.exchange import note_report, params_with
 from obcache_sglang.frontend.marker import Marker
 from obcache_sglang.frontend.marker_options import contains
-from obcache_sglang.frontend.wish import make_plan, parse_wish, split_marker
+from obcache_sglang.frontend.wish import make_plan, parse_wish, split_markers
 from obcache_sglang.host import Touch
 from obcache_sglang.messages import KEY, Action, Plan
 from obcache_sglang.settings import ServerSettings, published_settings
@@ -82,54 +82,55 @@ class Frontend:
             raise RequestError("sampling_params is not an object: a request with one prompt takes one object, not a list.")
         given_ids = token_ids
         token_ids, options = (token_ids, {}) if self.marker is None else self.marker.read(token_ids)
-        sent_ids, marker_position = split_marker(token_ids, self.marker_id)
+        sent_ids, positions = split_markers(token_ids, self.marker_id)
         wish = parse_wish(combined(_own_params(request), options))
         action: Action = getattr(request, ACTION, "ask")
         before: tuple[int, ...] = ()
-        if self.marker is not None and marker_position is not None and action == "ask":
-            in_front = sent_ids[:marker_position]
+        if self.marker is not None and positions and action == "ask":
+            in_front = sent_ids[: positions[0]]
             is_first = self.marker.stands_first(in_front)
             if wish.context_id is None and is_first:
-                marker_position = 0  # no context: `make_plan` says so
+                positions = (0,)  # no context: `make_plan` says so
             elif wish.context_id is not None and not is_first:
                 # A prompt that would be answered without its document, if something on the way here dropped its custom_params.
                 raise RequestError(
-                    f'custom_params["{KEY}"]["context_id"] is given, but {marker_position} tokens stand before the marker, which are not '
+                    f'custom_params["{KEY}"]["context_id"] is given, but {positions[0]} tokens stand before the marker, which are not '
                     "the chat template's. Put the marker where the document would begin: at the very start of the prompt, of the system "
                     "message, or of the first user message."
                 )
             elif wish.context_id is not None and list(in_front) == list(self.marker.lead):
-                sent_ids, marker_position = sent_ids[marker_position:], 0
-        if marker_position is not None and request.multi_item_delimiter_indices is not None:
+                sent_ids, positions = sent_ids[positions[0] :], tuple(each - positions[0] for each in positions)
+        if positions and request.multi_item_delimiter_indices is not None:
             raise RequestError(
                 "The prompt contains the context marker, but multi-item scoring counts positions in it. Leave the marker out: such prompts "
                 "are read exactly."
             )
         if wish.context_id is not None:
-            if marker_position is None and self.marker is not None:
+            if not positions and self.marker is not None:
                 raise RequestError(
                     f'custom_params["{KEY}"]["context_id"] is given, but the prompt has no marker: put the marker where the document '
                     f"would be, before the question (as a token: {self.marker_id}). Without it, the question could be answered without "
                     "the document."
                 )
-            cut = marker_position or 0
-            before, marker_position, sent_ids = tuple(sent_ids[:cut]), 0, sent_ids[cut:]
-        if action == "compress" and marker_position is not None:
-            sent_ids, marker_position = sent_ids[:marker_position], None
+            cut = positions[0] if positions else 0
+            before, sent_ids = tuple(sent_ids[:cut]), sent_ids[cut:]
+            positions = tuple(each - cut for each in positions) or (0,)
+        if action == "compress" and positions:
+            sent_ids = sent_ids[: positions[-1]]
         if len(sent_ids) == 0 and not request.session_params:  # a turn of a session may add nothing
             raise RequestError("The prompt is empty apart from the context marker: send some text.")
         check_ids(sent_ids, self.vocab_size)
         plan = make_plan(
             wish,
             num_tokens=len(sent_ids),
-            marker_position=marker_position,
+            marker_positions=positions,
             server=self.settings,
             action=action,
             exact="excluded" if self._is_excluded(request) else _exact_reason(request),
             before=before,
         )
         if plan is not None:
-            plan = _with_logprobs(request, plan, asked=wish.asked or marker_position is not None)
+            plan = _with_logprobs(request, plan, asked=wish.asked or bool(positions))
         return _Prepared(given_ids, sent_ids, plan)
 
     def _is_excluded(self, request: Any) -> bool:

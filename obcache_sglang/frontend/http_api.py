@@ -173,7 +173,11 @@ def _add_routes(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: 
 
     frontend = Frontend.of(tokenizer_manager)
     if frontend is not None:
-        app.add_middleware(ExchangeMiddleware, marker=None if frontend.marker is None else frontend.marker.text)
+        app.add_middleware(
+            ExchangeMiddleware,
+            marker=None if frontend.marker is None else frontend.marker.text,
+            several=frontend.settings.compression.uses_gates,
+        )
         # Not as a separate router: SGLang's middleware reads who may call a route from the app's own routes.
         app.router.routes.extend(make_router(tokenizer_manager, has_admin_key=bool(server_args.admin_api_key)).routes)
         logging.getLogger("uvicorn.access").addFilter(_IdsShortened())

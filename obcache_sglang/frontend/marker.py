@@ -9,7 +9,7 @@ from itertools import groupby, takewhile
 from typing import Any
 
 from obcache_sglang.errors import HostError, RequestError
-from obcache_sglang.frontend.marker_options import contains, head_of, is_marker_before, read_options
+from obcache_sglang.frontend.marker_options import contains, head_of, is_marker_before, read_options, together
 
 # Both sides are tried with letters, spaces and line breaks next to the cut, where tokenizers merge or add spaces.
 _LEFT = ("A context ends here.", "line\n\n", "tail ")
@@ -142,7 +142,8 @@ class Marker:
             if not is_marker_before(self._decoded(list(token_ids[done : min(end, done + _PEEKED)]))):
                 ids += self.plain_head
                 continue
-            options, rest = read_options(self._text_after_head(list(token_ids[done:end])))
+            said, rest = read_options(self._text_after_head(list(token_ids[done:end])))
+            options = together(options, said)
             ids += [self.token_id, *self._tokens_after(self.text, self.token_id, rest)]
             done = end
         return [*ids, *token_ids[done:]], options

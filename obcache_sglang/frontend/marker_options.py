@@ -16,7 +16,7 @@ from obcache_sglang.frontend.wish import REQUEST_KEYS
 SHORT_KEYS = {"ratio": "compression_ratio", "ttl": "ttl_seconds"}
 
 # The marker itself says where the context ends; an id of a context opens it, and does not belong into a text that others may read.
-OPTION_KEYS = tuple(key for key in REQUEST_KEYS if key not in ("context_len", "context_id"))
+OPTION_KEYS = tuple(key for key in REQUEST_KEYS if key not in ("context_len", "context_id", "boundaries"))
 """What a marker may say, apart from the short keys."""
 
 MAX_LENGTH = 500
@@ -88,6 +88,17 @@ def read_options(after: str) -> tuple[dict[str, Any], str]:
             raise RequestError(f"The context marker has the option {key} more than once. Give it once.")
         options[key] = _value(value) if equals else True
     return options, after[found.end() :]
+
+
+def together(first: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of several markers of one prompt. Raises RequestError where they say different things."""
+    for key, value in more.items():
+        if key in first and first[key] != value:
+            raise RequestError(
+                f"The context markers of the prompt have the option {key} with different values, {shown(first[key])} and {shown(value)}. "
+                "Options hold for the whole prompt: give one value."
+            )
+    return {**first, **more}
 
 
 def _value(text: str) -> bool | int | float | str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from obcache_sglang.errors import InvalidValue, RequestError, shown
 from obcache_sglang.messages import KEY, Action, Plan
 from obcache_sglang.settings import COMPRESSION_OPTIONS, OPTIONS, ServerSettings, check_number, check_whole_number
+
+MAX_BOUNDARIES = 256
+"""Of one prompt: each is a compression of its own."""
 
 _CONTEXT_ID = re.compile("[0-9a-f]{32}")
 
@@ -26,7 +29,7 @@ _NEEDS_WHOLE_PROMPT = {
 }
 
 _SETTING_KEYS = tuple(option.name for option in COMPRESSION_OPTIONS)
-_OWN_KEYS = ("context_len", "context_id", "mode", "pin", "ttl_seconds")
+_OWN_KEYS = ("context_len", "context_id", "mode", "pin", "ttl_seconds", "boundaries")
 REQUEST_KEYS = _OWN_KEYS + _SETTING_KEYS
 """Keys of the object under `custom_params["obcache"]`."""
 
@@ -42,6 +45,7 @@ class Wish:
     mode: str | None = None
     pin: bool = False
     ttl_seconds: float | None = None
+    boundaries: tuple[int, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -68,31 +72,30 @@ def parse_wish(value: object) -> Wish:
         mode=_checked("mode", value["mode"]) if "mode" in value else None,
         pin=_pin(value.get("pin", False)),
         ttl_seconds=_ttl_seconds(value.get("ttl_seconds")),
+        boundaries=_boundaries(value.get("boundaries")),
         overrides=overrides,
     )
 
 
-def split_marker(token_ids: Sequence[int], marker_id: int | None) -> tuple[Sequence[int], int | None]:
-    """(prompt without the marker, number of tokens before it); (the same object, None) if there is no marker.
-
-    Raises RequestError for more than one marker: a prompt has one context.
-    """
-    count = token_ids.count(marker_id) if marker_id is not None else 0
-    if marker_id is None or count == 0:
-        return token_ids, None
-    if count > 1:
-        raise RequestError(
-            f"The prompt contains the context marker {count} times. It may contain it once, where the context ends."
-        )
-    position = token_ids.index(marker_id)
-    return [*token_ids[:position], *token_ids[position + 1 :]], position
+def split_markers(token_ids: Sequence[int], marker_id: int | None) -> tuple[Sequence[int], tuple[int, ...]]:
+    """(prompt without markers, number of tokens before each of them); (the same object, none) if there is no marker."""
+    if marker_id is None or marker_id not in token_ids:
+        return token_ids, ()
+    sent: list[int] = []
+    positions = []
+    for token in token_ids:
+        if token == marker_id:
+            positions.append(len(sent))
+        else:
+            sent.append(token)
+    return sent, tuple(positions)
 
 
 def make_plan(
     wish: Wish,
     *,
     num_tokens: int,
-    marker_position: int | None,
+    marker_positions: Sequence[int] = (),
     server: ServerSettings,
     action: Action = "ask",
     exact: str | None = None,
@@ -101,12 +104,13 @@ def make_plan(
     """The plan of a request, or None for a request that compression leaves alone.
 
     num_tokens: length of the prompt without the marker.
-    marker_position: number of tokens before the marker, None without one.
-    before: with a context id, the tokens before the marker; `num_tokens` and `marker_position` then count only what follows it.
+    marker_positions: number of tokens before each marker. The context ends at the last one; segments that others share, at those before.
+    before: with a context id, the tokens before the marker; `num_tokens` and `marker_positions` then count only what follows it.
     exact: why this request cannot use a compressed context, if the caller found a reason.
     Raises RequestError.
     """
     mode = wish.mode or server.mode
+    marker_position = marker_positions[-1] if marker_positions else None
     if wish.refused:
         return None
     if not wish.asked and marker_position is None and mode == "marked" and action == "ask":
@@ -126,7 +130,7 @@ def make_plan(
             raise _wrong(
                 "context_id", wish.context_id, f"cannot be used with {_NEEDS_WHOLE_PROMPT[exact]}: send the whole prompt."
             )
-    elif marker_position == 0:
+    elif marker_positions and marker_positions[0] == 0:
         raise RequestError(
             "The prompt, or the first user message in it, begins with the context marker: there is no context before it. Put the marker "
             "where the context ends; if that is the system message, at its end. To ask about a context that was compressed before, name it "
@@ -142,6 +146,18 @@ def make_plan(
         exact = "below_min_tokens"
     try:
         settings = server.compression_for(wish.overrides)
+        boundaries = _inner_boundaries(wish, marker_positions, context_len)
+        if len(boundaries) > MAX_BOUNDARIES:
+            raise RequestError(
+                f"The prompt contains the context marker {len(marker_positions)} times, more than {MAX_BOUNDARIES + 1}."
+            )
+        if boundaries and not settings.uses_gates and not wish.boundaries:
+            raise RequestError(
+                f"The prompt contains the context marker {len(marker_positions)} times. With method={settings.method} it may contain it once, "
+                "where the context ends; with method=gate, also where segments end that other prompts share."
+            )
+        # Until room is short everything is cached exactly, and shared as far as it is alike.
+        settings = replace(settings, boundaries=() if server.when == "pressure" else boundaries)
     except InvalidValue as error:
         raise _wrong(error.name, error.value, error.reason) from error
     return Plan(
@@ -176,6 +192,28 @@ def _boundary(wish: Wish, num_tokens: int, marker_position: int | None, whole_pr
             raise _wrong("context_len", wish.context_len, f"is outside [1, {num_tokens}]: the prompt has {num_tokens} tokens.")
         return wish.context_len
     return 0
+
+
+def _inner_boundaries(wish: Wish, marker_positions: Sequence[int], context_len: int) -> tuple[int, ...]:
+    """Where segments of the context end before it does. Raises RequestError."""
+    if wish.context_id is not None and (len(marker_positions) > 1 or wish.boundaries):
+        raise RequestError(
+            f'custom_params["{KEY}"]["context_id"] names the whole context: leave out boundaries, and give one marker, before the question.'
+        )
+    if not wish.boundaries:
+        return tuple(marker_positions[:-1])
+    if len(marker_positions) > 1:
+        raise _wrong(
+            "boundaries", list(wish.boundaries), "cannot be combined with several markers in the prompt: give one of them."
+        )
+    if wish.boundaries[-1] >= context_len:
+        raise _wrong(
+            "boundaries",
+            list(wish.boundaries),
+            f"does not end before the context, which has {context_len} tokens. Give where segments end before it does; where the context "
+            "ends, say with context_len or the marker.",
+        )
+    return wish.boundaries
 
 
 def _wrong(key: str, value: object, reason: str) -> RequestError:
@@ -214,6 +252,21 @@ def _pin(value: object) -> bool:
     if not isinstance(value, bool):
         raise _wrong("pin", value, "is not true or false.")
     return value
+
+
+def _boundaries(value: object) -> tuple[int, ...]:
+    given: object = () if value is None else value
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) > MAX_BOUNDARIES:
+        raise _wrong("boundaries", value, f"is not a list of at most {MAX_BOUNDARIES} token counts.")
+    try:
+        checked = tuple(
+            check_whole_number("context_len", each, "where a segment of the context ends, in tokens") for each in given
+        )
+    except InvalidValue as error:
+        raise _wrong("boundaries", error.value, error.reason) from error
+    if list(checked) != sorted(set(checked)):
+        raise _wrong("boundaries", value, "does not ascend: give the token counts in their order.")
+    return checked
 
 
 def _ttl_seconds(value: object) -> float | None:

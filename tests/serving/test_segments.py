@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,24 @@ from tests.serving.client import (
 from tests.serving.test_exactness import CONTEXT_TOKENS, NUM_TOKENS, Positions, attending_to, continue_greedily
 
 SEGMENT = 128
-STARTS = [0, 128, 256, 384]  # of 541 tokens: the last segment has 157
-WISH = {"method": "gate", "budget": "profile", "compression_ratio": 0.6, "segment_tokens": SEGMENT}
+GATE = {"method": "gate", "budget": "profile", "compression_ratio": 0.6}
+WISH = {**GATE, "segment_tokens": SEGMENT}
+BOUNDARIES = [150, 300]
+STARTS = {"segment_tokens": [0, 128, 256, 384], "boundaries": [0, *BOUNDARIES]}  # of 541 tokens
 
 
-def kept_by_beginnings(server: Server, context: list[int], budget: str) -> dict[int, Positions]:
+def cut(how: str, num_tokens: int) -> dict[str, Any]:
+    """What a request says for a context of so many tokens."""
+    if how == "segment_tokens":
+        return {"segment_tokens": SEGMENT}
+    return {"boundaries": [each for each in BOUNDARIES if each < num_tokens]}
+
+
+def kept_by_beginnings(server: Server, context: list[int], budget: str, how: str) -> dict[int, Positions]:
     """What a context and the beginnings that it was made of keep, by their tokens."""
     kept = {}
-    for tokens in (*STARTS[1:], len(context)):
-        found = server.post("/obcache/compress", {"input_ids": context[:tokens], **WISH, "budget": budget})
+    for tokens in (*STARTS[how][1:], len(context)):
+        found = server.post("/obcache/compress", {"input_ids": context[:tokens], **GATE, **cut(how, tokens), "budget": budget})
         assert found["status"] == "reused", "the beginnings are contexts of their own, while there is room"
         kept[tokens] = server.get(f"/obcache/contexts/{found['id']}", params={"positions": "true"})["positions"]
     return kept
@@ -45,23 +55,27 @@ def prefilled_tokens(server: Server) -> int:
     return sum(map(int, re.findall(r"#new-token: (\d+)", server.log())))
 
 
-@pytest.mark.parametrize("budget", ["profile", "uniform", pytest.param("adakv", marks=pytest.mark.long), pytest.param("global", marks=pytest.mark.long)])  # fmt: skip
-def test_same_tokens_as_transformers_pruned_after_each_segment(server: Server, model_dir: Path, budget: str) -> None:
+@pytest.mark.parametrize(
+    ("budget", "how"),
+    [("profile", "segment_tokens"), ("profile", "boundaries"), ("uniform", "boundaries")]
+    + [pytest.param(budget, "segment_tokens", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global")],
+)
+def test_same_tokens_as_transformers_pruned_after_each_segment(server: Server, model_dir: Path, budget: str, how: str) -> None:
     context = document(model_dir, CONTEXT_TOKENS)
     asked = [context + question(model_dir, text) for text in QUESTIONS]
     flush(server)
     params = {"ignore_eos": True}
-    wish = {"context_len": CONTEXT_TOKENS, **WISH, "budget": budget}
+    wish = {"context_len": CONTEXT_TOKENS, **GATE, **cut(how, CONTEXT_TOKENS), "budget": budget}
     wishes = [{"prompt": each, "obcache": wish, "max_new_tokens": NUM_TOKENS, "sampling_params": params} for each in asked]
     answers = generate_together(server, wishes)
     assert {report(answer)["status"] for answer in answers} == {"compressed", "reused"}
-    kept = kept_by_beginnings(server, context, budget)
+    kept = kept_by_beginnings(server, context, budget, how)
     for tokens, positions in kept.items():
         assert sum(len(head) for layer in positions for head in layer) == int(tokens * 0.4) * 90
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     cache = DynamicCache()
-    for first, last in zip(STARTS, [*STARTS[1:], CONTEXT_TOKENS], strict=True):
+    for first, last in pairwise([*STARTS[how], CONTEXT_TOKENS]):
         with torch.inference_mode(), attending_to(model, kept[first], first) if first else nullcontext():
             position_ids = torch.arange(first, last)[None]
             model(torch.tensor([context[first:last]]), past_key_values=cache, position_ids=position_ids, logits_to_keep=1)

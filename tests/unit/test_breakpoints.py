@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from obcache_sglang.errors import RequestError
-from obcache_sglang.frontend.breakpoints import combined, header, place_marker
+from obcache_sglang.frontend.breakpoints import combined, header, place_markers
 from obcache_sglang.frontend.exchange import ExchangeMiddleware, current, note_report, params_with
 
 MARK = "<|obcache|>"
@@ -89,17 +89,28 @@ def marked_texts(body: Any) -> list[str]:
     ],
 )
 def test_the_marker_ends_the_last_block_that_something_follows(body: dict[str, Any], expected: list[str]) -> None:
-    more = place_marker(body, MARK)
+    more = place_markers(body, MARK, several=False)
     assert marked_texts(body) == expected
     assert more == ({} if expected else None)
+
+
+def test_where_segments_may_end_every_breakpoint_counts() -> None:
+    body = {
+        "system": [text("S", cache_control=EPHEMERAL), text("rest")],
+        "messages": [user(text("D", cache_control={**EPHEMERAL, "ttl": "1h"}), text("Q", cache_control=EPHEMERAL))],
+    }
+    assert place_markers(body, MARK, several=True) == {}
+    assert marked_texts(body) == ["S", "D"]
+    automatic = {"cache_control": EPHEMERAL, "system": "S", "messages": [user(text("D"), text("Q"))]}
+    assert place_markers(automatic, MARK, several=True) == {} and marked_texts(automatic) == ["D"]
 
 
 @pytest.mark.parametrize(("ttl", "seconds"), [("5m", 300), ("1h", 3600)])
 def test_a_lifetime_goes_with_it(ttl: str, seconds: int) -> None:
     body = {"messages": [user(text("D", cache_control={**EPHEMERAL, "ttl": ttl}), text("Q"))]}
-    assert place_marker(body, MARK) == {"ttl_seconds": seconds}
+    assert place_markers(body, MARK, several=False) == {"ttl_seconds": seconds}
     body = {"prompt_cache_options": {"ttl": ttl}, "messages": [user(text("D", cache_control=EPHEMERAL), text("Q"))]}
-    assert place_marker(body, MARK) == {"ttl_seconds": seconds}
+    assert place_markers(body, MARK, several=False) == {"ttl_seconds": seconds}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +119,7 @@ def test_a_lifetime_goes_with_it(ttl: str, seconds: int) -> None:
 )
 def test_wrong_breakpoints_say_what_is_allowed(field: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words.replace("[", r"\[")):
-        place_marker({"messages": [user(text("D", cache_control=field), text("Q"))]}, MARK)
+        place_markers({"messages": [user(text("D", cache_control=field), text("Q"))]}, MARK, several=False)
 
 
 def test_what_a_request_says_itself_counts_more() -> None:

@@ -14,7 +14,7 @@ from obcache_sglang.frontend.hooks import GUARD_TOUCHES
 from obcache_sglang.frontend.hooks import TOUCHES as TOKENIZER_TOUCHES
 from obcache_sglang.frontend.marker import register_marker
 from obcache_sglang.frontend.openai_reports import with_report
-from obcache_sglang.frontend.wish import REQUEST_KEYS, make_plan, parse_wish, split_marker
+from obcache_sglang.frontend.wish import REQUEST_KEYS, make_plan, parse_wish, split_markers
 from obcache_sglang.kv.context import ContextState
 from obcache_sglang.plugin import CLI_TOUCHES, register
 from obcache_sglang.scheduler.metrics import Metrics
@@ -26,7 +26,8 @@ SERVER = settings_from_python({"min_tokens": 4, "compression_ratio": 0.5})
 
 
 def plan_of(value=None, *, num_tokens=100, marker_position=None, server=SERVER, **more):
-    plan = make_plan(parse_wish(value), num_tokens=num_tokens, marker_position=marker_position, server=server, **more)
+    positions = () if marker_position is None else (marker_position,)
+    plan = make_plan(parse_wish(value), **{"num_tokens": num_tokens, "marker_positions": positions, "server": server, **more})
     return None if plan is None else plan.to_dict()
 
 
@@ -46,7 +47,7 @@ def marker_id(tokenizer):
 def test_the_marker_is_one_token_and_leaves_both_sides_alone(tokenizer, marker_id):
     before, after = "The rain in Spain.\n\n", " stays mainly in the plain"
     plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    sent, position = split_marker(tokenizer(before + MARKER + after)["input_ids"], marker_id)
+    sent, (position,) = split_markers(tokenizer(before + MARKER + after)["input_ids"], marker_id)
     assert sent == plain(before)["input_ids"] + plain(after)["input_ids"]
     assert position == len(plain(before)["input_ids"])
     assert tokenizer("nothing to see")["input_ids"] == plain("nothing to see")["input_ids"]
@@ -55,7 +56,7 @@ def test_the_marker_is_one_token_and_leaves_both_sides_alone(tokenizer, marker_i
 def test_the_marker_survives_the_chat_template(tokenizer, marker_id):
     messages = [{"role": "system", "content": "A document." + MARKER}, {"role": "user", "content": "A question?"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    _, position = split_marker(tokenizer(text)["input_ids"], marker_id)
+    _, (position,) = split_markers(tokenizer(text)["input_ids"], marker_id)
     assert tokenizer.decode(tokenizer(text)["input_ids"][:position]).endswith("A document.")
 
 
@@ -89,15 +90,13 @@ def test_a_tokenizer_that_reads_the_right_side_differently_is_refused(model_dir)
 
 def test_prompts_without_a_marker_are_the_same_object():
     token_ids = [1, 2, 3]
-    sent, position = split_marker(token_ids, 9)
+    sent, positions = split_markers(token_ids, 9)
     assert sent is token_ids
-    assert position is None
-    assert split_marker(token_ids, None) == (token_ids, None)
-    given = [1, 9, 2]
-    assert split_marker(given, 9) == ([1, 2], 1)
-    assert given == [1, 9, 2], "a client's list must not change: n > 1 tokenizes it again"
-    with pytest.raises(RequestError, match="contains the context marker 2 times"):
-        split_marker([9, 1, 9], 9)
+    assert positions == ()
+    assert split_markers(token_ids, None) == (token_ids, ())
+    given = [1, 9, 2, 3, 9, 4]
+    assert split_markers(given, 9) == ([1, 2, 3, 4], (1, 3))
+    assert given == [1, 9, 2, 3, 9, 4], "a client's list must not change: n > 1 tokenizes it again"
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------
@@ -146,6 +145,56 @@ def test_the_marker_is_the_boundary():
 def test_plans(value, position, expected):
     plan = plan_of(value, marker_position=position)
     assert {key: plan[key] for key in expected} == expected
+
+
+GATES = settings_from_python({"min_tokens": 4, "gates": "smollm2-135m"})
+
+
+@pytest.mark.parametrize(
+    ("value", "positions", "context_len", "boundaries"),
+    [
+        (None, (30, 50, 90), 90, [30, 50]),
+        (None, (30,), 30, []),
+        ({"boundaries": [30, 50]}, (90,), 90, [30, 50]),
+        ({"boundaries": [30, 50], "context_len": 90}, (), 90, [30, 50]),
+        ({"boundaries": []}, (90,), 90, []),
+    ],
+)
+def test_segments_end_at_all_markers_but_the_last(value, positions, context_len, boundaries):
+    plan = plan_of(value, marker_positions=positions, server=GATES)
+    assert (plan["context_len"], plan["settings"]["boundaries"]) == (context_len, boundaries)
+
+
+def test_under_pressure_only_the_last_end_counts():
+    server = settings_from_python({"min_tokens": 4, "gates": "smollm2-135m", "when": "pressure"})
+    plan = plan_of(None, marker_positions=(30, 50, 90), server=server)
+    assert (plan["context_len"], plan["settings"]["boundaries"]) == (90, [])
+
+
+@pytest.mark.parametrize(
+    ("value", "positions", "words"),
+    [
+        ({"method": "tova"}, (30, 50), "contains the context marker 2 times. With method=tova it may contain it once"),
+        ({"method": "tova", "boundaries": [30]}, (50,), '["boundaries"]=[30] can be used with method=gate only'),
+        ({"boundaries": [30]}, (40, 50), "cannot be combined with several markers"),
+        ({"boundaries": [50]}, (50,), "does not end before the context, which has 50 tokens"),
+        ({"boundaries": [30]}, (), "does not end before the context, which has 0 tokens"),
+        ({"boundaries": [50, 30]}, (90,), "does not ascend"),
+        ({"boundaries": [30, 30]}, (90,), "does not ascend"),
+        ({"boundaries": [0]}, (90,), "a whole number from 1 to"),
+        ({"boundaries": [1.5]}, (90,), "a whole number from 1 to"),
+        ({"boundaries": "30"}, (90,), "is not a list of at most 256 token counts"),
+        ({"boundaries": [*range(1, 400)]}, (90,), "is not a list of at most 256 token counts"),
+        (None, tuple(range(1, 400)), "399 times, more than 257"),
+        ({"context_id": SOME_ID}, (0, 30), "give one marker, before the question"),
+        ({"context_id": SOME_ID, "boundaries": [30]}, (0,), "leave out boundaries"),
+        (None, (0, 30), "no context before it"),
+    ],
+)
+def test_wrong_boundaries_say_what_is_allowed(value, positions, words):
+    with pytest.raises(RequestError) as refused:
+        plan_of(value, num_tokens=500, marker_positions=positions, server=GATES)
+    assert words in str(refused.value)
 
 
 def test_a_reason_to_be_exact_is_carried_on():
@@ -330,7 +379,7 @@ def test_wrong_options_of_the_marker_are_named(serve_one):
 
 def test_a_defect_of_ours_lets_no_options_through(serve_one, monkeypatch):
     """They would be read as a token of no meaning, and the rest of them as text."""
-    monkeypatch.setattr("obcache_sglang.frontend.hooks.split_marker", lambda *_: 1 / 0)
+    monkeypatch.setattr("obcache_sglang.frontend.hooks.split_markers", lambda *_: 1 / 0)
     serve_one.frontend.vocab_size += 100  # padded, as many models' are
     assert serve_one(CONTEXT)[1].input_ids == serve_one.manager.tokenizer(CONTEXT)["input_ids"]
     with pytest.raises(ZeroDivisionError):
@@ -652,7 +701,7 @@ def test_the_middleware_of_the_host_sees_which_routes_are_for_operators(monkeypa
 
     app = FastAPI()
     monkeypatch.setattr(http_server, "app", app)
-    monkeypatch.setattr(http_api.Frontend, "of", lambda manager: SimpleNamespace(marker=None))
+    monkeypatch.setattr(http_api.Frontend, "of", lambda manager: SimpleNamespace(marker=None, settings=SERVER))
     http_api._add_routes(SimpleNamespace(admin_api_key="k"), None)
 
     def level(method, path):

@@ -1,0 +1,82 @@
+"""Prompts that say where several segments end: system prompt, document, turns of a conversation. On the real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from obcache_sglang.local_server import Server
+from tests.serving.client import MARKER, document, flush, generate, report, tokenizer
+from tests.serving.conftest import COMMON, serving
+from tests.serving.test_segments import prefilled_tokens
+
+TOPICS = ("naming", "binary", "calls")
+
+
+@pytest.fixture(scope="module")
+def gate_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    flags = (*COMMON, "--max-total-tokens", "8192", "--chunked-prefill-size", "512", "--obcache", "--obcache-min-tokens", "32")
+    flags += ("--obcache-gates", "smollm2-135m", "--obcache-compression-ratio", "0.6")
+    yield from serving(model_dir, tmp_path_factory.mktemp("gates"), flags)
+
+
+def test_a_system_prompt_is_read_once_for_all_documents_behind_it(gate_server: Server, model_dir: Path) -> None:
+    words = tokenizer(model_dir)
+    system, *documents = (words.decode(document(model_dir, 200, topic)) for topic in TOPICS)
+    flush(gate_server)
+    turns = []
+    for text in documents:
+        before = prefilled_tokens(gate_server)
+        answer = generate(gate_server, f"{system}{MARKER}{text}{MARKER}\n\nIn short,")
+        assert report(answer)["status"] == "compressed"
+        turns.append(prefilled_tokens(gate_server) - before)
+    system_tokens = len(words(system)["input_ids"])
+    assert turns[1] < turns[0] - system_tokens + 20
+    # The system prompt is a context by itself, and the answer does not depend on who came first.
+    alone = generate(gate_server, f"{system}{MARKER}\n\nIn short,")
+    assert (report(alone)["status"], report(alone)["context_tokens"]) == ("reused", system_tokens)
+    flush(gate_server)
+    again = generate(gate_server, f"{system}{MARKER}{documents[1]}{MARKER}\n\nIn short,")
+    assert again["output_ids"] == answer["output_ids"]
+
+
+def test_a_turn_of_a_chat_costs_its_own_tokens(gate_server: Server, model_dir: Path) -> None:
+    """The client leaves its markers where they were, and puts one more at the end of each turn."""
+    words = tokenizer(model_dir)
+    flush(gate_server)
+    messages = [{"role": "system", "content": words.decode(document(model_dir, 300, "class")) + MARKER}]
+    turns, cached = [], []
+    for topic in ("exceptions", "numbers", "with", "try"):
+        asked = words.decode(document(model_dir, 150, topic))
+        messages.append({"role": "user", "content": asked + MARKER + "\n\nIs that so?"})
+        before = prefilled_tokens(gate_server)
+        body = {"model": "default", "messages": messages, "max_tokens": 8}
+        answer = gate_server.post("/v1/chat/completions", {**body, "stream": False})
+        turns.append(prefilled_tokens(gate_server) - before)
+        found = answer["metadata"]["obcache"]
+        cached.append((found["status"], found["context_tokens"], answer["usage"]["prompt_tokens"]))
+        messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+    assert [status for status, _, _ in cached] == ["compressed"] * 4
+    # The whole history would be 1,000 tokens in the last turn.
+    assert max(turns[1:]) < 260 and cached[-1][2] > 900, (turns, cached)
+
+
+def test_every_breakpoint_ends_a_segment(gate_server: Server, model_dir: Path) -> None:
+    """Anthropic's clients mark the system prompt and the document: the first is read once for all documents."""
+    flush(gate_server)
+    words = tokenizer(model_dir)
+    system, *documents = (words.decode(document(model_dir, 200, topic)) for topic in TOPICS)
+    mark = {"cache_control": {"type": "ephemeral"}}
+    made = []
+    for text in documents:
+        content = [{"type": "text", "text": text, **mark}, {"type": "text", "text": "In short?"}]
+        body = {"model": "default", "max_tokens": 4, "messages": [{"role": "user", "content": content}]}
+        body["system"] = [{"type": "text", "text": system, **mark}]
+        answer = gate_server.request("POST", "/v1/messages", json=body)
+        assert answer.status_code == 200 and answer.headers["X-Obcache"].startswith("compressed"), answer.headers
+        made.append(answer.json()["usage"]["cache_creation_input_tokens"])
+    assert made[1] < made[0] - 150, "the system prompt is compressed already"
+    contexts = gate_server.get("/obcache/contexts")["contexts"]
+    assert len(contexts) == 3 and sorted(len(each["settings"]["boundaries"]) for each in contexts) == [0, 1, 1]
