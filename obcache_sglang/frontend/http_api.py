@@ -71,7 +71,7 @@ def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
     @router.post("/compress")
     async def compress(request: Request) -> Any:
         """With `"stream": true` sends server-sent events: {"progress": ...} while it compresses, then the answer, then [DONE]."""
-        body = await _json_object(request)
+        body = _in_namespace(await _json_object(request), request)
         stream = body.pop("stream", False)
         if not isinstance(stream, bool):
             raise RequestError(f"stream={shown(stream)} is not true or false.")
@@ -153,9 +153,23 @@ async def _json_object(request: Request) -> dict[str, Any]:
     return body
 
 
+_NAMESPACE_HEADERS = {"extra_key": EXTRA_KEY_HEADER, "cache_salt": SALT_HEADER, "lora_path": LORA_HEADER}
+
+
 def _caller(request: Request) -> service.Caller:
-    header = request.headers.get
-    return service.Caller(header(EXTRA_KEY_HEADER) or None, header(SALT_HEADER) or None, header(LORA_HEADER) or None)
+    extra_key, cache_salt, lora_path = (request.headers.get(header) or None for header in _NAMESPACE_HEADERS.values())
+    return service.Caller(extra_key, cache_salt, lora_path)
+
+
+def _in_namespace(body: dict[str, Any], request: Request) -> dict[str, Any]:
+    """A body with the namespace that its headers give. Raises RequestError where it names another one."""
+    for name, header in _NAMESPACE_HEADERS.items():
+        given = request.headers.get(header)
+        if given and body.get(name) not in (None, given):
+            raise RequestError(f"The header {header} and {name} in the body differ: give one of them.")
+        if given:
+            body[name] = given
+    return body
 
 
 class _IdsShortened(logging.Filter):

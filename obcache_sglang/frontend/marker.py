@@ -232,7 +232,7 @@ def _rendered_before(tokenizer: Any, text: str, messages: list[dict[str, str]]) 
 def _added(tokenizer: Any, *plain: array[int]) -> frozenset[int]:
     """The tokenizer's added tokens, but blanks (some have tokens for many) and those that are in the marker's own text."""
     words = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if str(token).strip())
-    return frozenset(words)
+    return frozenset(words).difference(*plain)
 
 
 def _middles(tokenizer: Any, *plain: array[int]) -> tuple[array[int], ...]:

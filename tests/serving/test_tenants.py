@@ -40,6 +40,12 @@ def test_namespaces_are_separate_on_every_endpoint(server: Server, model_dir: Pa
     made = generate(server, prompt, obcache={"context_len": L}, **{field: "mine"})
     identity = report(made)["context_id"]
     name = server.get(f"/obcache/contexts/{identity}", headers={header: "mine"})["name"]
+    # Compressing ahead hears the header too.
+    ahead = server.request("POST", "/obcache/compress", json={"input_ids": prompt[:L]}, headers={header: "mine"})
+    assert (ahead.json()["status"], ahead.json()["id"]) == ("reused", identity)
+    differing = {"input_ids": prompt[:L], field: "yours"}
+    refused = server.request("POST", "/obcache/compress", json=differing, headers={header: "mine"})
+    assert refused.status_code == 400 and "differ" in refused.text
     for headers in ({}, {header: "yours"}, {"X-Cache-Salt": "mine", "X-Extra-Key": "mine"}):
         assert name not in {each["name"] for each in server.get("/obcache/contexts", headers=headers)["contexts"]}
         for path in (f"/obcache/contexts/{identity}", f"/obcache/contexts/by-name/{name}?positions=true"):
