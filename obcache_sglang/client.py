@@ -58,6 +58,7 @@ class CompressionParams(TypedDict, total=False):
     normalization: str
     replay_chunk: int
     segment_tokens: int | None
+    exact_segments: int
     pin: bool
     ttl_seconds: float | None
 

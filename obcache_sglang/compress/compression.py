@@ -83,7 +83,11 @@ class Compressor:
             return AdaKV(num_slots, settings.safeguarded_tokens(num_slots))
         if settings.budget == "profile":
             assert self.head_profile is not None
-            counts = self.head_profile.counts(context.num_tokens, num_slots, fewest_kept(context), self.lanes, most)
+            exact = settings.exact_tokens
+            others = None if most is None else [each - exact for each in most]
+            fewest = fewest_kept(context) - exact
+            counts = self.head_profile.counts(context.num_tokens - exact, num_slots - exact, fewest, self.lanes, others)
+            counts = [exact + count for count in counts]
             return Profile(counts, [recent_kept(context, count) for count in counts])
         if settings.measures_errors:
             return MeasuredGlobal(num_slots, num_layers, kept_numbers(fewest_kept(context), context.num_tokens))
@@ -195,7 +199,7 @@ class Compression:
             scores.expand(layer.tp_k_head_num, -1),
             context.num_slots,
             window=settings.kept_window,
-            sink_tokens=settings.sink_tokens,
+            sink_tokens=settings.kept_sinks,
             pooling=settings.pooling,
             kernel_size=settings.kernel_size,
             shrink_window=settings.shrinks_window,
@@ -375,11 +379,11 @@ class Compression:
 
 def recent_kept(context: Context, count: int) -> int:
     """How many of a context's last tokens a head keeps at least for its method's `recent_share`, if it keeps `count` in all."""
-    return int(context.settings.recent_share * max(0, count - context.settings.sink_tokens))
+    return int(context.settings.recent_share * max(0, count - context.settings.kept_sinks))
 
 
 def fewest_kept(context: Context) -> int:
     """Tokens that each head keeps at least, where heads keep different numbers: what is always kept, and one."""
     settings = context.settings
     window = effective_window(settings.kept_window, context.num_slots, settings.shrinks_window)
-    return min(context.num_slots, max(1, settings.sink_tokens + window))
+    return min(context.num_slots, max(1, settings.kept_sinks + window))

@@ -156,8 +156,10 @@ def make_plan(
                 f"The prompt contains the context marker {len(marker_positions)} times. With method={settings.method} it may contain it once, "
                 "where the context ends; with method=gate, also where segments end that other prompts share."
             )
+        exact_tokens = boundaries[: settings.exact_segments][-1] if boundaries and settings.exact_segments else 0
         # Until room is short everything is cached exactly, and shared as far as it is alike.
-        settings = replace(settings, boundaries=() if server.when == "pressure" else boundaries)
+        own = () if server.when == "pressure" else boundaries
+        settings = replace(settings, boundaries=own, exact_tokens=exact_tokens)
     except InvalidValue as error:
         raise _wrong(error.name, error.value, error.reason) from error
     return Plan(

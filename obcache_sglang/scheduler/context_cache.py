@@ -152,7 +152,7 @@ class ContextCache:
     def find_prefix(self, namespace: Namespace, settings: Sequence[CompressionSettings], tokens: array[int]) -> Context | None:
         """The longest resident context, made with one of these settings, that `tokens` starts with and goes on after.
 
-        settings: without boundaries, which contexts may have."""
+        settings: without boundaries and exact tokens, which contexts may have."""
         best: Context | None = None
         for context in self._contexts.values():
             length = context.num_tokens
@@ -161,7 +161,7 @@ class ContextCache:
                 and length < len(tokens)
                 and (best is None or length > best.num_tokens)
                 and tokens[max(0, length - 8) : length] == context.tokens[-8:]  # copies the whole only where it may be equal
-                and replace(context.settings, boundaries=()) in settings
+                and replace(context.settings, boundaries=(), exact_tokens=0) in settings
                 and context.namespace == namespace
                 and tokens[:length] == context.tokens
             ):

@@ -26,6 +26,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
     "recent_tokens": (0, _LONGEST_CONTEXT, "no context is longer"),
     "max_kept_tokens": (1, _LONGEST_CONTEXT, "no context is longer"),
     "segment_tokens": (128, _LONGEST_CONTEXT, "each segment is a compression of its own, which shorter ones would not be worth"),
+    "exact_segments": (0, 256, "a prompt has at most 256 boundaries"),
     "replay_chunk": (32, 1 << 20, "each pass also reads a prompt of its own, which would outweigh shorter chunks"),
     "context_len": (1, _LONGEST_CONTEXT, "no context is longer"),
     "ttl_seconds": (1, 366 * 86400, "at most a year"),
@@ -266,6 +267,16 @@ COMPRESSION_OPTIONS = (
         ),
         _number,
         "TOKENS",
+    ),
+    Option(
+        "exact_segments",
+        _whole_number("the number of first segments that keep all their tokens"),
+        (
+            "Method gate, prompts that say where several segments end: so many first segments, such as a system prompt with its "
+            "instructions, keep all their tokens, and the ratio is of the others. Default: 0."
+        ),
+        _number,
+        "SEGMENTS",
     ),
     Option(
         "budget",

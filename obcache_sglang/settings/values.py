@@ -52,6 +52,8 @@ class CompressionSettings:
     segment_tokens: method gate only. Longer contexts are compressed segment by segment (`segment_start`); None for whole ones.
     boundaries: method gate only. Where segments of the context end that other prompts share, such as a system prompt or a turn of a
         conversation: token counts, ascending. Of each context only those that lie in it (`within`).
+    exact_segments: method gate only. So many first segments of a prompt with boundaries keep all their tokens.
+    exact_tokens: the tokens of these segments; all of a shorter context.
     normalization: for budget global. `layer` divides each query's errors by the squared norm of what the layer's attention adds there,
         both after the output projection (`compress.scores.relative_error_weights`), so that layers and heads can be compared. It
         applies to obcache scores, and to the errors that are measured for a replay (`compress.measured_errors`). These errors decide
@@ -76,6 +78,8 @@ class CompressionSettings:
     replay_chunk: int = 2048
     segment_tokens: int | None = None
     boundaries: tuple[int, ...] = ()
+    exact_segments: int = 0
+    exact_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Raises InvalidValue for the first setting that is not allowed, alone or with the others."""
@@ -110,6 +114,10 @@ class CompressionSettings:
                 "boundaries",
                 list(self.boundaries),
                 f"can be used with method=gate only; with {self.method} the queries of a whole context score. Give one boundary, the last.",
+            )
+        if self.exact_segments and method.scored_by != "gates":
+            raise InvalidValue(
+                "exact_segments", self.exact_segments, f"can be used with method=gate only, not with {self.method}. Remove it."
             )
         if self.pooling not in method.poolings:
             raise InvalidValue(
@@ -158,7 +166,7 @@ class CompressionSettings:
     def fingerprint(self) -> str:
         """16 hexadecimal digits, equal in every process and release for equal settings."""
         values = self.to_dict()
-        for name in ("segment_tokens", "boundaries"):
+        for name in ("segment_tokens", "boundaries", "exact_segments", "exact_tokens"):
             if not values[name]:  # a later setting, which changes nothing of what was stored without it
                 del values[name]
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -230,10 +238,12 @@ class CompressionSettings:
         return "max" if self.is_replay and self.score == "attention" else "sum"
 
     def kept_tokens(self, context_tokens: int) -> int:
-        """Tokens kept per KV head of a context of `context_tokens`: `int(L * (1 - ratio))`, at least 1, at most the cap."""
-        kept = int(context_tokens * (1 - self.compression_ratio))
+        """Tokens kept per KV head of a context of `context_tokens`: `int(L * (1 - ratio))`, at least 1, at most the cap; where the first
+        `exact_tokens` are all kept, these and so many of the others."""
+        exact = min(self.exact_tokens, context_tokens)
+        kept = exact + int((context_tokens - exact) * (1 - self.compression_ratio))
         if self.max_kept_tokens is not None:
-            kept = min(kept, self.max_kept_tokens)
+            kept = max(exact, min(kept, self.max_kept_tokens))
         return max(kept, 1)
 
     def kept_slots(self, context_tokens: int, page_size: int) -> int:
@@ -243,14 +253,19 @@ class CompressionSettings:
 
     def within(self, context_tokens: int, page_size: int) -> CompressionSettings:
         """The settings of a context of `context_tokens` (whole pages): with its own boundaries, whole pages, `MIN_SEGMENT_TOKENS` apart."""
-        if not self.boundaries:
+        if not self.boundaries and self.exact_tokens <= context_tokens:
             return self
         own: list[int] = []
         for boundary in self.boundaries:
             pages = boundary // page_size * page_size
             if pages < context_tokens and pages - (own[-1] if own else 0) >= MIN_SEGMENT_TOKENS:
                 own.append(pages)
-        return replace(self, boundaries=tuple(own))
+        return replace(self, boundaries=tuple(own), exact_tokens=min(self.exact_tokens, context_tokens))
+
+    @property
+    def kept_sinks(self) -> int:
+        """Number of first positions that every head keeps."""
+        return max(self.sink_tokens, self.exact_tokens)
 
     def segment_start(self, context_tokens: int, page_size: int) -> int:
         """Where the last segment of a context of `context_tokens` (whole pages) begins: its tokens before are a context of their own.

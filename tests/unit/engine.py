@@ -153,7 +153,7 @@ class Driven:
             "sampling_params": SamplingParams(max_new_tokens=4),
         }
         length = 0 if plan.get("finds_boundary") else len(context)
-        settings = replace(self.manager.settings.compression, boundaries=boundaries)
+        settings = replace(plan.pop("settings", self.manager.settings.compression), boundaries=boundaries)
         wish = Plan(length, settings, now=self.now, **plan)
         req = self.manager.create_request(fields, wish.to_dict())
         self.engine.queue.append(req)

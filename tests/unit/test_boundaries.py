@@ -11,7 +11,7 @@ import pytest
 from obcache_sglang.errors import InvalidValue
 from obcache_sglang.settings import CompressionSettings
 from tests.unit.test_manager import report
-from tests.unit.test_segments import driven, make_all
+from tests.unit.test_segments import BASE, HEADS, LAYERS, WHOLE, World, driven, make_all
 
 SYSTEM = array("q", range(200))
 GATE = CompressionSettings.resolve({"method": "gate", "compression_ratio": 0.5})
@@ -102,3 +102,41 @@ def test_who_gives_no_boundary_finds_contexts_that_have_some() -> None:
         drive.engine.queue[0].namespace, [drive.manager.settings.compression], document + text(9000, 5)
     )
     assert found is not None and found.num_tokens == 500
+
+
+# --- segments that stay exact -------------------------------------------------------------------------------------------
+
+
+def test_the_ratio_is_of_what_comes_after_the_exact_segments() -> None:
+    settings = replace(GATE, boundaries=(200, 500), exact_segments=1, exact_tokens=200)
+    assert [settings.kept_tokens(tokens) for tokens in (150, 200, 300, 500)] == [150, 200, 250, 350]
+    assert replace(settings, max_kept_tokens=100).kept_tokens(500) == 200
+    # A beginning that is exact as a whole is the same context, whatever follows it.
+    assert settings.within(150, 1) == replace(settings, boundaries=(), exact_tokens=150)
+    with pytest.raises(InvalidValue, match="exact_segments=1 can be used with method=gate only"):
+        CompressionSettings.resolve({"method": "tova", "exact_segments": 1})
+
+
+@pytest.mark.parametrize("budget", ["uniform", "adakv", "global", "profile"])
+@pytest.mark.parametrize("exact", [100, BASE])
+def test_every_head_keeps_the_exact_segments(budget: str, exact: int) -> None:
+    """Compressed whole, and after a base that has them; the total is what it should be."""
+    world = World(budget, exact_tokens=exact, recent_tokens=8)
+    base, base_slots = world.compress(BASE)
+    for context, slots in (world.compress(WHOLE), world.compress(WHOLE, base, base_slots)):
+        kept = context.kept
+        assert kept is not None
+        heads = [kept.positions[first:last].tolist() for first, last in pairwise(kept.bounds)]
+        assert len(heads) == LAYERS * HEADS and all(head[:exact] == list(range(exact)) for head in heads)
+        assert sum(map(len, heads)) == len(slots) * len(heads) == (exact + int((WHOLE - exact) * 0.4)) * len(heads)
+
+
+def test_a_system_prompt_that_stays_exact_is_shared_like_any_other() -> None:
+    drive = driven(4000, segment_tokens=None)
+    for number, first in enumerate((1000, 2000)):
+        document = SYSTEM + text(first, 300)
+        settings = replace(drive.manager.settings.compression, exact_segments=1, exact_tokens=200)
+        drive.ask(document, boundaries=(200,), settings=settings)
+        assert make_all(drive) == ([200, 300], [300])[number]
+    slots = sorted(each.num_slots for each in drive.manager.cache)
+    assert slots == [200, 350, 350]

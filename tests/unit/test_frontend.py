@@ -165,6 +165,14 @@ def test_segments_end_at_all_markers_but_the_last(value, positions, context_len,
     assert (plan["context_len"], plan["settings"]["boundaries"]) == (context_len, boundaries)
 
 
+@pytest.mark.parametrize(
+    ("segments", "positions", "exact_tokens"), [(1, (30, 90), 30), (2, (30, 50, 90), 50), (5, (30, 50, 90), 50), (1, (90,), 0)]
+)
+def test_first_segments_may_stay_exact(segments, positions, exact_tokens):
+    plan = plan_of({"exact_segments": segments}, marker_positions=positions, server=GATES)
+    assert plan["settings"]["exact_tokens"] == exact_tokens
+
+
 def test_under_pressure_only_the_last_end_counts():
     server = settings_from_python({"min_tokens": 4, "gates": "smollm2-135m", "when": "pressure"})
     plan = plan_of(None, marker_positions=(30, 50, 90), server=server)
