@@ -155,7 +155,11 @@ class _Prometheus:
             return PrometheusCounter(f"sglang:obcache_{name}", text, labelnames=names).labels(**labels)
 
         def gauge(name: str, text: str) -> Any:
-            return Gauge(f"sglang:obcache_{name}", text, labelnames=names, multiprocess_mode="mostrecent").labels(**labels)
+            made = Gauge(f"sglang:obcache_{name}", text, labelnames=names, multiprocess_mode="mostrecent").labels(**labels)
+            made.set(
+                0
+            )  # one that was never set has no sample, and no labels: sglang-router cannot join it with another replica's
+            return made
 
         self.compressions = counter("compressions_total", "Contexts compressed.")
         self.in_place = counter("in_place_total", "Contexts compressed from their cached exact KV, without a forward.")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from obcache_sglang.local_server import Server, serve
+from obcache_sglang.local_server import Server, free_port, running, serve
 
 # The busy leak check runs every step, so that a slot lost or counted twice at any time ends the server.
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
@@ -27,6 +31,27 @@ def serving(model_dir: Path, folder: Path, flags: tuple[str, ...], env: dict[str
     """What a fixture yields from: a server, with its log in folder, that is `checked` at the end."""
     with serve(model_dir, folder / "log", flags, env) as running:
         yield from checked(running)
+
+
+@contextlib.contextmanager
+def routed(replicas: list[Server], folder: Path, flags: tuple[str, ...]) -> Iterator[Server]:
+    """SGLang's router before the replicas, once it knows them; its log in folder."""
+    port = free_port()
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--prometheus-port", str(free_port()), "--worker-urls", *(each.url for each in replicas), *flags]
+    with running(command, port, folder / "router") as router:
+        deadline = time.monotonic() + 60
+        while len(router.get("/workers")["workers"]) < len(replicas):
+            assert time.monotonic() < deadline, router.log()
+            time.sleep(0.1)
+        yield router
+
+
+def deployed_router_flags() -> tuple[str, ...]:
+    """What the image of launch/deploy gives the router, without host and port: tested is what is deployed."""
+    text = (Path(__file__).parents[2] / "launch" / "deploy" / "router.Dockerfile").read_text(encoding="utf-8")
+    command = json.loads(text.partition("ENTRYPOINT ")[2].replace("\\\n", ""))
+    return tuple(command[command.index("--policy") :])
 
 
 @pytest.fixture(scope="session")

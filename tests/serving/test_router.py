@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from obcache_sglang.local_server import Server, free_port, running, serve
+from obcache_sglang.local_server import Server, serve
 from tests.serving.client import MARKER, QUESTIONS, compressions, document, flush, generate, report, tokenizer
-from tests.serving.conftest import COMMON, STRICT, checked
+from tests.serving.conftest import COMMON, STRICT, checked, routed
 from tests.serving.test_lifetimes import wait_for
 
 pytestmark = pytest.mark.long
@@ -39,13 +38,9 @@ def behind(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         replicas = [
             stack.enter_context(serve(model_dir, folder / f"replica{number}", (*COMMON, *FLAGS), STRICT)) for number in range(2)
         ]
-        port = free_port()
-        command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--policy", "cache_aware", "--disable-circuit-breaker", "--worker-urls", *(each.url for each in replicas)]
-        # A replica that has ended is found out by the first request or by this check.
-        command += ["--health-check-interval-secs", "2", "--prometheus-port", str(free_port())]
-        router = stack.enter_context(running(command, port, folder / "router"))
-        wait_for(lambda: router.request("GET", "/v1/models").status_code == 200, 60)
+        # Without the retries of launch/deploy. A replica that has ended is found out by the first request or by this check.
+        flags = ("--policy", "cache_aware", "--disable-circuit-breaker", "--health-check-interval-secs", "2")
+        router = stack.enter_context(routed(replicas, folder, flags))
         yield Replicas(router, replicas)
         for each in replicas[1:]:  # a test ends the first one
             for _ in checked(each):
@@ -98,6 +93,61 @@ def test_openai_endpoints_go_through(behind: Replicas, model_dir: Path, endpoint
     statuses = [each["metadata"]["obcache"]["status"] for each in answers]
     assert set(statuses) <= {"compressed", "reused"}
     assert statuses[1:] == ["reused", "reused"]
+
+
+def test_an_answer_of_no_tokens_compresses_ahead(behind: Replicas, model_dir: Path) -> None:
+    """`/obcache/compress` is not routed. This goes where the questions will go."""
+    for each in behind.replicas:
+        flush(each)
+    text = texts(model_dir)[3]
+    ahead = generate(behind.router, text + MARKER + QUESTIONS[0], max_new_tokens=0)
+    assert (ahead["output_ids"], report(ahead)["status"]) == ([], "compressed")
+    answers = [generate(behind.router, text + MARKER + asked) for asked in QUESTIONS]
+    assert [report(answer)["status"] for answer in answers] == ["reused"] * 3
+    assert {report(answer)["context_id"] for answer in answers} == {report(ahead)["context_id"]}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "passed_on"),
+    [(completion, {"cache_salt", "extra_key"}), (chat, set()), (native, {"extra_key"})],
+)
+def test_which_namespaces_reach_a_replica(behind: Replicas, model_dir: Path, endpoint: Any, passed_on: set[str]) -> None:
+    """What a router drops does not separate tenants."""
+
+    def context_id(**fields: str) -> str:
+        path, body = endpoint(texts(model_dir)[0] + MARKER + QUESTIONS[0])
+        answer = behind.router.post(path, {**body, **fields})
+        meta = answer["meta_info"] if path == "/generate" else answer["metadata"]
+        return meta["obcache"]["context_id"]
+
+    shared = context_id()
+    assert {name for name in ("cache_salt", "extra_key") if context_id(**{name: "tenant"}) != shared} == passed_on
+
+
+def test_breakpoints_do_not_reach_a_replica(behind: Replicas, model_dir: Path) -> None:
+    parts = [
+        {"type": "text", "text": texts(model_dir)[1], "cache_control": {"type": "ephemeral"}},
+        {"type": "text", "text": QUESTIONS[0]},
+    ]
+    body = {"model": "default", "messages": [{"role": "user", "content": parts}], "max_tokens": 4}
+    itself, through = (each.request("POST", "/v1/chat/completions", json=body) for each in (behind.replicas[0], behind.router))
+    assert itself.status_code == through.status_code == 200
+    assert "X-Obcache" in itself.headers
+    assert "X-Obcache" not in through.headers
+
+
+def test_what_is_not_routed(behind: Replicas) -> None:
+    model = behind.router.get("/v1/models")["data"][0]["id"]
+    response = {"model": model, "input": "One, two, three,", "max_output_tokens": 4}
+    for path, body, status in (
+        ("/v1/messages", {"model": model, "messages": [{"role": "user", "content": "One, two,"}], "max_tokens": 4}, 404),
+        ("/obcache/compress", {"text": "One, two, three,"}, 404),
+        ("/generate", {"text": ["One, two,", "Three, four,"]}, 422),
+        ("/v1/responses", response, 400),
+        ("/v1/responses", {**response, "stream": False}, 200),
+    ):
+        answer = behind.router.request("POST", path, json=body)
+        assert answer.status_code == status, (path, answer.text)
 
 
 @pytest.mark.parametrize("endpoint", [completion, chat, native])

@@ -228,6 +228,14 @@ def test_the_router_knows_which_replica_has_a_document() -> None:
     assert '"--policy", "cache_aware"' in (DEPLOY / "router.Dockerfile").read_text(encoding="utf-8")
 
 
+def test_the_router_of_the_docs_is_the_deployed_one() -> None:
+    command = json.loads(
+        (DEPLOY / "router.Dockerfile").read_text(encoding="utf-8").partition("ENTRYPOINT ")[2].replace("\\\n", "")
+    )
+    (shown,) = re.findall(r"launch_router (.*?)--worker-urls", (DOCS / "routers.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert shown.replace("\\\n", "").split() == command[command.index("--policy") :]
+
+
 def test_the_image_has_the_pinned_sglang() -> None:
     (pin,) = re.findall(r'"sglang==([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert f"lmsysorg/sglang:v{pin}\n" in (DEPLOY / "Dockerfile").read_text(encoding="utf-8")

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -672,6 +675,23 @@ def test_metrics_count_once_for_status_and_prometheus():
     silent.reused(5)
     assert silent.to_dict()["tokens_saved"] == 5
     assert REGISTRY.get_sample_value("sglang:obcache_reuses_total", labels) == 2
+
+
+def test_every_family_of_metrics_has_a_sample_before_anything_happened(tmp_path):
+    """Prometheus's collector for several processes shows a gauge that was never set without labels, and `sglang-router` refuses to join that with
+    the labels of another replica."""
+    program = """
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+from obcache_sglang.scheduler.metrics import Metrics
+Metrics.create(True, {"model_name": "m"})
+families = list(MultiProcessCollector(CollectorRegistry()).collect())
+print(len(families), *(each.name for each in families if not each.samples))
+"""
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    said = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout.split()
+    assert int(said[0]) > 10
+    assert said[1:] == []
 
 
 def test_a_context_in_the_frontend_language_ends_with_the_marker():
