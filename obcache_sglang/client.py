@@ -144,15 +144,20 @@ class Client:
         self._http = httpx.Client(transport=transport, **_http_options(api_key, timeout))
 
     @overload
-    def ask(self, context: str, question: str, **options: Unpack[AskOptions]) -> Answer: ...
+    def ask(self, context: str | Sequence[str], question: str, **options: Unpack[AskOptions]) -> Answer: ...
 
     @overload
-    def ask(self, context: str, question: list[str] | tuple[str, ...], **options: Unpack[AskOptions]) -> list[Answer]: ...
+    def ask(
+        self, context: str | Sequence[str], question: list[str] | tuple[str, ...], **options: Unpack[AskOptions]
+    ) -> list[Answer]: ...
 
-    def ask(self, context: str, question: str | Sequence[str], **options: Unpack[AskOptions]) -> Answer | list[Answer]:
+    def ask(
+        self, context: str | Sequence[str], question: str | Sequence[str], **options: Unpack[AskOptions]
+    ) -> Answer | list[Answer]:
         """The answer to a question about `context`. For a list of questions: the list of their answers, in the same order.
 
-        context: the text that questions share. The server compresses it once, and keeps it for later calls.
+        context: the text that questions share. The server compresses it once, and keeps it for later calls. A list: texts one after the
+            other, each shared with all contexts that begin alike, such as instructions and a document; for servers with gates.
         question: the questions of a list are asked `MAX_CONNECTIONS` at a time.
         options: `temperature=0` and other sampling parameters, `compression_ratio=0.5` and other settings, `chat=False` for a plain
             completion. All of them: `AskOptions`.
@@ -203,12 +208,16 @@ class AsyncClient:
         self._http = httpx.AsyncClient(transport=transport, **_http_options(api_key, timeout))
 
     @overload
-    async def ask(self, context: str, question: str, **options: Unpack[AskOptions]) -> Answer: ...
+    async def ask(self, context: str | Sequence[str], question: str, **options: Unpack[AskOptions]) -> Answer: ...
 
     @overload
-    async def ask(self, context: str, question: list[str] | tuple[str, ...], **options: Unpack[AskOptions]) -> list[Answer]: ...
+    async def ask(
+        self, context: str | Sequence[str], question: list[str] | tuple[str, ...], **options: Unpack[AskOptions]
+    ) -> list[Answer]: ...
 
-    async def ask(self, context: str, question: str | Sequence[str], **options: Unpack[AskOptions]) -> Answer | list[Answer]:
+    async def ask(
+        self, context: str | Sequence[str], question: str | Sequence[str], **options: Unpack[AskOptions]
+    ) -> Answer | list[Answer]:
         """As `Client.ask`."""
         asked = _requests(self.marker, context, question, options)
         if isinstance(question, str):
@@ -259,17 +268,22 @@ def _http_options(api_key: str | None, timeout: float | None) -> dict[str, Any]:
     }
 
 
-def _requests(marker: str, context: str, question: str | Sequence[str], options: AskOptions) -> list[_Request]:
+def _requests(marker: str, context: str | Sequence[str], question: str | Sequence[str], options: AskOptions) -> list[_Request]:
     """One for each question. Raises ValueError, and TypeError for an argument of another type or name."""
     for name in options:
         if name not in AskOptions.__optional_keys__:
             raise TypeError(f"ask() has no option {name!r}. Its options are {', '.join(sorted(AskOptions.__optional_keys__))}.")
-    _check_text("context", context, marker)
+    contexts: list[str] = list(context) if isinstance(context, list | tuple) else [cast("str", context)]
+    if not contexts:
+        raise ValueError("context=[] is empty. Give some text to ask about.")
+    for number, each in enumerate(contexts):
+        _check_text(f"context[{number}]" if isinstance(context, list | tuple) else "context", each, marker)
     questions = [question] if isinstance(question, str) else list(question)
     for number, each in enumerate(questions):
         _check_text("question" if isinstance(question, str) else f"question[{number}]", each, marker)
     given = cast("dict[str, Any]", options)
-    return [_request(context + marker, each, marker, given) for each in questions]
+    marked = "".join(each + marker for each in contexts)
+    return [_request(marked, each, marker, given) for each in questions]
 
 
 def _check_text(name: str, text: object, marker: str) -> None:
@@ -277,11 +291,13 @@ def _check_text(name: str, text: object, marker: str) -> None:
         raise TypeError(f"{name} is a {type(text).__name__}. Give a string.")
     if not text.strip():
         raise ValueError(f"{name}={text!r} is empty. Give some text: a context to ask about, and a question about it.")
-    if marker in text:
-        raise ValueError(
-            f"{name} contains the marker {marker!r}, at character {text.index(marker)}. It may not, because the client puts the marker "
-            f"where the context ends. Take it out, for example with text.replace({marker!r}, '')."
-        )
+    with_options = marker.removesuffix("|>") + ":" if marker.startswith("<|") and marker.endswith("|>") else marker
+    for found in (marker, with_options):
+        if found in text:
+            raise ValueError(
+                f"{name} contains the marker {found!r}, at character {text.index(found)}. It may not, because the client puts the marker "
+                f"where the context ends. Take it out, for example with text.replace({found!r}, '')."
+            )
 
 
 def _request(marked: str, question: str, marker: str, options: Mapping[str, Any]) -> _Request:

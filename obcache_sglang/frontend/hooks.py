@@ -87,23 +87,22 @@ class Frontend:
         action: Action = getattr(request, ACTION, "ask")
         before: tuple[int, ...] = ()
         if self.marker is not None and positions and action == "ask":
-            in_front = sent_ids[: positions[0]]
-            is_first = self.marker.stands_first(in_front)
+            first = positions[0]
+            is_first = self.marker.stands_first(in_front := sent_ids[:first])
             if wish.context_id is None and is_first:
                 positions = (0,)  # no context: `make_plan` says so
             elif wish.context_id is not None and not is_first:
                 # A prompt that would be answered without its document, if something on the way here dropped its custom_params.
                 raise RequestError(
-                    f'custom_params["{KEY}"]["context_id"] is given, but {positions[0]} tokens stand before the marker, which are not '
+                    f'custom_params["{KEY}"]["context_id"] is given, but {first} tokens stand before the marker, which are not '
                     "the chat template's. Put the marker where the document would begin: at the very start of the prompt, of the system "
                     "message, or of the first user message."
                 )
             elif wish.context_id is not None and list(in_front) == list(self.marker.lead):
-                sent_ids, positions = sent_ids[positions[0] :], tuple(each - positions[0] for each in positions)
+                sent_ids, positions = sent_ids[first:], tuple(each - first for each in positions)
         if positions and request.multi_item_delimiter_indices is not None:
             raise RequestError(
-                "The prompt contains the context marker, but multi-item scoring counts positions in it. Leave the marker out: such prompts "
-                "are read exactly."
+                "The prompt contains the context marker, but multi-item scoring counts positions in it. Leave it out: such prompts are exact."
             )
         if wish.context_id is not None:
             if not positions and self.marker is not None:
@@ -112,7 +111,7 @@ class Frontend:
                     f"would be, before the question (as a token: {self.marker_id}). Without it, the question could be answered without "
                     "the document."
                 )
-            cut = positions[0] if positions else 0
+            cut = min(positions, default=0)
             before, sent_ids = tuple(sent_ids[:cut]), sent_ids[cut:]
             positions = tuple(each - cut for each in positions) or (0,)
         if action == "compress" and positions:
@@ -135,8 +134,7 @@ class Frontend:
 
     def _is_excluded(self, request: Any) -> bool:
         """Whether the operator wants the namespace of a request served exactly."""
-        names = (getattr(request, name, None) for name in ("cache_salt", "extra_key", "lora_path"))
-        return any(name in self.settings.exclude for name in names)
+        return any(getattr(request, name, None) in self.settings.exclude for name in ("cache_salt", "extra_key", "lora_path"))
 
     def hold(self, prepared: _Prepared) -> None:
         """Keeps a prepared prompt for `take`. SGLang awaits nothing between the two calls."""

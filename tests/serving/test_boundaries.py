@@ -80,3 +80,23 @@ def test_every_breakpoint_ends_a_segment(gate_server: Server, model_dir: Path) -
     assert made[1] < made[0] - 150, "the system prompt is compressed already"
     contexts = gate_server.get("/obcache/contexts")["contexts"]
     assert len(contexts) == 3 and sorted(len(each["settings"]["boundaries"]) for each in contexts) == [0, 1, 1]
+
+
+def test_instructions_may_stay_exact(gate_server: Server, model_dir: Path) -> None:
+    flush(gate_server)
+    words = tokenizer(model_dir)
+    system, text = (words.decode(document(model_dir, 200, topic)) for topic in TOPICS[:2])
+    prompt = f"{system}{MARKER}{text}{MARKER}\n\nIn short,"
+    answer = generate(gate_server, prompt, obcache={"exact_segments": 1})
+    found = report(answer)
+    first = len(words(system)["input_ids"])
+    assert found["kept_tokens"] == first + int((found["context_tokens"] - first) * 0.4)
+    positions = gate_server.get(f"/obcache/contexts/{found['context_id']}?positions=true")["positions"]
+    assert all(head[:first] == list(range(first)) for layer in positions for head in layer)
+    # A whole context that stays exact answers as the exact prompt does.
+    flush(gate_server)
+    alone = {"exact_segments": 2, "boundaries": [first, found["context_tokens"] - 1], "context_len": found["context_tokens"]}
+    ids = words(f"{system}{text}\n\nIn short,")["input_ids"]
+    kept = generate(gate_server, ids, obcache=alone)
+    exact = generate(gate_server, ids, obcache=False)
+    assert report(kept)["kept_tokens"] >= found["context_tokens"] - 1 and kept["output_ids"] == exact["output_ids"]

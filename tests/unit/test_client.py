@@ -71,6 +71,11 @@ def test_a_question_is_a_chat_whose_context_ends_with_the_marker(ask: Ask) -> No
     }
 
 
+def test_each_text_of_a_context_ends_with_the_marker(ask: Ask) -> None:
+    _, body = sent(ask, CHAT, ["Be brief.", "The document."], "Who wrote it?")
+    assert body["messages"][0]["content"] == "Be brief.<|obcache|>The document.<|obcache|>\n\nWho wrote it?"
+
+
 def test_all_that_a_chat_can_be_told(ask: Ask) -> None:
     extra = {"model": "base:adapter", "chat_template_kwargs": {"enable_thinking": False}}
     options = {"max_new_tokens": 8, "temperature": 0, "top_p": 0.9, "top_k": 5, "stop": ["\n"], "cache_salt": "mine"}
@@ -162,6 +167,9 @@ def test_the_first_error_ends_a_list(ask: Ask) -> None:
         (("D", ""), {}, ValueError, "question='' is empty"),
         (("D", ["Q", " "]), {}, ValueError, r"question\[1\]=' ' is empty"),
         (("D<|obcache|>", "Q"), {}, ValueError, r"context contains the marker '<\|obcache\|>', at character 1.*Take it out"),
+        (("D<|obcache:pin|>", "Q"), {}, ValueError, r"context contains the marker '<\|obcache:', at character 1"),
+        ((["D", "E<|obcache|>"], "Q"), {}, ValueError, r"context\[1\] contains the marker"),
+        (([], "Q"), {}, ValueError, r"context=\[\] is empty"),
         (("D", ["Q", "Q<|obcache|>"]), {}, ValueError, r"question\[1\] contains the marker"),
         (("D", "Q"), {"system": "<|obcache|>"}, ValueError, "system contains the marker"),
         (("D", "Q"), {"system": "S", "chat": False}, ValueError, "system='S' cannot be used with chat=False"),
@@ -245,7 +253,7 @@ def test_a_server_that_does_not_answer_is_named(ask: Ask, error: httpx.Transport
 def test_what_is_written_out_again_is_the_servers() -> None:
     assert (client.MARKER, client.KEY) == (lang.MARKER, messages.KEY)
     # These say where the context ends, which the client does.
-    assert CompressionParams.__optional_keys__ == set(REQUEST_KEYS) - {"context_len", "context_id", "mode"}
+    assert CompressionParams.__optional_keys__ == set(REQUEST_KEYS) - {"context_len", "context_id", "boundaries", "mode"}
     assert not AskOptions.__required_keys__
 
 
