@@ -19,6 +19,9 @@ FIELDS = ("cache_control", "prompt_cache_breakpoint")
 TTL_SECONDS = {"5m": 300, "30m": 1800, "1h": 3600}
 """What both APIs allow as `ttl`: how long a prefix lives after its last use."""
 
+MAX_MARKED = 64
+"""Blocks of one request, the last ones."""
+
 _TEXT_TYPES = ("text", "input_text")
 
 
@@ -52,8 +55,28 @@ def place_markers(body: dict[str, Any], marker: str, *, several: bool) -> dict[s
     followed = [place for number, place in marked if number < len(places) - 1 and place.holder[place.key].strip()]
     if not followed:
         return None
-    for chosen in followed if several else followed[-1:]:
+    for chosen in followed[-MAX_MARKED:] if several else followed[-1:]:
         chosen.holder[chosen.key] += marker
+    return {} if ttl is None else {"ttl_seconds": ttl}
+
+
+def mark_tools(body: dict[str, Any], marker: str) -> dict[str, Any] | None:
+    """Where a tool has a breakpoint, puts the marker at the start of the first message after system messages, in place: templates write tools before it.
+
+    Returns and raises as `place_markers`.
+    """
+    tools, messages = body.get("tools"), body.get("messages", body.get("input"))
+    if not isinstance(tools, list) or not isinstance(messages, list):
+        return None
+    fields = [field for tool in tools if isinstance(tool, dict) and (field := _field(tool)) is not None]
+    if not fields:
+        return None
+    ttl = _ttl_seconds(fields[-1])
+    spoken = (each for each in messages if not isinstance(each, dict) or each.get("role") not in ("system", "developer"))
+    first = next(_places({"messages": [next(spoken, None)]}), None)
+    if first is None:
+        return None
+    first.holder[first.key] = marker + first.holder[first.key]
     return {} if ttl is None else {"ttl_seconds": ttl}
 
 
@@ -71,7 +94,7 @@ def _ttl_seconds(field: Any) -> int | None:
 
 
 def _places(body: dict[str, Any]) -> Iterator[_Place]:
-    """The blocks of text of a request, in the order of its prompt. Tools are written before them by most templates, and cannot be marked."""
+    """The blocks of text of a request, in the order of its prompt."""
     system = body.get("system")
     if isinstance(system, str):
         yield _Place(body, "system", None)

@@ -22,14 +22,20 @@ HEADER = b"x-obcache"
 _COUNTED = "/v1/messages/count_tokens"
 _DROP_PARAMS = ("/v1/messages", "/v1/responses")
 """Endpoints that drop `custom_params`."""
+_NAMES = ("cache_salt", "extra_key", "lora_path")
 _HAVE_BLOCKS = ("/v1/chat/completions", *_DROP_PARAMS)
 
 
 @dataclass
 class Exchange:
-    """wish: what the body says for `custom_params["obcache"]`, None for nothing. error: why the request is wrong. report: the first answer's."""
+    """wish: what the body says for `custom_params["obcache"]`, None for nothing. error: why the request is wrong. report: the first answer's.
+
+    names: the namespace that a body gives on an endpoint whose models of requests drop it. marks_tools: whether the marker stands before the first message, for what the chat template writes there.
+    """
 
     wish: Any = None
+    marks_tools: bool = False
+    names: tuple[str, ...] = ()
     error: RequestError | None = None
     report: dict[str, Any] | None = None
 
@@ -45,6 +51,18 @@ def params_with(own: Any) -> Any:
     if exchange.error is not None:
         raise exchange.error
     return own if exchange.wish is None else breakpoints.combined(own, exchange.wish)
+
+
+def marks_tools() -> bool:
+    """Whether the exchange's marker stands first on purpose."""
+    exchange = current.get()
+    return exchange is not None and exchange.marks_tools
+
+
+def dropped_names() -> tuple[str, ...]:
+    """What the exchange's body says of its namespace that SGLang does not hear."""
+    exchange = current.get()
+    return () if exchange is None else exchange.names
 
 
 def note_report(report: dict[str, Any]) -> None:
@@ -112,7 +130,7 @@ class ExchangeMiddleware:
         """The body with its marker in place, or without it where tokens are counted; None for one that stays. What it says goes to exchange."""
         assert self.marker is not None
         has_fields = path in _HAVE_BLOCKS and any(f'"{name}"'.encode() in body for name in breakpoints.FIELDS)
-        wishes = path in _DROP_PARAMS and b'"custom_params"' in body
+        wishes = path in _DROP_PARAMS and any(f'"{name}"'.encode() in body for name in ("custom_params", *_NAMES))
         if not (path == _COUNTED or wishes or has_fields):
             return None
         try:
@@ -126,11 +144,17 @@ class ExchangeMiddleware:
             return None if counted == read else orjson.dumps(counted)
         if wishes:
             exchange.wish = breakpoints.own_params(read)
+            exchange.names = tuple(read[name] for name in _NAMES if isinstance(read.get(name), str))
         # Not in the body as it came: clients may escape the marker's characters there.
         if not has_fields or contains(orjson.dumps(read).decode(), self.marker):
             return None
         try:
-            more = breakpoints.place_markers(read, self.marker, several=self.several and not _names_method(read))
+            several = self.several and not _says_itself(read)
+            more = breakpoints.place_markers(read, self.marker, several=several)
+            if several or more is None:
+                of_tools = breakpoints.mark_tools(read, self.marker)
+                exchange.marks_tools = of_tools is not None
+                more = of_tools if more is None else {**(of_tools or {}), **more}
         except RequestError as error:
             exchange.error = error
             return None
@@ -140,10 +164,10 @@ class ExchangeMiddleware:
         return orjson.dumps(read)
 
 
-def _names_method(body: dict[str, Any]) -> bool:
-    """Whether a request wants its context scored in a way of its own, with which a context may have no segments."""
+def _says_itself(body: dict[str, Any]) -> bool:
+    """Whether a request says itself where segments end, or how its context is scored, which may not go with segments."""
     own = breakpoints.own_params(body)
-    return isinstance(own, dict) and ("method" in own or "preset" in own)
+    return isinstance(own, dict) and any(name in own for name in ("method", "preset", "boundaries", "context_id"))
 
 
 def _replayed(messages: list[Any], receive: Any) -> Any:

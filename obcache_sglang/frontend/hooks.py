@@ -19,7 +19,7 @@ from obcache_sglang.errors import HostError, RequestError, shown
 from obcache_sglang.frontend.breakpoints import combined
 from obcache_sglang.frontend.checks import check_choices, check_embeddings, check_ids, check_sampling, check_scalars, check_texts
 from obcache_sglang.frontend.control import ExpiryTimer
-from obcache_sglang.frontend.exchange import note_report, params_with
+from obcache_sglang.frontend.exchange import dropped_names, marks_tools, note_report, params_with
 from obcache_sglang.frontend.marker import Marker
 from obcache_sglang.frontend.marker_options import contains
 from obcache_sglang.frontend.wish import make_plan, parse_wish, split_markers
@@ -88,7 +88,7 @@ class Frontend:
         before: tuple[int, ...] = ()
         if self.marker is not None and positions and action == "ask":
             first = positions[0]
-            is_first = self.marker.stands_first(in_front := sent_ids[:first])
+            is_first = self.marker.stands_first(in_front := sent_ids[:first]) and not marks_tools()
             if wish.context_id is None and is_first:
                 positions = (0,)  # no context: `make_plan` says so
             elif wish.context_id is not None and not is_first:
@@ -112,8 +112,7 @@ class Frontend:
                     "the document."
                 )
             cut = min(positions, default=0)
-            before, sent_ids = tuple(sent_ids[:cut]), sent_ids[cut:]
-            positions = tuple(each - cut for each in positions) or (0,)
+            before, sent_ids, positions = tuple(sent_ids[:cut]), sent_ids[cut:], tuple(each - cut for each in positions) or (0,)
         if action == "compress" and positions:
             sent_ids = sent_ids[: positions[-1]]
         if len(sent_ids) == 0 and not request.session_params:  # a turn of a session may add nothing
@@ -134,7 +133,8 @@ class Frontend:
 
     def _is_excluded(self, request: Any) -> bool:
         """Whether the operator wants the namespace of a request served exactly."""
-        return any(getattr(request, name, None) in self.settings.exclude for name in ("cache_salt", "extra_key", "lora_path"))
+        own = (getattr(request, name, None) for name in ("cache_salt", "extra_key", "lora_path"))
+        return any(name in self.settings.exclude for name in (*own, *dropped_names()))
 
     def hold(self, prepared: _Prepared) -> None:
         """Keeps a prepared prompt for `take`. SGLang awaits nothing between the two calls."""

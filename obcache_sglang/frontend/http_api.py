@@ -165,7 +165,7 @@ def _in_namespace(body: dict[str, Any], request: Request) -> dict[str, Any]:
     """A body with the namespace that its headers give. Raises RequestError where it names another one."""
     for name, header in _NAMESPACE_HEADERS.items():
         given = request.headers.get(header)
-        if given and body.get(name) not in (None, given):
+        if given and body.get(name) not in (None, "", given):
             raise RequestError(f"The header {header} and {name} in the body differ: give one of them.")
         if given:
             body[name] = given

@@ -15,8 +15,8 @@ from obcache_sglang.errors import InvalidValue, RequestError, shown
 from obcache_sglang.messages import KEY, Action, Plan
 from obcache_sglang.settings import COMPRESSION_OPTIONS, OPTIONS, ServerSettings, check_number, check_whole_number
 
-MAX_BOUNDARIES = 256
-"""Of one prompt: each is a compression of its own."""
+MAX_BOUNDARIES = 4096
+"""Of one prompt, such as the turns of a conversation; those that stand close together count as one."""
 
 _CONTEXT_ID = re.compile("[0-9a-f]{32}")
 
@@ -156,10 +156,11 @@ def make_plan(
                 f"The prompt contains the context marker {len(marker_positions)} times. With method={settings.method} it may contain it once, "
                 "where the context ends; with method=gate, also where segments end that other prompts share."
             )
-        exact_tokens = boundaries[: settings.exact_segments][-1] if boundaries and settings.exact_segments else 0
-        # Until room is short everything is cached exactly, and shared as far as it is alike.
-        own = () if server.when == "pressure" else boundaries
-        settings = replace(settings, boundaries=own, exact_tokens=exact_tokens)
+        settings = replace(settings, boundaries=boundaries)
+        if server.when == "pressure" or not context_len or whole_prompt:
+            # Until room is short everything is cached exactly, and shared as far as it is alike.
+            kept_whole = max(boundaries[: settings.exact_segments], default=0)
+            settings = replace(settings, boundaries=(), exact_segments=0, exact_tokens=kept_whole)
     except InvalidValue as error:
         raise _wrong(error.name, error.value, error.reason) from error
     return Plan(

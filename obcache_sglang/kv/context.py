@@ -64,6 +64,7 @@ class Context:
     judges: the tokens after it that score it as its own last ones do, and are no part of it.
     is_queued: whether a job of the scheduler's is to compress it, or does.
     is_segment: whether nobody has asked for it but a longer context, whose beginning it is (`CompressionSettings.segment_start`).
+    targets: ids of the contexts that were compressed after it since it ends at a boundary of theirs.
     node: its node in the radix tree, None where it has none.
     tree_lock: held while it is compressed, pinned, or the base of a compression.
     num_holders: compressions whose base it is.
@@ -77,6 +78,7 @@ class Context:
     job_cached_tokens: its tokens that the compression found in the exact cache.
     reuses: questions that it served after the one that had it compressed.
     beginnings: the tokens and ids of the shorter contexts that it is compressed after, segment by segment, ascending; None until asked for.
+    slots_needed: about so many a compression of it takes at once; None until asked for.
     rungs: ids of the same tokens on the steps of the ladder (`ServerSettings.rungs`); None until asked for.
     tails: by context id, the tokens between the last whole page and the end that a client gave it.
     suffixes: what requests left in the tree after it, as token ids.
@@ -93,6 +95,7 @@ class Context:
     state: ContextState = ContextState.ABSENT
     is_queued: bool = False
     is_segment: bool = False
+    targets: set[str] = field(default_factory=set)
     node: int | None = None
     tree_lock: Any = None
     num_holders: int = 0
@@ -108,6 +111,7 @@ class Context:
     job_cached_tokens: int = 0
     reuses: int = 0
     beginnings: list[tuple[int, str]] | None = None
+    slots_needed: int | None = None
     rungs: list[str] | None = None
     tails: OrderedDict[str, array[int]] = field(default_factory=OrderedDict)
     suffixes: dict[bytes, None] = field(default_factory=dict)
@@ -126,6 +130,11 @@ class Context:
     def is_uneven(self) -> bool:
         """Whether its heads may keep different numbers of tokens, so that only attention that knows of it can read them."""
         return self.settings.budget != "uniform" and self.num_slots < len(self.tokens)
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether it is the first to go, as a beginning of one longer context."""
+        return self.is_segment and len(self.targets) < 2
 
     def describe(self) -> dict[str, Any]:
         """JSON-safe facts for the control endpoints."""

@@ -136,8 +136,15 @@ class ContextCache:
         for _, identity in reversed(self.beginnings(context)):
             found = self._contexts.get(identity)
             if found is not None and self.is_resident(found):
+                self._share(found, context)
                 return found
         return None
+
+    @staticmethod
+    def _share(beginning: Context, target: Context) -> None:
+        """Notes for which context one is made that ends at a boundary of it."""
+        if beginning.num_tokens in target.settings.boundaries:
+            beginning.targets.add(target.id)
 
     def next_segment(self, target: Context, base: Context | None) -> Context | None:
         """What is compressed for target after base: its next beginning, or itself. None where no record can be had."""
@@ -145,9 +152,40 @@ class ContextCache:
         for start, _ in self.beginnings(target):
             if start > first:
                 keep = (target,) if base is None else (target, base)
-                is_shared = start in target.settings.boundaries
-                return self.obtain(target.namespace, target.settings, target.tokens[:start], is_segment=not is_shared, keep=keep)
+                found = self.obtain(target.namespace, target.settings, target.tokens[:start], is_segment=True, keep=keep)
+                if found is not None:
+                    self._share(found, target)
+                return found
         return target
+
+    def known_settings(self, namespace: Namespace, settings: CompressionSettings, tokens: array[int]) -> CompressionSettings:
+        """The settings for a context whose prompt has boundaries, as far as its tokens are compressed already with the same ones.
+
+        Clients move their boundaries: what ended a turn is not named any more in the turn after the next. What is resident up to one of the
+        boundaries, or the end, counts then, with the boundaries that it was made with; they are a part of what the context is.
+        """
+        own = settings.within(len(tokens), self.page_size)
+        ends = {each: own.within(each, self.page_size) for each in own.boundaries}
+        if ends:
+            ends[len(tokens)] = own
+        best: Context | None = None
+        for context in self._contexts.values():
+            wanted = ends.get(context.num_tokens)
+            if (
+                wanted is not None
+                and (best is None or context.num_tokens > best.num_tokens)
+                and context.namespace == namespace
+                and replace(context.settings, boundaries=wanted.boundaries) == wanted
+                and tokens[: context.num_tokens] == context.tokens
+                and self.is_resident(context)
+            ):
+                best = context
+        if best is None:
+            return own
+        if best.num_tokens == len(tokens):
+            return best.settings
+        rest = tuple(each for each in own.boundaries if each > best.num_tokens)
+        return replace(own, boundaries=(*best.settings.boundaries, best.num_tokens, *rest))
 
     def find_prefix(self, namespace: Namespace, settings: Sequence[CompressionSettings], tokens: array[int]) -> Context | None:
         """The longest resident context, made with one of these settings, that `tokens` starts with and goes on after.
@@ -161,7 +199,7 @@ class ContextCache:
                 and length < len(tokens)
                 and (best is None or length > best.num_tokens)
                 and tokens[max(0, length - 8) : length] == context.tokens[-8:]  # copies the whole only where it may be equal
-                and replace(context.settings, boundaries=(), exact_tokens=0) in settings
+                and replace(context.settings, boundaries=(), exact_segments=0, exact_tokens=0) in settings
                 and context.namespace == namespace
                 and tokens[:length] == context.tokens
             ):
@@ -310,8 +348,10 @@ class ContextCache:
 
     def delete(self, context: Context) -> None:
         """No new request finds the context, nor the beginnings it was made of; their slots go with `sweep`, once they have no readers."""
-        known = [self._contexts.get(identity) for _, identity in self.beginnings(context)]
-        unused = [each for each in known if each is not None and each.is_segment and not each.is_queued and not each.num_holders]
+        known = [each for _, identity in self.beginnings(context) if (each := self._contexts.get(identity)) is not None]
+        for each in known:
+            each.targets.discard(context.id)
+        unused = [each for each in known if each.is_segment and not (each.targets or each.is_queued or each.num_holders)]
         for each in (context, *unused):
             self.unpin(each)
             self._drop_record(each)
@@ -387,7 +427,7 @@ class ContextCache:
         idle = [
             each for each in self._contexts.values() if not (each.is_queued or each.pinned or each.num_holders or each.id in stay)
         ]
-        oldest = next((each for each in idle if each.is_segment), idle[0] if idle else None)
+        oldest = next((each for each in idle if each.gives_way), idle[0] if idle else None)
         if oldest is None:
             return False
         if self.is_resident(oldest):

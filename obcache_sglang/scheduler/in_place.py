@@ -37,12 +37,13 @@ PRESSURE_STEPS = 4
 class CachedCompression:
     """What one compression holds until it ends. As a `CompressionJob`, it is what `ForwardPlan.compress_layer` works for.
 
-    slots: [M] int64, the context's, once they are reserved. rows: with the slots that are read. lock: of these. num_layers: to compress. base, makes_room: as in `InPlace.start`.
+    rows: with the slots that are read. lock: of these. num_layers: to compress. base, makes_room: as in `InPlace.start`.
     """
 
     def __init__(
         self,
         context: Context,
+        slots: torch.Tensor,
         rows: ScoringRows,
         lock: Any,
         num_layers: int,
@@ -50,8 +51,9 @@ class CachedCompression:
         *,
         makes_room: bool,
     ) -> None:
+        """slots: [M] int64, the context's."""
         self.context = context
-        self.slots: torch.Tensor | None = None
+        self.slots: torch.Tensor | None = slots
         self.rows = rows
         self.lock = lock
         self.compression = Compression(context, base)
@@ -98,33 +100,39 @@ class InPlace:
         """
         if self._under_way is not None or not self.can_compress(context.settings, context.num_tokens):
             return False
-        if base is None and tree.match_exact(self.cache.tree, context)[0] < context.num_tokens:
+        node = self._node(context, base)
+        if node is None:
             return False
+        lock = self.cache.tree.lock(node)  # what makes room must not take what is read
         if not makes_room:
             self.jobs.room.make(context.num_slots)
-        job = self._begun(context, base, makes_room=makes_room)
         if not makes_room and self.engine.runs_something and not self.jobs.room.has_spare(context.num_slots):
-            if job is not None:
-                self.cache.tree.unlock(job.lock)
+            self.cache.tree.unlock(lock)
             return False  # as a prefill it waits until SGLang admits it
-        slots = self.jobs.reserve_on_all_ranks(context, is_able=job is not None)
-        if slots is None or job is None:
+        slots_read = self._slots(context, base)
+        slots = self.jobs.reserve_on_all_ranks(context, is_able=slots_read is not None)
+        if slots is None or slots_read is None:
             context.failed_in_place = True
-            if job is not None:
-                self.cache.tree.unlock(job.lock)
+            self.cache.tree.unlock(lock)
             return False
-        job.slots, self._under_way = slots, job
+        rows = ScoringRows(0, 0, context.num_tokens, slots_read, last=True)
+        self._under_way = CachedCompression(context, slots, rows, lock, len(self._layers), base, makes_room=makes_room)
         context.is_queued = True
         return True
 
-    def _begun(self, context: Context, base: Context | None, *, makes_room: bool) -> CachedCompression | None:
-        """A compression that has what it reads, locked: what makes room must not take it. None where a defect of this rank keeps it from that."""
+    def _node(self, context: Context, base: Context | None) -> int | None:
+        """Where the tree has what is read, as all ranks know; None where it has not."""
+        if base is not None:
+            return base.node
+        num_tokens, node = tree.match_exact(self.cache.tree, context)
+        return node if num_tokens == context.num_tokens else None
+
+    def _slots(self, context: Context, base: Context | None) -> torch.Tensor | None:
+        """The slots [tokens] int64 that are read; None where a defect of this rank keeps it from knowing."""
         try:
-            cached = tree.exact_slots(self.cache.tree, context) if base is None else tree.compressed_slots(self.cache.tree, base)
-            assert cached is not None
-            node, slots_read = cached
-            rows = ScoringRows(0, 0, context.num_tokens, slots_read, last=True)
-            return CachedCompression(context, rows, self.cache.tree.lock(node), len(self._layers), base, makes_room=makes_room)
+            found = tree.exact_slots(self.cache.tree, context) if base is None else tree.compressed_slots(self.cache.tree, base)
+            assert found is not None
+            return found[1]
         except Exception:
             logger.exception("obcache: reading the cached KV of context %s failed", context.id)
             return None

@@ -155,8 +155,7 @@ class CompressionManager:
         except Exception:  # a defect of ours must not end the scheduler
             logger.exception("obcache: a scheduling pass failed; all its requests are served exactly")
             order = admitted = [req for req in engine.queue if self._is_admitted_exactly(req)]
-        engine.queue = admitted
-        self.metrics.pass_decided(time.perf_counter() - started_at, engine.pool_slots - engine.free_slots())
+        engine.queue, seconds = admitted, time.perf_counter() - started_at
         try:
             result = pick_prefill_batch(running_batch=running_batch, **kwargs)
         finally:
@@ -169,8 +168,10 @@ class CompressionManager:
         try:
             # What came in during the pass was not asked to run.
             self._release_pins_if_starved(result, asked=any(id(req) not in taken for req in admitted))
+            if self.metrics.pass_decided(seconds, engine.pool_slots - engine.free_slots()):
+                self.metrics.set_gauges([each for each in self.cache if self.cache.holds(each)])
         except Exception:
-            logger.exception("obcache: unpinning a context failed")
+            logger.exception("obcache: what follows a scheduling pass failed")
         return result
 
     def _decide(self) -> tuple[list[Req], list[Req]]:
@@ -319,7 +320,10 @@ class CompressionManager:
             req.exact_reason = "shorter_than_a_page"
             return None
         judges = prompt[boundary:] if plan.judged_by_rest else plan.judges
-        context = self.cache.obtain(req.namespace, plan.settings, prompt[:boundary], judges)
+        settings = plan.settings
+        if plan.context_id is None:
+            settings = self.cache.known_settings(req.namespace, settings, prompt[:boundary])
+        context = self.cache.obtain(req.namespace, settings, prompt[:boundary], judges)
         if context is None:
             req.exact_reason = "too_many_contexts"
         elif plan.context_id is None and context.state is not ContextState.DELETING:

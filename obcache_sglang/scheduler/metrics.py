@@ -8,6 +8,9 @@ from typing import Any
 
 from obcache_sglang.kv.context import Context, ContextState
 
+GAUGE_PASSES = 64
+"""Scheduling passes between two looks at what is resident."""
+
 
 class Metrics:
     """Counters of one scheduler process. Not thread safe: the scheduler's loop is the only caller.
@@ -67,8 +70,10 @@ class Metrics:
             self._prometheus.reuses.inc()
             self._prometheus.tokens_saved.inc(tokens_saved)
 
-    def pass_decided(self, seconds: float, used_slots: int) -> None:
-        """What is waiting was decided on for one scheduling pass, which took `seconds`. used_slots: KV slots that hold something now."""
+    def pass_decided(self, seconds: float, used_slots: int) -> bool:
+        """What is waiting was decided on for one scheduling pass, which took `seconds`. Whether the gauges are to be looked at again, since
+        nobody tells us what the tree evicts. used_slots: KV slots that hold something now.
+        """
         self._totals["schedule_passes"] += 1
         self._schedule_seconds += seconds
         lost = self._slots_saved_now
@@ -77,6 +82,7 @@ class Metrics:
             self._lost_share = share
             if self._prometheus:
                 self._prometheus.lost_share.set(share)
+        return self._contexts > 0 and self._totals["schedule_passes"] % GAUGE_PASSES == 0
 
     def exact(self, reason: str) -> None:
         """A request that asked for compression was served with the exact cache. reason: a fixed short word, not free text."""

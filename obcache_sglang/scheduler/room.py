@@ -37,10 +37,11 @@ class Room:
 
     def let_pass(self, req: ContextReq) -> None:
         """A prompt that the pool holds only after its context is compressed, segment by segment, is not refused for its length."""
-        engine, settings, num_tokens = self.engine, req.plan.settings, len(req.origin_input_ids)
+        engine, num_tokens = self.engine, len(req.origin_input_ids)
         if not engine.prompt_limit <= num_tokens < engine.context_len - PROMPT_MARGIN or engine.truncates_prompts:
             return
         boundary = req.plan.boundary(num_tokens, self.cache.page_size)
+        settings = req.plan.settings.within(boundary, self.cache.page_size)
         if req.plan.exact is not None or req.return_logprob or settings.segment_start(boundary, self.cache.page_size) == 0:
             return
         after_context = settings.kept_slots(boundary, self.cache.page_size) + num_tokens - boundary
@@ -76,7 +77,7 @@ class Room:
             return False
         held = sum(job.kv.kv_allocated_len + (0 if job.slots is None else job.context.num_slots) for job in jobs)
         self.make(needed - held + spare, keep={identity for _, identity in self.cache.beginnings(context)})
-        kept = sum(each.num_slots for each in self._idle() if not each.is_segment)
+        kept = sum(each.num_slots for each in self._idle() if not each.gives_way)
         room = self.engine.free_slots() + max(0, self.cache.tree.evictable_size() - kept)
         self._one_waits = needed - held + spare > room
         return self._one_waits
@@ -102,7 +103,7 @@ class Room:
             return
         # A pool full of cached text is an ordinary state, and this runs in each pass of it: mostly there is nothing to drop.
         followed = [context for context in self.cache if context.suffixes and context.state is ContextState.RESIDENT]
-        segments = [context for context in self._idle() if context.is_segment and context.id not in keep]
+        segments = [context for context in self._idle() if context.gives_way and context.id not in keep]
         if not followed and not segments:
             return
         # What these will leave is not in the tree yet.
@@ -167,9 +168,11 @@ def slots_to_compress(context: Context) -> int:
     Asked of waiting requests in each pass: what `Jobs.make` knows exactly would take the replay's prompts.
     """
     settings = context.settings
-    start = settings.segment_start(context.num_tokens, 1)
-    if start > 0:  # the base of the last segment is kept until that is compressed
-        return context.num_tokens - start + 2 * context.num_slots
+    if context.slots_needed is not None:
+        return context.slots_needed
+    if settings.segment_start(context.num_tokens, 1) > 0:
+        context.slots_needed = most_slots(settings, 0, context.num_tokens, 1)
+        return context.slots_needed
     replayed = settings.replay_chunk if settings.is_replay else 0
     return context.num_tokens + min(replayed, context.num_tokens) + context.num_slots
 

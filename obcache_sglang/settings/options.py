@@ -273,7 +273,7 @@ COMPRESSION_OPTIONS = (
         _whole_number("the number of first segments that keep all their tokens"),
         (
             "Method gate, prompts that say where several segments end: so many first segments, such as a system prompt with its "
-            "instructions, keep all their tokens, and the ratio is of the others. Default: 0."
+            "instructions, keep all their tokens, and the ratio is of the others. A context without others stays exact. Default: 0."
         ),
         _number,
         "SEGMENTS",

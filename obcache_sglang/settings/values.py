@@ -52,8 +52,8 @@ class CompressionSettings:
     segment_tokens: method gate only. Longer contexts are compressed segment by segment (`segment_start`); None for whole ones.
     boundaries: method gate only. Where segments of the context end that other prompts share, such as a system prompt or a turn of a
         conversation: token counts, ascending. Of each context only those that lie in it (`within`).
-    exact_segments: method gate only. So many first segments of a prompt with boundaries keep all their tokens.
-    exact_tokens: the tokens of these segments; all of a shorter context.
+    exact_segments: method gate only. So many first segments of a context keep all their tokens: of one with fewer, all.
+    exact_tokens: the tokens of these segments (`within`).
     normalization: for budget global. `layer` divides each query's errors by the squared norm of what the layer's attention adds there,
         both after the output projection (`compress.scores.relative_error_weights`), so that layers and heads can be compared. It
         applies to obcache scores, and to the errors that are measured for a replay (`compress.measured_errors`). These errors decide
@@ -252,15 +252,21 @@ class CompressionSettings:
         return min(context_tokens, pages * page_size)
 
     def within(self, context_tokens: int, page_size: int) -> CompressionSettings:
-        """The settings of a context of `context_tokens` (whole pages): with its own boundaries, whole pages, `MIN_SEGMENT_TOKENS` apart."""
-        if not self.boundaries and self.exact_tokens <= context_tokens:
-            return self
+        """The settings of a context of `context_tokens` (whole pages): with its own boundaries, in whole pages, and its exact tokens.
+
+        A segment has `MIN_SEGMENT_TOKENS` or more, and a part of those before it: so the segments of a long context are few.
+        """
         own: list[int] = []
         for boundary in self.boundaries:
-            pages = boundary // page_size * page_size
-            if pages < context_tokens and pages - (own[-1] if own else 0) >= MIN_SEGMENT_TOKENS:
+            pages, before = boundary // page_size * page_size, own[-1] if own else 0
+            if pages < context_tokens and pages - before >= max(MIN_SEGMENT_TOKENS, before // MAX_SEGMENTS):
                 own.append(pages)
-        return replace(self, boundaries=tuple(own), exact_tokens=min(self.exact_tokens, context_tokens))
+        exact = min(self.exact_tokens, context_tokens)
+        if self.exact_segments:
+            exact = own[self.exact_segments - 1] if self.exact_segments <= len(own) else context_tokens
+        if (tuple(own), exact) == (self.boundaries, self.exact_tokens):
+            return self
+        return replace(self, boundaries=tuple(own), exact_tokens=exact)
 
     @property
     def kept_sinks(self) -> int:
@@ -278,7 +284,7 @@ class CompressionSettings:
         if self.segment_tokens is None:
             return first
         segment = max(1, self.segment_tokens // page_size) * page_size
-        while context_tokens - first > MAX_SEGMENTS * segment:
+        while max(first, context_tokens - first) > MAX_SEGMENTS * segment:
             segment *= 2
         return first + max(0, math.ceil((context_tokens - first - 1.5 * segment) / segment)) * segment
 

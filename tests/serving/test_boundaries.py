@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from obcache_sglang.local_server import Server
-from tests.serving.client import MARKER, document, flush, generate, report, tokenizer
+from tests.serving.client import MARKER, compressions, document, flush, generate, report, tokenizer
 from tests.serving.conftest import COMMON, serving
 from tests.serving.test_segments import prefilled_tokens
 
 TOPICS = ("naming", "binary", "calls")
 
+# ChatML, with tools where most templates write them.
+TEMPLATE = """{% if tools %}<|im_start|>system
+Tools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
 
 @pytest.fixture(scope="module")
 def gate_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    flags = (*COMMON, "--max-total-tokens", "8192", "--chunked-prefill-size", "512", "--obcache", "--obcache-min-tokens", "32")
+    folder = tmp_path_factory.mktemp("gates")
+    template = folder / "tools.jinja"
+    template.write_text(TEMPLATE)
+    flags = (
+        *COMMON,
+        "--chat-template",
+        str(template),
+        "--max-total-tokens",
+        "8192",
+        "--chunked-prefill-size",
+        "512",
+        "--obcache",
+        "--obcache-min-tokens",
+        "32",
+    )
     flags += ("--obcache-gates", "smollm2-135m", "--obcache-compression-ratio", "0.6")
-    yield from serving(model_dir, tmp_path_factory.mktemp("gates"), flags)
+    yield from serving(model_dir, folder, flags)
 
 
 def test_a_system_prompt_is_read_once_for_all_documents_behind_it(gate_server: Server, model_dir: Path) -> None:
@@ -63,6 +86,30 @@ def test_a_turn_of_a_chat_costs_its_own_tokens(gate_server: Server, model_dir: P
     assert max(turns[1:]) < 260 and cached[-1][2] > 900, (turns, cached)
 
 
+@pytest.mark.long
+def test_thirty_turns_cost_what_each_of_them_says(gate_server: Server, model_dir: Path) -> None:
+    """Prints what each turn prefilled and took: `-s` shows it."""
+    words = tokenizer(model_dir)
+    flush(gate_server)
+    text = document(model_dir, 30 * 150 + 300, "class")
+    messages = [{"role": "system", "content": words.decode(text[:300]) + MARKER}]
+    prefilled, compressed = [], compressions(gate_server)
+    for turn in range(30):
+        asked = words.decode(text[300 + 150 * turn : 450 + 150 * turn])
+        messages.append({"role": "user", "content": asked + MARKER + "\n\nIs that so?"})
+        before, started_at = prefilled_tokens(gate_server), time.perf_counter()
+        body = {"model": "default", "messages": messages, "max_tokens": 8}
+        answer = gate_server.post("/v1/chat/completions", body)
+        seconds = time.perf_counter() - started_at
+        prefilled.append(prefilled_tokens(gate_server) - before)
+        tokens, found = answer["usage"]["prompt_tokens"], answer["metadata"]["obcache"]
+        print(f"turn {turn + 1}: {tokens} tokens, {found['kept_tokens']} kept, {prefilled[-1]} prefilled, {seconds:.2f} s")
+        assert found["status"] == "compressed"
+        messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+    assert compressions(gate_server) - compressed == 30 and tokens > 4500
+    assert max(prefilled[20:]) < 1.2 * max(prefilled[1:10])
+
+
 def test_every_breakpoint_ends_a_segment(gate_server: Server, model_dir: Path) -> None:
     """Anthropic's clients mark the system prompt and the document: the first is read once for all documents."""
     flush(gate_server)
@@ -80,6 +127,25 @@ def test_every_breakpoint_ends_a_segment(gate_server: Server, model_dir: Path) -
     assert made[1] < made[0] - 150, "the system prompt is compressed already"
     contexts = gate_server.get("/obcache/contexts")["contexts"]
     assert len(contexts) == 3 and sorted(len(each["settings"]["boundaries"]) for each in contexts) == [0, 1, 1]
+
+
+def test_a_breakpoint_on_a_tool_ends_a_context(gate_server: Server, model_dir: Path) -> None:
+    flush(gate_server)
+    text = tokenizer(model_dir).decode(document(model_dir, 250, "class"))
+    schema = {"type": "object", "properties": {"word": {"type": "string"}}}
+    tools = [{"name": "look_up", "description": text, "input_schema": schema, "cache_control": {"type": "ephemeral"}}]
+    headers = []
+    for asked in ("What is a class?", "Name one rule."):
+        body = {"model": "default", "max_tokens": 4, "tools": tools, "messages": [{"role": "user", "content": asked}]}
+        answer = gate_server.request("POST", "/v1/messages", json=body)
+        assert answer.status_code == 200, answer.text
+        headers.append(dict(part.split("=") for part in answer.headers["X-Obcache"].split("; ")[1:]))
+        headers[-1]["status"] = answer.headers["X-Obcache"].split(";")[0]
+    assert [each["status"] for each in headers] == ["compressed", "reused"]
+    assert headers[0]["id"] == headers[1]["id"] and int(headers[0]["kept"].split("/")[1]) > 250
+    # A marker that a client puts there itself is a mistake, as ever.
+    body = {"model": "default", "max_tokens": 4, "messages": [{"role": "user", "content": MARKER + "And?"}]}
+    assert gate_server.request("POST", "/v1/messages", json=body).status_code == 400
 
 
 def test_instructions_may_stay_exact(gate_server: Server, model_dir: Path) -> None:

@@ -88,8 +88,58 @@ def test_what_others_share_does_not_give_way_to_a_longer_context() -> None:
     drive = driven(4000, segment_tokens=128)
     drive.ask(SYSTEM + text(1000, 300), boundaries=(200,))
     make_all(drive)
-    segments = {each.num_tokens: each.is_segment for each in drive.manager.cache}
-    assert segments == {128: True, 200: False, 328: True, 500: False}
+    assert {each.num_tokens: each.gives_way for each in drive.manager.cache} == {128: True, 200: True, 328: True, 500: False}
+    drive.ask(SYSTEM + text(2000, 300), boundaries=(200,))
+    make_all(drive)
+    assert [each.gives_way for each in drive.manager.cache if each.num_tokens in (128, 200)] == [True, False]
+
+
+def test_many_boundaries_cost_others_nothing() -> None:
+    """Beginnings that nobody else asks for go before other contexts."""
+    drive = driven(6000, segment_tokens=None)
+    for number in range(5):
+        drive.compress(text(10_000 + 1000 * number, 400))
+    others = list(drive.manager.cache)
+    drive.ask(text(0, 2500), boundaries=tuple(range(128, 2500, 128)))
+    make_all(drive)
+    assert all(drive.manager.cache.is_resident(each) for each in others)
+
+
+def test_segments_of_a_long_context_are_few() -> None:
+    for tokens in (33_000, 131_000, 1_000_000):
+        settings = replace(GATE, segment_tokens=128, boundaries=tuple(range(128, tokens, 128)))
+        assert len(settings.segment_starts(tokens, 1)) < 500
+
+
+def test_deleting_the_last_of_its_contexts_deletes_a_beginning() -> None:
+    drive = driven(6000, segment_tokens=None)
+    asked = [drive.ask(SYSTEM + text(first, 300), boundaries=(200, 490)) for first in (1000, 2000)]
+    make_all(drive)
+    drive.step()
+    drive.engine.queue.clear()
+    left = []
+    for req in asked:
+        assert req.context is not None
+        drive.manager.cache.delete(req.context)
+        drive.manager.sweep()
+        left.append(sorted(each.num_tokens for each in drive.manager.cache))
+    assert left == [[200, 490, 500], []]
+
+
+def test_boundaries_that_move_find_what_is_compressed() -> None:
+    """Clients of hosted APIs name the system prompt and the last turns only: what was a turn's end is not named for ever."""
+    drive = driven(20_000, segment_tokens=None)
+    history = SYSTEM + text(1000, 2000)
+    ends = [200, 1000, 1600, 2200]
+    prefilled = []
+    for turn in range(6):
+        req = drive.ask(history[: ends[-1]], boundaries=(200, *ends[-3:-1]), question=turn)
+        prefilled.append(sum(make_all(drive)))
+        drive.step()
+        assert req.is_virtual and req.context is not None and req.context.num_tokens == ends[-1]
+        history = history + text(20_000 + 1000 * turn, 600)
+        ends.append(ends[-1] + 600)
+    assert prefilled == [2200, 600, 600, 600, 600, 600]
 
 
 def test_who_gives_no_boundary_finds_contexts_that_have_some() -> None:

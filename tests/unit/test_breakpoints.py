@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from obcache_sglang.errors import RequestError
-from obcache_sglang.frontend.breakpoints import combined, header, place_markers
+from obcache_sglang.frontend.breakpoints import combined, header, mark_tools, place_markers
 from obcache_sglang.frontend.exchange import ExchangeMiddleware, current, note_report, params_with
 
 MARK = "<|obcache|>"
@@ -92,6 +92,27 @@ def test_the_marker_ends_the_last_block_that_something_follows(body: dict[str, A
     more = place_markers(body, MARK, several=False)
     assert marked_texts(body) == expected
     assert more == ({} if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([user(text("D"), text("Q"))], "D"),
+        ([{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "Q"),
+        ([user({"type": "image"}), user(text("Q"))], None),
+        ([{"role": "system", "content": "S"}], None),
+        ([None], None),
+        ([], None),
+        ("Q", None),
+    ],
+)
+def test_a_tools_breakpoint_ends_what_stands_before_the_first_message(messages: Any, expected: str | None) -> None:
+    body = {"tools": [{"name": "a"}, {"name": "b", "cache_control": {**EPHEMERAL, "ttl": "5m"}}, "no tool"], "messages": messages}
+    assert mark_tools(body, MARK) == (None if expected is None else {"ttl_seconds": 300})
+    assert json.dumps(body).count(MARK) == (expected is not None)
+    if expected is not None:
+        assert json.dumps(MARK + expected) in json.dumps(body)
+    assert mark_tools({"tools": [{"name": "a"}], "messages": messages}, MARK) is None
 
 
 def test_where_segments_may_end_every_breakpoint_counts() -> None:

@@ -21,7 +21,7 @@ from obcache_sglang.frontend.wish import REQUEST_KEYS, make_plan, parse_wish, sp
 from obcache_sglang.kv.context import ContextState
 from obcache_sglang.plugin import CLI_TOUCHES, register
 from obcache_sglang.scheduler.metrics import Metrics
-from obcache_sglang.settings import SETTINGS_ENV, settings_from_python
+from obcache_sglang.settings import SETTINGS_ENV, CompressionSettings, settings_from_python
 
 MARKER = "<|obcache|>"
 SOME_ID = "0123456789abcdef" * 2
@@ -169,11 +169,16 @@ def test_segments_end_at_all_markers_but_the_last(value, positions, context_len,
 
 
 @pytest.mark.parametrize(
-    ("segments", "positions", "exact_tokens"), [(1, (30, 90), 30), (2, (30, 50, 90), 50), (5, (30, 50, 90), 50), (1, (90,), 0)]
+    ("segments", "positions", "exact_tokens"),
+    [(1, (300, 900), 300), (2, (300, 500, 900), 500), (5, (300, 500, 900), 900), (1, (900,), 900), (1, (50, 300, 900), 300)],
 )
 def test_first_segments_may_stay_exact(segments, positions, exact_tokens):
-    plan = plan_of({"exact_segments": segments}, marker_positions=positions, server=GATES)
-    assert plan["settings"]["exact_tokens"] == exact_tokens
+    plan = plan_of({"exact_segments": segments}, num_tokens=1000, marker_positions=positions, server=GATES)
+    settings = CompressionSettings.from_dict(plan["settings"])
+    assert settings.within(plan["context_len"], 1).exact_tokens == exact_tokens
+    assert (
+        CompressionSettings.from_dict(plan_of({"method": "tova"}, server=GATES, marker_position=50)["settings"]).method == "tova"
+    )
 
 
 def test_under_pressure_only_the_last_end_counts():
@@ -194,9 +199,9 @@ def test_under_pressure_only_the_last_end_counts():
         ({"boundaries": [30, 30]}, (90,), "does not ascend"),
         ({"boundaries": [0]}, (90,), "a whole number from 1 to"),
         ({"boundaries": [1.5]}, (90,), "a whole number from 1 to"),
-        ({"boundaries": "30"}, (90,), "is not a list of at most 256 token counts"),
-        ({"boundaries": [*range(1, 400)]}, (90,), "is not a list of at most 256 token counts"),
-        (None, tuple(range(1, 400)), "399 times, more than 257"),
+        ({"boundaries": "30"}, (90,), "is not a list of at most 4096 token counts"),
+        ({"boundaries": [*range(1, 5000)]}, (90,), "is not a list of at most 4096 token counts"),
+        (None, tuple(range(1, 5000)), "4999 times, more than 4097"),
         ({"context_id": SOME_ID}, (0, 30), "give one marker, before the question"),
         ({"context_id": SOME_ID, "boundaries": [30]}, (0,), "leave out boundaries"),
         (None, (0, 30), "no context before it"),

@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from obcache_sglang.kv.context import ContextState
-from obcache_sglang.scheduler import control_calls
+from obcache_sglang.scheduler import control_calls, tree
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from tests.unit.engine import KEPT, Driven
 from tests.unit.test_manager import report
@@ -274,3 +274,37 @@ def test_idle_engines_compress_what_was_served_exactly_from_its_cache() -> None:
     again = drive.ask(CONTEXT, num_tokens=3)
     assert drive.step() == [again]
     assert report(again)["status"] == "reused"
+
+
+@pytest.mark.parametrize(
+    ("size", "others", "runs"), [(50, 0, True), (60, 0, True), (70, 0, True), (122, 2, False), (200, 0, False)]
+)
+def test_a_rank_that_cannot_read_its_slots_votes_and_evicts_as_the_others_do(
+    monkeypatch: pytest.MonkeyPatch, size: int, others: int, runs: bool
+) -> None:
+    """The others, which can, hear that one of them cannot."""
+    texts = [CONTEXT, *(array("q", range(1000 * number, 1000 * number + 40)) for number in range(1, others + 1))]
+
+    def rank(fails: bool) -> tuple[list[bool], list[int], Any]:
+        votes: list[bool] = []
+
+        def agree(mine: bool) -> bool:
+            votes.append(mine)
+            return False
+
+        drive, _ = driven(agree=agree, size=size)
+        for text in texts:
+            cache_exactly(drive, text)
+        if runs:
+            busy(drive)
+        with monkeypatch.context() as patched:
+            if fails:
+                patched.setattr("obcache_sglang.scheduler.tree.exact_slots", lambda *_: 1 / 0)
+            drive.ask(CONTEXT)
+            drive.step()
+        cached = [tree.match(drive.engine.tree, RadixKey(text, None))[0] for text in texts]
+        return votes, cached, drive.accounts()
+
+    (votes, *left), (failing_votes, *failing_left) = rank(False), rank(True)
+    assert len(votes) == len(failing_votes) and left == failing_left
+    assert not any(failing_votes)
