@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 from typing import Any
 
@@ -36,8 +36,6 @@ class Marker:
     plain_head: the head as ordinary tokens.
     added: the tokenizer's added tokens that end a text, the marker's and the head's among them.
     middles: the parts of `plain` and of `plain_head` that do not depend on the text next to them.
-    openings: the chat template's words before a user's text, between turns and after a system message; none if it does not mark turns.
-    num_opening_tokens: at least as many tokens as each of them has, and as the template puts before a system message's text.
     """
 
     text: str
@@ -50,8 +48,7 @@ class Marker:
     plain_head: array[int]
     added: frozenset[int]
     middles: tuple[array[int], ...]
-    openings: tuple[str, ...] = ()
-    num_opening_tokens: int = 0
+    _openings_of: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def register(cls, tokenizer: Any, text: str) -> Marker:
@@ -62,12 +59,9 @@ class Marker:
         head_id = None if head is None else register_marker(tokenizer, head)
         with_lead = list(tokenizer(text)["input_ids"])
         lead = array("q", with_lead[: with_lead.index(token_id)])
-        openings = _openings(tokenizer, text)
-        words = (*openings, _before_system_text(tokenizer, text))
-        length = max(len(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in words) + _NEIGHBOURS
         middles = _middles(tokenizer, plain, plain_head)
         added = _added(tokenizer, plain, plain_head)
-        return cls(text, tokenizer, token_id, head, head_id, lead, plain, plain_head, added, middles, openings, length)
+        return cls(text, tokenizer, token_id, head, head_id, lead, plain, plain_head, added, middles)
 
     @classmethod
     def unregistered(cls, tokenizer: Any, text: str) -> Marker:
@@ -86,15 +80,30 @@ class Marker:
         if not ids or ids == list(self.lead):
             return True
         # As text: what stands beside the template's words may be one token with them.
-        end = self._decoded(ids[-self.num_opening_tokens :]).rstrip()
-        for opening in self.openings:
+        openings, num_tokens = self._openings()
+        end = self._decoded(ids[-num_tokens:]).rstrip()
+        for opening in openings:
             if end.endswith(opening) and self._decoded(ids).count(opening) == 1:
                 return True
-        if len(ids) > self.num_opening_tokens:
+        if len(ids) > num_tokens:
             return False
         # Rendered anew, since some templates write the day's date there.
         start = _before_system_text(self.tokenizer, self.text)
         return bool(start) and "".join(self._decoded(ids).split()) == "".join(start.split())
+
+    def _openings(self) -> tuple[tuple[str, ...], int]:
+        """(the chat template's words before a user's text, between turns and after a system message; none if it does not mark turns, at least as
+        many tokens as each of them has, and as the template puts before a system message's text).
+
+        Of the template that is in use: SGLang sets `--chat-template` after the tokenizer is made.
+        """
+        template = str(getattr(self.tokenizer, "chat_template", None))
+        if template not in self._openings_of:
+            openings = _openings(self.tokenizer, self.text)
+            words = (*openings, _before_system_text(self.tokenizer, self.text))
+            length = max(len(self.tokenizer(each, add_special_tokens=False)["input_ids"]) for each in words) + _NEIGHBOURS
+            self._openings_of[template] = openings, length
+        return self._openings_of[template]
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

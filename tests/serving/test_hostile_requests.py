@@ -15,7 +15,7 @@ from obcache_sglang.local_server import Server
 from tests.serving.client import MARKER, document, flush, generate, marker_id, question, report, tokenizer
 
 L = 300
-OUTSIDE = [1 << 61, (1 << 62) + 7, 49_153, -1, 1 << 40]
+OUTSIDE = [1 << 61, (1 << 62) + 7, 49_154, -1, 1 << 40]  # 49,152 and 49,153 begin the marker in its two forms
 
 
 def refused(server: Server, path: str, body: dict[str, Any], words: str, status: int = 400) -> None:

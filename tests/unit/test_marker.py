@@ -371,3 +371,14 @@ def test_ids_outside_the_vocabulary_name_the_first_of_them(frontend: Frontend) -
     for wrong in (1 << 80, 1.5, "a", None):
         with pytest.raises(RequestError, match="is not a token id"):
             prepare(frontend, [5, wrong])
+
+
+def test_the_chat_template_that_is_in_use_counts(model_dir: Any) -> None:
+    """SGLang sets `--chat-template` when the marker is registered already."""
+    tokenizer = KINDS["smollm2"](model_dir)
+    marker = Marker.register(tokenizer, TEXT)
+    opened = tokenizer("[USER] ", add_special_tokens=False)["input_ids"]
+    assert not marker.stands_first(opened)
+    tokenizer.chat_template = "{% for message in messages %}[{{ message.role | upper }}] {{ message.content }}[END]{% endfor %}"
+    assert marker.stands_first(opened)
+    assert not marker.stands_first([*opened, *tokenizer("A document.")["input_ids"]])
