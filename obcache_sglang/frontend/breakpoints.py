@@ -66,7 +66,7 @@ def mark_tools(body: dict[str, Any], marker: str) -> dict[str, Any] | None:
     Returns and raises as `place_markers`.
     """
     tools, messages = body.get("tools"), body.get("messages", body.get("input"))
-    if not isinstance(tools, list) or not isinstance(messages, list):
+    if not isinstance(tools, list) or not isinstance(messages, list) or body.get("tool_choice") in ("none", {"type": "none"}):
         return None
     fields = [field for tool in tools if isinstance(tool, dict) and (field := _field(tool)) is not None]
     if not fields:
@@ -76,7 +76,9 @@ def mark_tools(body: dict[str, Any], marker: str) -> dict[str, Any] | None:
     first = next(_places({"messages": [next(spoken, None)]}), None)
     if first is None:
         return None
-    first.holder[first.key] = marker + first.holder[first.key]
+    text = first.holder[first.key]
+    blanks = len(text) - len(text.lstrip())  # which some templates take away
+    first.holder[first.key] = text[:blanks] + marker + text[blanks:]
     return {} if ttl is None else {"ttl_seconds": ttl}
 
 

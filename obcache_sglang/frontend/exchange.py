@@ -151,7 +151,7 @@ class ExchangeMiddleware:
         try:
             several = self.several and not _says_itself(read)
             more = breakpoints.place_markers(read, self.marker, several=several)
-            if several or more is None:
+            if (several or more is None) and not _says_where(read):
                 of_tools = breakpoints.mark_tools(read, self.marker)
                 exchange.marks_tools = of_tools is not None
                 more = of_tools if more is None else {**(of_tools or {}), **more}
@@ -162,6 +162,12 @@ class ExchangeMiddleware:
             return None
         exchange.wish = breakpoints.combined(exchange.wish, more)
         return orjson.dumps(read)
+
+
+def _says_where(body: dict[str, Any]) -> bool:
+    """Whether a request says by itself where its context, or a segment of it, ends."""
+    own = breakpoints.own_params(body)
+    return isinstance(own, dict) and any(name in own for name in ("context_len", "context_id", "boundaries"))
 
 
 def _says_itself(body: dict[str, Any]) -> bool:

@@ -136,15 +136,22 @@ class ContextCache:
         for _, identity in reversed(self.beginnings(context)):
             found = self._contexts.get(identity)
             if found is not None and self.is_resident(found):
-                self._share(found, context)
                 return found
         return None
 
+    def used(self, context: Context) -> None:
+        """It is the one that was used last."""
+        self._contexts.move_to_end(context.id)
+
     @staticmethod
-    def _share(beginning: Context, target: Context) -> None:
+    def share(beginning: Context, target: Context) -> None:
         """Notes for which context one is made that ends at a boundary of it."""
         if beginning.num_tokens in target.settings.boundaries:
             beginning.targets.add(target.id)
+
+    def _known_beginnings(self, context: Context) -> list[Context]:
+        """Those that are remembered, of a context that was ever asked for them."""
+        return [each for _, identity in context.beginnings or () if (each := self._contexts.get(identity)) is not None]
 
     def next_segment(self, target: Context, base: Context | None) -> Context | None:
         """What is compressed for target after base: its next beginning, or itself. None where no record can be had."""
@@ -154,38 +161,9 @@ class ContextCache:
                 keep = (target,) if base is None else (target, base)
                 found = self.obtain(target.namespace, target.settings, target.tokens[:start], is_segment=True, keep=keep)
                 if found is not None:
-                    self._share(found, target)
+                    self.share(found, target)
                 return found
         return target
-
-    def known_settings(self, namespace: Namespace, settings: CompressionSettings, tokens: array[int]) -> CompressionSettings:
-        """The settings for a context whose prompt has boundaries, as far as its tokens are compressed already with the same ones.
-
-        Clients move their boundaries: what ended a turn is not named any more in the turn after the next. What is resident up to one of the
-        boundaries, or the end, counts then, with the boundaries that it was made with; they are a part of what the context is.
-        """
-        own = settings.within(len(tokens), self.page_size)
-        ends = {each: own.within(each, self.page_size) for each in own.boundaries}
-        if ends:
-            ends[len(tokens)] = own
-        best: Context | None = None
-        for context in self._contexts.values():
-            wanted = ends.get(context.num_tokens)
-            if (
-                wanted is not None
-                and (best is None or context.num_tokens > best.num_tokens)
-                and context.namespace == namespace
-                and replace(context.settings, boundaries=wanted.boundaries) == wanted
-                and tokens[: context.num_tokens] == context.tokens
-                and self.is_resident(context)
-            ):
-                best = context
-        if best is None:
-            return own
-        if best.num_tokens == len(tokens):
-            return best.settings
-        rest = tuple(each for each in own.boundaries if each > best.num_tokens)
-        return replace(own, boundaries=(*best.settings.boundaries, best.num_tokens, *rest))
 
     def find_prefix(self, namespace: Namespace, settings: Sequence[CompressionSettings], tokens: array[int]) -> Context | None:
         """The longest resident context, made with one of these settings, that `tokens` starts with and goes on after.
@@ -348,7 +326,7 @@ class ContextCache:
 
     def delete(self, context: Context) -> None:
         """No new request finds the context, nor the beginnings it was made of; their slots go with `sweep`, once they have no readers."""
-        known = [each for _, identity in self.beginnings(context) if (each := self._contexts.get(identity)) is not None]
+        known = self._known_beginnings(context)
         for each in known:
             each.targets.discard(context.id)
         unused = [each for each in known if each.is_segment and not (each.targets or each.is_queued or each.num_holders)]
@@ -415,6 +393,10 @@ class ContextCache:
         context.suffixes_complete = True
         context.node, context.virtual_ids = None, array("q")
         context.pinned = False
+        for each in self._known_beginnings(context):
+            each.targets.discard(context.id)
+            if each.is_segment and not each.targets and each.expires_at is None:
+                each.ttl_seconds, each.expires_at = context.ttl_seconds, context.expires_at
         # Whoever makes it again says anew how long it is to live.
         context.ttl_seconds = context.expires_at = None
         self.unlock(context)
@@ -437,6 +419,8 @@ class ContextCache:
 
     def _drop_record(self, context: Context) -> None:
         self._contexts.pop(context.id, None)
+        for each in self._known_beginnings(context):
+            each.targets.discard(context.id)
         for identity in context.tails:
             self._capabilities.pop(identity, None)
         context.tails.clear()

@@ -104,21 +104,27 @@ class InPlace:
         if node is None:
             return False
         lock = self.cache.tree.lock(node)  # what makes room must not take what is read
+        try:
+            self._under_way = self._begun(context, base, lock, makes_room=makes_room)
+        finally:
+            if self._under_way is None:
+                self.cache.tree.unlock(lock)
+        context.is_queued = self.is_busy
+        return self.is_busy
+
+    def _begun(self, context: Context, base: Context | None, lock: Any, *, makes_room: bool) -> CachedCompression | None:
+        """A compression with its slots; None where there is no room, or a rank cannot."""
         if not makes_room:
             self.jobs.room.make(context.num_slots)
         if not makes_room and self.engine.runs_something and not self.jobs.room.has_spare(context.num_slots):
-            self.cache.tree.unlock(lock)
-            return False  # as a prefill it waits until SGLang admits it
+            return None  # as a prefill it waits until SGLang admits it
         slots_read = self._slots(context, base)
         slots = self.jobs.reserve_on_all_ranks(context, is_able=slots_read is not None)
         if slots is None or slots_read is None:
             context.failed_in_place = True
-            self.cache.tree.unlock(lock)
-            return False
+            return None
         rows = ScoringRows(0, 0, context.num_tokens, slots_read, last=True)
-        self._under_way = CachedCompression(context, slots, rows, lock, len(self._layers), base, makes_room=makes_room)
-        context.is_queued = True
-        return True
+        return CachedCompression(context, slots, rows, lock, len(self._layers), base, makes_room=makes_room)
 
     def _node(self, context: Context, base: Context | None) -> int | None:
         """Where the tree has what is read, as all ranks know; None where it has not."""

@@ -98,6 +98,8 @@ class Jobs:
         longest = max((len(each.tokens) for each in passes), default=len(context.judges))
         if not self.room.can_hold(most_slots(context.settings, first, context.num_tokens, page_size) + longest):
             return None, "pool_too_small"
+        if base is not None:
+            self.cache.share(base, context)
         segment = self.cache.next_segment(context, base)
         if segment is None:
             return None, "too_many_contexts"

@@ -26,6 +26,7 @@ from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.idle import WhenIdle
 from obcache_sglang.scheduler.in_place import InPlace
 from obcache_sglang.scheduler.jobs import Jobs
+from obcache_sglang.scheduler.lineage import known_settings
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.pressure import UnderPressure
 from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq
@@ -320,10 +321,9 @@ class CompressionManager:
             req.exact_reason = "shorter_than_a_page"
             return None
         judges = prompt[boundary:] if plan.judged_by_rest else plan.judges
-        settings = plan.settings
-        if plan.context_id is None:
-            settings = self.cache.known_settings(req.namespace, settings, prompt[:boundary])
-        context = self.cache.obtain(req.namespace, settings, prompt[:boundary], judges)
+        own, tokens = plan.settings, prompt[:boundary]
+        settings = own if plan.context_id is not None else known_settings(self.cache, req.namespace, own, tokens)
+        context = self.cache.obtain(req.namespace, settings, tokens, judges)
         if context is None:
             req.exact_reason = "too_many_contexts"
         elif plan.context_id is None and context.state is not ContextState.DELETING:

@@ -126,6 +126,37 @@ def test_deleting_the_last_of_its_contexts_deletes_a_beginning() -> None:
     assert left == [[200, 490, 500], []]
 
 
+def test_a_context_that_is_forgotten_or_refused_holds_no_beginning() -> None:
+    drive = driven(2000, segment_tokens=None, max_contexts=6)
+    first = drive.ask(SYSTEM + text(1000, 300), boundaries=(200,))
+    make_all(drive)
+    refused = drive.ask(SYSTEM + text(4000, 1700), boundaries=(200,))
+    assert make_all(drive) == [] and report(refused)["reason"] == "pool_too_small"
+    (beginning,) = [each for each in drive.manager.cache if each.num_tokens == 200]
+    assert first.context is not None and beginning.targets == {first.context.id}
+    drive.engine.queue.clear()
+    for number in range(6):
+        drive.compress(text(10_000 + 1000 * number, 130))
+        drive.ask(SYSTEM)  # it stays in use
+        make_all(drive)
+        drive.engine.queue.clear()
+    assert drive.manager.cache.get(first.context.id) is None and not beginning.targets
+
+
+def test_of_two_with_the_same_tokens_a_prompt_has_its_own() -> None:
+    drive = driven(6000, segment_tokens=None)
+    document = SYSTEM + text(1000, 300)
+    for boundaries in ((200,), ()):
+        drive.ask(document, boundaries=boundaries)
+        make_all(drive)
+    lineages = []
+    for number in range(4):
+        req = drive.ask(document, boundaries=(200,), question=number)
+        assert make_all(drive) == [] and req.context is not None
+        lineages.append(req.context.settings.boundaries)
+    assert lineages == [(200,)] * 4
+
+
 def test_boundaries_that_move_find_what_is_compressed() -> None:
     """Clients of hosted APIs name the system prompt and the last turns only: what was a turn's end is not named for ever."""
     drive = driven(20_000, segment_tokens=None)

@@ -1,0 +1,45 @@
+"""Prompts whose boundaries move: what of a context is compressed already, and with which boundaries."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import replace
+
+from obcache_sglang.kv.context import Namespace
+from obcache_sglang.scheduler.context_cache import ContextCache
+from obcache_sglang.settings import CompressionSettings
+
+
+def known_settings(
+    cache: ContextCache, namespace: Namespace, settings: CompressionSettings, tokens: array[int]
+) -> CompressionSettings:
+    """The settings for a context whose prompt has boundaries, as far as its tokens are compressed already with the same ones.
+
+    Clients move their boundaries: what ended a turn is not named any more in the turn after the next. What is resident up to one of the
+    boundaries, or the end, counts then, with the boundaries that it was made with; they are a part of what the context is.
+    """
+    own = settings.within(len(tokens), cache.page_size)
+    if not own.boundaries:
+        return own
+    ends = {each: own.within(each, cache.page_size) for each in (*own.boundaries, len(tokens))}
+    found = []
+    for context in list(cache):
+        length = context.num_tokens
+        wanted = ends.get(length)
+        if (
+            wanted is not None
+            and tokens[max(0, length - 8) : length] == context.tokens[-8:]  # copies the whole only where it may be equal
+            and context.namespace == namespace
+            and replace(context.settings, boundaries=wanted.boundaries) == wanted
+            and tokens[:length] == context.tokens
+            and cache.is_resident(context)
+        ):
+            found.append((length, context.settings == wanted, context.id, context))
+    # The longest; of several, its own, else always the same one.
+    for length, _, _, context in sorted(found, key=lambda each: each[:3], reverse=True):
+        rest = tuple(each for each in own.boundaries if each > length)
+        joined = replace(own, boundaries=(*context.settings.boundaries, length, *rest)).within(len(tokens), cache.page_size)
+        if length == len(tokens) or length in joined.boundaries:
+            cache.used(context)
+            return context.settings if length == len(tokens) else joined
+    return own
