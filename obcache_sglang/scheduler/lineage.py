@@ -30,7 +30,7 @@ def known_settings(
             wanted is not None
             and tokens[max(0, length - 8) : length] == context.tokens[-8:]  # copies the whole only where it may be equal
             and context.namespace == namespace
-            and replace(context.settings, boundaries=wanted.boundaries) == wanted
+            and replace(context.settings, boundaries=()) == replace(wanted, boundaries=())
             and tokens[:length] == context.tokens
             and cache.is_resident(context)
         ):

@@ -157,6 +157,18 @@ def test_of_two_with_the_same_tokens_a_prompt_has_its_own() -> None:
     assert lineages == [(200,)] * 4
 
 
+def test_contexts_of_other_methods_are_passed_over() -> None:
+    """Those have no boundaries, and could not have any."""
+    drive = driven(6000, segment_tokens=None)
+    document = SYSTEM + text(1000, 300)
+    drive.ask(document, settings=CompressionSettings.resolve({"method": "snapkv", "budget": "uniform", "compression_ratio": 0.5}))
+    make_all(drive)
+    req = drive.ask(document, boundaries=(200,))
+    assert make_all(drive) == [200, 300]
+    drive.step()
+    assert req.context is not None and req.context.settings.boundaries == (200,)
+
+
 def test_boundaries_that_move_find_what_is_compressed() -> None:
     """Clients of hosted APIs name the system prompt and the last turns only: what was a turn's end is not named for ever."""
     drive = driven(20_000, segment_tokens=None)
