@@ -22,7 +22,8 @@ HEADER = b"x-obcache"
 _COUNTED = "/v1/messages/count_tokens"
 _DROP_PARAMS = ("/v1/messages", "/v1/responses")
 """Endpoints that drop `custom_params`."""
-_NAMES = ("cache_salt", "extra_key", "lora_path")
+NAMESPACE_FIELDS = ("cache_salt", "extra_key", "lora_path")
+"""Of a request: what a context is shared by."""
 _HAVE_BLOCKS = ("/v1/chat/completions", *_DROP_PARAMS)
 
 
@@ -130,7 +131,7 @@ class ExchangeMiddleware:
         """The body with its marker in place, or without it where tokens are counted; None for one that stays. What it says goes to exchange."""
         assert self.marker is not None
         has_fields = path in _HAVE_BLOCKS and any(f'"{name}"'.encode() in body for name in breakpoints.FIELDS)
-        wishes = path in _DROP_PARAMS and any(f'"{name}"'.encode() in body for name in ("custom_params", *_NAMES))
+        wishes = path in _DROP_PARAMS and any(f'"{name}"'.encode() in body for name in ("custom_params", *NAMESPACE_FIELDS))
         if not (path == _COUNTED or wishes or has_fields):
             return None
         try:
@@ -144,14 +145,15 @@ class ExchangeMiddleware:
             return None if counted == read else orjson.dumps(counted)
         if wishes:
             exchange.wish = breakpoints.own_params(read)
-            exchange.names = tuple(read[name] for name in _NAMES if isinstance(read.get(name), str))
+            exchange.names = tuple(read[name] for name in NAMESPACE_FIELDS if isinstance(read.get(name), str))
         # Not in the body as it came: clients may escape the marker's characters there.
         if not has_fields or contains(orjson.dumps(read).decode(), self.marker):
             return None
         try:
-            several = self.several and not _says_itself(read)
+            # With another method a context may have no segments.
+            several = self.several and not _says(read, "method", "preset", "boundaries", "context_id")
             more = breakpoints.place_markers(read, self.marker, several=several)
-            if (several or more is None) and not _says_where(read):
+            if (several or more is None) and not _says(read, "context_len", "context_id", "boundaries"):
                 of_tools = breakpoints.mark_tools(read, self.marker)
                 exchange.marks_tools = of_tools is not None
                 more = of_tools if more is None else {**(of_tools or {}), **more}
@@ -164,16 +166,10 @@ class ExchangeMiddleware:
         return orjson.dumps(read)
 
 
-def _says_where(body: dict[str, Any]) -> bool:
-    """Whether a request says by itself where its context, or a segment of it, ends."""
+def _says(body: dict[str, Any], *names: str) -> bool:
+    """Whether a request's own wish has any of these keys."""
     own = breakpoints.own_params(body)
-    return isinstance(own, dict) and any(name in own for name in ("context_len", "context_id", "boundaries"))
-
-
-def _says_itself(body: dict[str, Any]) -> bool:
-    """Whether a request says itself where segments end, or how its context is scored, which may not go with segments."""
-    own = breakpoints.own_params(body)
-    return isinstance(own, dict) and any(name in own for name in ("method", "preset", "boundaries", "context_id"))
+    return isinstance(own, dict) and any(name in own for name in names)
 
 
 def _replayed(messages: list[Any], receive: Any) -> Any:

@@ -19,7 +19,7 @@ from obcache_sglang.errors import HostError, RequestError, shown
 from obcache_sglang.frontend.breakpoints import combined
 from obcache_sglang.frontend.checks import check_choices, check_embeddings, check_ids, check_sampling, check_scalars, check_texts
 from obcache_sglang.frontend.control import ExpiryTimer
-from obcache_sglang.frontend.exchange import dropped_names, marks_tools, note_report, params_with
+from obcache_sglang.frontend.exchange import NAMESPACE_FIELDS, dropped_names, marks_tools, note_report, params_with
 from obcache_sglang.frontend.marker import Marker
 from obcache_sglang.frontend.marker_options import contains
 from obcache_sglang.frontend.wish import make_plan, parse_wish, split_markers
@@ -133,7 +133,7 @@ class Frontend:
 
     def _is_excluded(self, request: Any) -> bool:
         """Whether the operator wants the namespace of a request served exactly."""
-        own = (getattr(request, name, None) for name in ("cache_salt", "extra_key", "lora_path"))
+        own = (getattr(request, name, None) for name in NAMESPACE_FIELDS)
         return any(name in self.settings.exclude for name in (*own, *dropped_names()))
 
     def hold(self, prepared: _Prepared) -> None:

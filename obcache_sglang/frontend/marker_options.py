@@ -12,6 +12,7 @@ from typing import Any
 
 from obcache_sglang.errors import RequestError, shown
 from obcache_sglang.frontend.wish import REQUEST_KEYS
+from obcache_sglang.settings import number_or_text
 
 SHORT_KEYS = {"ratio": "compression_ratio", "ttl": "ttl_seconds"}
 
@@ -102,14 +103,7 @@ def together(first: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any
 
 
 def _value(text: str) -> bool | int | float | str:
-    if text in ("true", "false"):
-        return text == "true"
-    for parse in (int, float):
-        try:
-            return parse(text)
-        except ValueError:
-            continue
-    return text
+    return text == "true" if text in ("true", "false") else number_or_text(text)
 
 
 def with_options(marker: str, options: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from obcache_sglang import __version__
 from obcache_sglang.errors import ContextNotFound, ObcacheError, RequestError, shown
 from obcache_sglang.frontend import control
 from obcache_sglang.frontend.checks import check_unicode
+from obcache_sglang.frontend.exchange import NAMESPACE_FIELDS
 from obcache_sglang.frontend.hooks import ACTION, Frontend
 from obcache_sglang.frontend.marker_options import contains
 from obcache_sglang.frontend.wish import REQUEST_KEYS
@@ -35,9 +36,8 @@ _PROGRESS_SECONDS = 0.5
 
 _PROMPT_KEYS = ("text", "messages", "input_ids")
 _CHAT_KEYS = ("model", "tools", "chat_template_kwargs")
-_REQUEST_FIELDS = ("cache_salt", "extra_key", "lora_path")
 _OPTION_KEYS = tuple(key for key in REQUEST_KEYS if key not in ("context_len", "context_id", "mode"))
-COMPRESS_KEYS = _PROMPT_KEYS + _CHAT_KEYS + _REQUEST_FIELDS + _OPTION_KEYS
+COMPRESS_KEYS = _PROMPT_KEYS + _CHAT_KEYS + NAMESPACE_FIELDS + _OPTION_KEYS
 """Keys of the body of `POST /obcache/compress`."""
 
 ServingChat = Callable[[], Any]
@@ -317,7 +317,7 @@ def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: M
     else:
         allowed = {"text": "a non-empty string", "input_ids": "a non-empty list of token ids"}[prompts[0]]
         raise RequestError(f"{prompts[0]} is not {allowed}: compress takes one context.")
-    for name in _REQUEST_FIELDS:
+    for name in NAMESPACE_FIELDS:
         value = body.get(name)
         if value is not None and not isinstance(value, str):
             raise RequestError(f"{name}={shown(value)} is not a string: compress takes one context.")

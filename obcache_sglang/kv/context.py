@@ -136,6 +136,12 @@ class Context:
         """Whether it is the first to go, as a beginning of one longer context."""
         return self.is_segment and len(self.targets) < 2
 
+    def begins(self, tokens: array[int]) -> bool:
+        """Whether these begin with its tokens."""
+        length = self.num_tokens
+        # Copies the whole only where it may be equal.
+        return tokens[max(0, length - 8) : length] == self.tokens[-8:] and tokens[:length] == self.tokens
+
     def describe(self) -> dict[str, Any]:
         """JSON-safe facts for the control endpoints."""
         return {

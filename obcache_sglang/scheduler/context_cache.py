@@ -149,9 +149,12 @@ class ContextCache:
         if beginning.num_tokens in target.settings.boundaries:
             beginning.targets.add(target.id)
 
-    def _known_beginnings(self, context: Context) -> list[Context]:
-        """Those that are remembered, of a context that was ever asked for them."""
-        return [each for _, identity in context.beginnings or () if (each := self._contexts.get(identity)) is not None]
+    def _forsaken(self, context: Context) -> list[Context]:
+        """The inverse of `share`: a context's beginnings that are remembered, none of which is held for it any more."""
+        known = [each for _, identity in context.beginnings or () if (each := self._contexts.get(identity)) is not None]
+        for each in known:
+            each.targets.discard(context.id)
+        return known
 
     def next_segment(self, target: Context, base: Context | None) -> Context | None:
         """What is compressed for target after base: its next beginning, or itself. None where no record can be had."""
@@ -168,7 +171,8 @@ class ContextCache:
     def find_prefix(self, namespace: Namespace, settings: Sequence[CompressionSettings], tokens: array[int]) -> Context | None:
         """The longest resident context, made with one of these settings, that `tokens` starts with and goes on after.
 
-        settings: without boundaries and exact tokens, which contexts may have."""
+        settings: without boundaries and exact tokens, which contexts may have.
+        """
         best: Context | None = None
         for context in self._contexts.values():
             length = context.num_tokens
@@ -176,10 +180,9 @@ class ContextCache:
                 context.state is ContextState.RESIDENT
                 and length < len(tokens)
                 and (best is None or length > best.num_tokens)
-                and tokens[max(0, length - 8) : length] == context.tokens[-8:]  # copies the whole only where it may be equal
-                and replace(context.settings, boundaries=(), exact_segments=0, exact_tokens=0) in settings
                 and context.namespace == namespace
-                and tokens[:length] == context.tokens
+                and context.begins(tokens)
+                and replace(context.settings, boundaries=(), exact_segments=0, exact_tokens=0) in settings
             ):
                 best = context
         if best is not None:
@@ -326,10 +329,8 @@ class ContextCache:
 
     def delete(self, context: Context) -> None:
         """No new request finds the context, nor the beginnings it was made of; their slots go with `sweep`, once they have no readers."""
-        known = self._known_beginnings(context)
-        for each in known:
-            each.targets.discard(context.id)
-        unused = [each for each in known if each.is_segment and not (each.targets or each.is_queued or each.num_holders)]
+        left = self._forsaken(context)
+        unused = [each for each in left if each.is_segment and not (each.targets or each.is_queued or each.num_holders)]
         for each in (context, *unused):
             self.unpin(each)
             self._drop_record(each)
@@ -393,8 +394,7 @@ class ContextCache:
         context.suffixes_complete = True
         context.node, context.virtual_ids = None, array("q")
         context.pinned = False
-        for each in self._known_beginnings(context):
-            each.targets.discard(context.id)
+        for each in self._forsaken(context):
             if each.is_segment and not each.targets and each.expires_at is None:
                 each.ttl_seconds, each.expires_at = context.ttl_seconds, context.expires_at
         # Whoever makes it again says anew how long it is to live.
@@ -419,8 +419,7 @@ class ContextCache:
 
     def _drop_record(self, context: Context) -> None:
         self._contexts.pop(context.id, None)
-        for each in self._known_beginnings(context):
-            each.targets.discard(context.id)
+        self._forsaken(context)
         for identity in context.tails:
             self._capabilities.pop(identity, None)
         context.tails.clear()

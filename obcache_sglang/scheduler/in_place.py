@@ -193,10 +193,8 @@ class InPlace:
         self.cache.tree.unlock(job.lock)
         if job.base is not None:
             self.cache.replaced(job.base)
-        elif job.makes_room:
-            num_tokens, node = tree.match_exact(self.cache.tree, context)
-            if num_tokens == context.num_tokens:
-                tree.drop_branch(self.cache.tree, node)
+        elif job.makes_room and (node := self._node(context, None)) is not None:
+            tree.drop_branch(self.cache.tree, node)
         self.jobs.ask_again(context, job.base)
         try:  # as in `Jobs`: whatever fails here on one rank changes no decision
             self.metrics.compressed_in_place()

@@ -323,7 +323,7 @@ class Jobs:
                 req.decided = False
             if not isinstance(req, ContextReq) or req.exact_reason not in ("deferred", "no_context"):
                 continue
-            if req.namespace == context.namespace and req.prompt_ids[: context.num_tokens] == context.tokens:
+            if req.namespace == context.namespace and context.begins(req.prompt_ids):
                 req.exact_reason, req.decided = None, False
 
     def _go_on_or_publish(self, job: CompressionJob) -> bool:

@@ -28,10 +28,9 @@ def known_settings(
         wanted = ends.get(length)
         if (
             wanted is not None
-            and tokens[max(0, length - 8) : length] == context.tokens[-8:]  # copies the whole only where it may be equal
             and context.namespace == namespace
+            and context.begins(tokens)
             and replace(context.settings, boundaries=()) == replace(wanted, boundaries=())
-            and tokens[:length] == context.tokens
             and cache.is_resident(context)
         ):
             found.append((length, context.settings == wanted, context.id, context))

@@ -162,9 +162,8 @@ class _Prometheus:
 
         def gauge(name: str, text: str) -> Any:
             made = Gauge(f"sglang:obcache_{name}", text, labelnames=names, multiprocess_mode="mostrecent").labels(**labels)
-            made.set(
-                0
-            )  # one that was never set has no sample, and no labels: sglang-router cannot join it with another replica's
+            # One that was never set has no sample, and no labels: sglang-router cannot join it with another replica's.
+            made.set(0)
             return made
 
         self.compressions = counter("compressions_total", "Contexts compressed.")

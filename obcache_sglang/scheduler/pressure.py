@@ -316,7 +316,7 @@ class UnderPressure:
         for identity, each in list(self._candidates.items()):
             if each.num_tokens > context.num_tokens or each.namespace != context.namespace:
                 continue
-            if context.tokens[: each.num_tokens] == each.tokens:
+            if each.begins(context.tokens):
                 del self._candidates[identity]
 
 

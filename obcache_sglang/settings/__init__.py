@@ -10,6 +10,7 @@ from obcache_sglang.settings.options import (
     Option,
     check_number,
     check_whole_number,
+    number_or_text,
 )
 from obcache_sglang.settings.sources import (
     SETTINGS_ENV,
@@ -45,6 +46,7 @@ __all__ = [
     "check_number",
     "check_whole_number",
     "flags_help",
+    "number_or_text",
     "publish",
     "published_settings",
     "server_secret",

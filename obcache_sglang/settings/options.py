@@ -26,7 +26,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
     "recent_tokens": (0, _LONGEST_CONTEXT, "no context is longer"),
     "max_kept_tokens": (1, _LONGEST_CONTEXT, "no context is longer"),
     "segment_tokens": (128, _LONGEST_CONTEXT, "each segment is a compression of its own, which shorter ones would not be worth"),
-    "exact_segments": (0, 256, "a prompt has at most 256 boundaries"),
+    "exact_segments": (0, 256, "a context that stays exact for longer needs no compression"),
     "replay_chunk": (32, 1 << 20, "each pass also reads a prompt of its own, which would outweigh shorter chunks"),
     "context_len": (1, _LONGEST_CONTEXT, "no context is longer"),
     "ttl_seconds": (1, 366 * 86400, "at most a year"),
@@ -132,7 +132,7 @@ def _ladder(name: str, value: Any) -> tuple[float, ...]:
     given = value.split(",") if isinstance(value, str) else value
     if not isinstance(given, Sequence):
         raise InvalidValue(name, value, "is not a list of ratios; give for example 0.7,0.85.")
-    ratios = tuple(_number(each.strip()) if isinstance(each, str) else each for each in given)
+    ratios = tuple(number_or_text(each.strip()) if isinstance(each, str) else each for each in given)
     for ratio in ratios:
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
             raise InvalidValue(name, value, f"has {ratio!r}, which is not a number between 0 and 1.")
@@ -156,8 +156,8 @@ def _switch(name: str, value: Any) -> bool:
     return value
 
 
-def _number(text: str) -> int | float | str:
-    """A number from the command line. Anything else stays text, and the option's check refuses it by name."""
+def number_or_text(text: str) -> int | float | str:
+    """A number that was written as text. Anything else stays text, and the option's check refuses it by name."""
     for parse in (int, float):
         try:
             return parse(text)
@@ -171,7 +171,7 @@ COMPRESSION_OPTIONS = (
         "compression_ratio",
         _ratio,
         "Fraction of a context's KV pairs that is removed, in [0, 1). 0.7 keeps 30 %%. Default: 0.7.",
-        _number,
+        number_or_text,
         "RATIO",
     ),
     Option(
@@ -209,7 +209,7 @@ COMPRESSION_OPTIONS = (
             "Number of last context tokens whose queries score; these tokens are kept. all: every query of the context (h2o "
             "only). Default: 64 (tova: 1; preset paper: 16; none for replay)."
         ),
-        _number,
+        number_or_text,
         "TOKENS|all",
     ),
     Option(
@@ -222,14 +222,14 @@ COMPRESSION_OPTIONS = (
         "kernel_size",
         _whole_number("the number of neighbouring positions pooled", odd=True),
         "Number of positions pooled together; odd. Default: 5 (preset paper: 7).",
-        _number,
+        number_or_text,
         "POSITIONS",
     ),
     Option(
         "sink_tokens",
         _whole_number("the number of first tokens that are always kept"),
         "Number of first tokens of a context that are always kept (attention sinks). Default: 4 (preset kvpress: 0).",
-        _number,
+        number_or_text,
         "TOKENS",
     ),
     Option(
@@ -239,7 +239,7 @@ COMPRESSION_OPTIONS = (
             "Number of last tokens of a context that are always kept, if more than the window. Default: "
             f"{REPLAY_RECENT_TOKENS} for replay with budget global (preset kvzip: 0), else 0."
         ),
-        _number,
+        number_or_text,
         "TOKENS",
     ),
     Option(
@@ -255,7 +255,7 @@ COMPRESSION_OPTIONS = (
         "max_kept_tokens",
         _whole_number("the most tokens kept per KV head of one context", optional=True),
         "Upper bound of kept tokens per KV head and context, in addition to the ratio. Default: none.",
-        _number,
+        number_or_text,
         "TOKENS",
     ),
     Option(
@@ -265,7 +265,7 @@ COMPRESSION_OPTIONS = (
             "Method gate: long contexts are prefilled and compressed segment by segment, each after the compressed ones before it, so that "
             "a compression takes room for what is kept and about one segment. Default: off, contexts are compressed whole."
         ),
-        _number,
+        number_or_text,
         "TOKENS",
     ),
     Option(
@@ -275,7 +275,7 @@ COMPRESSION_OPTIONS = (
             "Method gate, prompts that say where several segments end: so many first segments, such as a system prompt with its "
             "instructions, keep all their tokens, and the ratio is of the others. A context without others stays exact. Default: 0."
         ),
-        _number,
+        number_or_text,
         "SEGMENTS",
     ),
     Option(
@@ -295,7 +295,7 @@ COMPRESSION_OPTIONS = (
             "For budget adakv: part of an equal share that each head keeps whatever the other heads score, in [0, 1]. "
             "Default: 0.2."
         ),
-        _number,
+        number_or_text,
         "SHARE",
     ),
     Option(
@@ -311,7 +311,7 @@ COMPRESSION_OPTIONS = (
         "replay_chunk",
         _whole_number("the number of context tokens that one replay pass re-reads"),
         "For method replay: number of context tokens that one pass reads again. Default: 2048.",
-        _number,
+        number_or_text,
         "TOKENS",
     ),
 )
@@ -376,7 +376,7 @@ SERVER_OPTIONS = (
         "min_tokens",
         _whole_number("the length in tokens from which contexts are compressed"),
         "Shorter contexts are served exactly. Default: 256.",
-        _number,
+        number_or_text,
         "TOKENS",
         per_request=False,
     ),
@@ -401,7 +401,7 @@ SERVER_OPTIONS = (
         "max_contexts",
         _whole_number("the number of compressed contexts remembered at once"),
         "Compressed contexts remembered at once; the least recently used unpinned one makes room. Default: 1024.",
-        _number,
+        number_or_text,
         "CONTEXTS",
         per_request=False,
     ),
@@ -409,7 +409,7 @@ SERVER_OPTIONS = (
         "max_pinned_slots",
         _whole_number("the number of KV slots that pinned contexts may hold together", optional=True),
         "KV slots that all pinned contexts may hold together. Default: half of the pool.",
-        _number,
+        number_or_text,
         "SLOTS",
         per_request=False,
     ),
