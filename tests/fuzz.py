@@ -252,13 +252,12 @@ def settle(server: Server, ordinary: Sequence[Ordinary], findings: Findings) -> 
     (load,) = server.get("/v1/loads")["loads"]
     if load["num_used_tokens"] or load["num_waiting_reqs"] or load["num_running_reqs"]:
         findings.add(f"something is left: {load}")
+    # Then all is exact as long as there is room.
+    by_need = server.get("/obcache/status")["settings"]["when"] == "pressure"
     for client in ordinary:
         for index in range(len(client.asked)):
             before = findings.counts["ordinary compressed"] + findings.counts["ordinary reused"]
             client.check(index, "text", findings)
-            by_need = (
-                server.get("/obcache/status")["settings"]["when"] == "pressure"
-            )  # then all is exact as long as there is room
             if not by_need and findings.counts["ordinary compressed"] + findings.counts["ordinary reused"] == before:
                 findings.add("an ordinary question is not compressed any more")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,18 +30,8 @@ def gate_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     folder = tmp_path_factory.mktemp("gates")
     template = folder / "tools.jinja"
     template.write_text(TEMPLATE)
-    flags = (
-        *COMMON,
-        "--chat-template",
-        str(template),
-        "--max-total-tokens",
-        "8192",
-        "--chunked-prefill-size",
-        "512",
-        "--obcache",
-        "--obcache-min-tokens",
-        "32",
-    )
+    flags = (*COMMON, "--chat-template", str(template), "--max-total-tokens", "8192", "--chunked-prefill-size", "512")
+    flags += ("--obcache", "--obcache-min-tokens", "32")
     flags += ("--obcache-gates", "smollm2-135m", "--obcache-compression-ratio", "0.6")
     yield from serving(model_dir, folder, flags)
 
@@ -65,6 +56,15 @@ def test_a_system_prompt_is_read_once_for_all_documents_behind_it(gate_server: S
     assert again["output_ids"] == answer["output_ids"]
 
 
+def chat_turn(server: Server, messages: list[dict[str, str]], asked: str) -> tuple[int, dict[str, Any]]:
+    """(tokens that were prefilled, the answer) of one turn, which ends with a marker of its own; messages grow by it."""
+    messages.append({"role": "user", "content": asked + MARKER + "\n\nIs that so?"})
+    before = prefilled_tokens(server)
+    answer = server.post("/v1/chat/completions", {"model": "default", "messages": messages, "max_tokens": 8})
+    messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+    return prefilled_tokens(server) - before, answer
+
+
 def test_a_turn_of_a_chat_costs_its_own_tokens(gate_server: Server, model_dir: Path) -> None:
     """The client leaves its markers where they were, and puts one more at the end of each turn."""
     words = tokenizer(model_dir)
@@ -72,15 +72,10 @@ def test_a_turn_of_a_chat_costs_its_own_tokens(gate_server: Server, model_dir: P
     messages = [{"role": "system", "content": words.decode(document(model_dir, 300, "class")) + MARKER}]
     turns, cached = [], []
     for topic in ("exceptions", "numbers", "with", "try"):
-        asked = words.decode(document(model_dir, 150, topic))
-        messages.append({"role": "user", "content": asked + MARKER + "\n\nIs that so?"})
-        before = prefilled_tokens(gate_server)
-        body = {"model": "default", "messages": messages, "max_tokens": 8}
-        answer = gate_server.post("/v1/chat/completions", {**body, "stream": False})
-        turns.append(prefilled_tokens(gate_server) - before)
+        prefilled, answer = chat_turn(gate_server, messages, words.decode(document(model_dir, 150, topic)))
+        turns.append(prefilled)
         found = answer["metadata"]["obcache"]
         cached.append((found["status"], found["context_tokens"], answer["usage"]["prompt_tokens"]))
-        messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
     assert [status for status, _, _ in cached] == ["compressed"] * 4
     # The whole history would be 1,000 tokens in the last turn.
     assert max(turns[1:]) < 260 and cached[-1][2] > 900, (turns, cached)
@@ -95,17 +90,13 @@ def test_thirty_turns_cost_what_each_of_them_says(gate_server: Server, model_dir
     messages = [{"role": "system", "content": words.decode(text[:300]) + MARKER}]
     prefilled, compressed = [], compressions(gate_server)
     for turn in range(30):
-        asked = words.decode(text[300 + 150 * turn : 450 + 150 * turn])
-        messages.append({"role": "user", "content": asked + MARKER + "\n\nIs that so?"})
-        before, started_at = prefilled_tokens(gate_server), time.perf_counter()
-        body = {"model": "default", "messages": messages, "max_tokens": 8}
-        answer = gate_server.post("/v1/chat/completions", body)
+        started_at = time.perf_counter()
+        tokens_read, answer = chat_turn(gate_server, messages, words.decode(text[300 + 150 * turn : 450 + 150 * turn]))
         seconds = time.perf_counter() - started_at
-        prefilled.append(prefilled_tokens(gate_server) - before)
+        prefilled.append(tokens_read)
         tokens, found = answer["usage"]["prompt_tokens"], answer["metadata"]["obcache"]
-        print(f"turn {turn + 1}: {tokens} tokens, {found['kept_tokens']} kept, {prefilled[-1]} prefilled, {seconds:.2f} s")
+        print(f"turn {turn + 1}: {tokens} tokens, {found['kept_tokens']} kept, {tokens_read} prefilled, {seconds:.2f} s")
         assert found["status"] == "compressed"
-        messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
     assert compressions(gate_server) - compressed == 30 and tokens > 4500
     assert max(prefilled[20:]) < 1.2 * max(prefilled[1:10])
 
