@@ -192,7 +192,7 @@ class Compression:
     ) -> None:
         """Chooses the tokens that this layer's heads keep, and copies their K and V; some budgets choose with the last layer.
 
-        scores: as `score` gives them. slots: [M] int64, the context's.
+        scores: as `score` gives them. slots: [M] int64, the context's, those of its exact tokens first.
         """
         context, settings = self.context, self.context.settings
         ranked = rank_positions(
@@ -240,8 +240,8 @@ class Compression:
         if compressor.space is None:  # then all heads keep as many, each in its own layer and lane
             k, v = (each[sources.kept_slots].transpose(0, 1).flatten(0, 1) for each in (keys, values))
         else:
-            rows_of_cells = compressor.space.cell_rows(sources.kept_slots, first, last)
-            k, v = compressor.space.k[rows_of_cells], compressor.space.v[rows_of_cells]
+            kept_rows = sources.kept.rows_in(compressor.space, sources.kept_slots, first_head, first_head + len(new))
+            k, v = compressor.space.k[kept_rows], compressor.space.v[kept_rows]
         # What a head no longer has ranks below all that it has, whatever that scores.
         new = new.nan_to_num(nan=torch.finfo(torch.float32).min)
         scores = torch.nn.functional.pad(new, (sources.first, 0), value=float("-inf"))
@@ -338,35 +338,38 @@ class Compression:
     ) -> None:
         """Copies what the next heads keep to the context's slots, after what is there.
 
-        slots: [M] int64, the context's.
+        slots: [M] int64, the context's. What stays exact lies in the first of them already.
         """
         positions, offsets = division
+        num_exact = self.context.num_exact
         if self.context.is_uneven:
             assert compressor.space is not None
-            first_cell = sum(len(each) for each, _ in self._divisions)
+            first_cell = sum(len(each) for each, _ in self._divisions) - num_exact * self._num_divided_heads
+            if num_exact:
+                positions, offsets = _without_exact(positions, offsets, num_exact)
             copy_cells(
                 compressor.space,
                 self._sources(rows),
                 positions,
                 offsets,
-                slots,
+                slots[num_exact:],
                 first_head=self._num_divided_heads,
                 first_cell=first_cell,
             )
             return
         # Each goes to a slot's own layer and lane, where any attention backend finds it.
-        pool, positions = compressor.kv_pool, positions.view(layer.tp_k_head_num, -1)
+        pool, positions = compressor.kv_pool, positions.view(layer.tp_k_head_num, -1)[:, num_exact:]
         chosen = self._sources(rows).lane_slots(positions, self._num_divided_heads)
         for buffer in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)):
-            copy_tokens(buffer, chosen, slots)
+            copy_tokens(buffer, chosen, slots[num_exact:])
 
     def _kept(self, compressor: Compressor, slots: torch.Tensor) -> KeptTokens:
         """What all heads keep, once every layer is divided. slots: [M] int64, the context's."""
-        kept = KeptTokens.of_layers(self._divisions)
+        kept = replace(KeptTokens.of_layers(self._divisions), num_exact=self.context.num_exact)
         space = compressor.space
         # GPU kernels find the rows by themselves.
         if self.context.is_uneven and space is not None and space.k.device.type == "cpu":
-            kept = replace(kept, rows=space.cell_rows(slots).to(torch.int32))
+            kept = replace(kept, rows=kept.rows_in(space, slots).to(torch.int32))
         return kept
 
     def _joined(self, layer_id: int, scores: torch.Tensor) -> torch.Tensor:
@@ -375,6 +378,15 @@ class Compression:
         if earlier is None:
             return scores
         return torch.maximum(scores, earlier) if self.context.settings.reduce == "max" else scores + earlier
+
+
+def _without_exact(positions: torch.Tensor, offsets: torch.Tensor, num_exact: int) -> Division:
+    """A division without the first num_exact tokens of each head. positions: [kept tokens] int32, offsets: [heads + 1] int64."""
+    others = offsets - num_exact * torch.arange(len(offsets), device=offsets.device)
+    # The host knows how many are left: nothing waits for the device.
+    num_left = len(positions) - num_exact * (len(offsets) - 1)
+    heads = heads_of(others, num_left)
+    return positions[torch.arange(num_left, device=offsets.device) + (heads + 1) * num_exact], others
 
 
 def recent_kept(context: Context, count: int) -> int:

@@ -45,7 +45,7 @@ class HeadGraphBackend(AttentionBackend):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Tables of up to max_bs contexts, for the graphs of all batch sizes."""
         device = self.heads.space.k.device
-        self._num_slots = torch.zeros(max_bs, dtype=torch.int64, device=device)
+        self._num_slots, self._num_exact = torch.zeros(2, max_bs, dtype=torch.int64, device=device).unbind()
         self._offsets = torch.zeros(max_bs, self.heads.space.num_heads + 1, dtype=torch.int64, device=device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
@@ -58,14 +58,15 @@ class HeadGraphBackend(AttentionBackend):
     def load(self, contexts: list[tuple[int, Context]], num_requests: int) -> None:
         """For the next replay. contexts: the uneven ones, each with the row of a request after it."""
         kept: list[KeptTokens | None] = [None] * num_requests
-        num_slots = [0] * num_requests
+        num_slots, num_exact = [0] * num_requests, [0] * num_requests
         for row, context in contexts:
-            kept[row], num_slots[row] = context.kept, context.num_slots
+            kept[row], num_slots[row], num_exact[row] = context.kept, context.num_slots, context.num_exact
         # Most steps have the requests of the step before.
         if len(kept) == len(self._loaded) and all(a is b for a, b in zip(kept, self._loaded, strict=True)):
             return
-        self._num_slots.zero_()
-        self._num_slots[:num_requests].copy_(torch.tensor(num_slots), non_blocking=True)
+        for table, values in ((self._num_slots, num_slots), (self._num_exact, num_exact)):
+            table.zero_()
+            table[:num_requests].copy_(torch.tensor(values), non_blocking=True)
         self._offsets.zero_()
         for row, tokens in enumerate(kept):
             if tokens is not None:
@@ -78,6 +79,7 @@ class HeadGraphBackend(AttentionBackend):
             req_pool_indices=forward_batch.req_pool_indices,
             seq_lens=forward_batch.seq_lens,
             num_slots=self._num_slots[:num_requests],
+            num_exact=self._num_exact[:num_requests],
             offsets=self._offsets[:num_requests],
             max_entries=self.max_entries,
         )

@@ -1,7 +1,8 @@
 """Index tables for attention kernels in which each KV head of each request is a sequence of its own.
 
-The kernels see K and V as `KVSpace` rows with one head each. The sequence of a (request, KV head) in a layer is: the cells the
-head owns (obcache_sglang.kv.cells), then the ordinary rows of every later token in this layer and lane. Everything is computed on
+The kernels see K and V as `KVSpace` rows with one head each. The sequence of a (request, KV head) in a layer is: the ordinary rows of
+the exact tokens that the context begins with, the cells the head owns (obcache_sglang.kv.cells), then the ordinary rows of every later
+token in this layer and lane. Everything is computed on
 the device from the batch's tables, in shapes that the host knows: nothing waits, and all of it can be in a CUDA graph.
 """
 
@@ -31,7 +32,8 @@ class HeadBatch:
     """The B requests of one forward pass, on the device. H = num_layers * num_kv_heads of the `KVSpace`.
 
     req_pool_indices: [B], their rows of req_to_token; seq_lens: [B], the engine's lengths: virtual tokens and all others up to
-    the new ones; num_slots: [B], the M virtual tokens of a request's context, 0 for a request without one;
+    the new ones; num_slots: [B], the M tokens of a request's context, 0 for a request without one; num_exact: [B], the first of these,
+    which are exact;
     offsets: [B, H + 1], the contexts' `KeptTokens.offsets`, zeros where num_slots is 0; num_new: [B], new tokens per request,
     each at least 1, or None where all have one, as in decode. All int32 or int64, the last dimension contiguous.
     max_new: no num_new is greater. max_entries: no layer reads more K/V pairs: the sum over requests of
@@ -43,6 +45,7 @@ class HeadBatch:
     req_pool_indices: torch.Tensor
     seq_lens: torch.Tensor
     num_slots: torch.Tensor
+    num_exact: torch.Tensor
     offsets: torch.Tensor
     max_entries: int
     num_new: torch.Tensor | None = None
@@ -119,6 +122,7 @@ class HeadTables:
             self._req_to_token,
             batch.req_pool_indices,
             batch.num_slots,
+            batch.num_exact,
             batch.offsets,
             layer,
             *self._strides,
@@ -139,6 +143,7 @@ def _write_indices(
     req_to_token: tl.tensor,
     req_pool_indices: tl.tensor,
     num_slots: tl.tensor,
+    num_exact: tl.tensor,
     offsets: tl.tensor,
     layer: tl.tensor,
     request_stride: tl.tensor,
@@ -155,19 +160,23 @@ def _write_indices(
     start = tl.load(indptr + sequence)
     length = tl.load(indptr + sequence + 1) - start
     slots = tl.load(num_slots + request)
+    exact = tl.load(num_exact + request)
     own_lane = layer * NUM_KV_HEADS + head
     own_offset = offsets + request.to(tl.int64) * offsets_stride + own_lane
-    first_cell = tl.load(own_offset)
-    num_cells = tl.load(own_offset + 1) - first_cell
+    first_kept = tl.load(own_offset)
+    num_kept = tl.load(own_offset + 1) - first_kept
+    # Of this head's cells, less those that heads before it would have for the exact tokens.
+    first_cell = first_kept - own_lane * exact
     tokens = req_to_token + tl.load(req_pool_indices + request).to(tl.int64) * req_to_token_stride
     for block in range(tl.program_id(2) * BLOCK, length, tl.num_programs(2) * BLOCK):
         entry = block + tl.arange(0, BLOCK)
         inside = entry < length
-        is_cell = entry < num_cells
-        cell = first_cell + entry
+        is_cell = (entry >= exact) & (entry < num_kept)
+        cell = first_cell + entry - exact
         # A request without a context has no cells and no slots to divide by.
-        context_slots = tl.maximum(slots, 1)
-        token = tl.where(is_cell, cell % context_slots, slots + entry - num_cells)
+        context_slots = tl.maximum(slots - exact, 1)
+        token = tl.where(entry < num_kept, entry, slots + entry - num_kept)
+        token = tl.where(is_cell, exact + cell % context_slots, token)
         lane = tl.where(is_cell, cell // context_slots, own_lane)
         slot = tl.load(tokens + token, mask=inside, other=0).to(tl.int64)
         row = (slot + (lane // NUM_KV_HEADS).to(tl.int64) * layer_stride) * NUM_KV_HEADS + lane % NUM_KV_HEADS

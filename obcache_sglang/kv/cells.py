@@ -6,6 +6,9 @@ head of one layer. Its kept tokens are ordered layer by layer, head by head, and
     cell c  lies in  slot slots[c % M],  with r = c // M:  layer r // num_kv_heads,  lane r % num_kv_heads
     head h of layer l owns cells  offsets[l * num_kv_heads + h] ... offsets[l * num_kv_heads + h + 1]
 
+Where a context begins with tokens that stay exact, these lie in slots that are not its own, each in its own layer and lane. They have
+no cells: M and the offsets count the others.
+
 With equal budgets every token lies in its own layer and lane, as SGLang's attention backends expect. With `adakv` a cell never
 leaves its layer; with `global` and `profile` it may lie in any. Every cell is a *row* of one address space (`KVSpace`).
 """
@@ -124,11 +127,13 @@ class KeptTokens:
     positions: [M * H] int32, the kept positions, head by head, ascending in each; offsets: [H + 1] int64: head i's are
     ``positions[offsets[i]:offsets[i + 1]]``. Both on the device.
     rows: [M * H] int32, where their K and V lie in the pool's `KVSpace`; None on GPUs, and when all heads keep the same number.
+    num_exact: the first positions, which every head keeps, and which lie in the first slots, each in its own layer and lane.
     """
 
     positions: torch.Tensor
     offsets: torch.Tensor
     rows: torch.Tensor | None = None
+    num_exact: int = 0
 
     @classmethod
     def of_layers(cls, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> KeptTokens:
@@ -148,6 +153,35 @@ class KeptTokens:
     def largest_layer(self, num_kv_heads: int) -> int:
         """The most that the heads of one layer keep together."""
         return max(last - first for first, last in pairwise(self.bounds[::num_kv_heads]))
+
+    def rows_in(self, space: KVSpace, slots: torch.Tensor, first_head: int = 0, last_head: int | None = None) -> torch.Tensor:
+        """Rows [kept tokens] int64 in the address space of what the heads first_head ... last_head - 1 keep. Default: all.
+
+        slots: [M] int64, the context's.
+        """
+        last_head = len(self.bounds) - 1 if last_head is None else last_head
+        first, last = self.bounds[first_head], self.bounds[last_head]
+        numbers = torch.arange(first, last, device=slots.device)
+        if not self.num_exact:
+            return space.rows_of_cells(slots, numbers)
+        heads = heads_of(self.offsets[first_head : last_head + 1], last - first, first_head)
+        return self.rows_of(space, slots, heads, numbers)
+
+    def rows_of(self, space: KVSpace, slots: torch.Tensor, heads: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Rows [tokens] int64 in the address space of some of what is kept.
+
+        slots: [M] int64, the context's. heads: [tokens] int64, whose each is. numbers: [tokens] int64, where each stands in `positions`.
+        """
+        own = slots[self.num_exact :]
+        if not self.num_exact:
+            return space.rows_of_cells(own, numbers)
+        # Each head's exact tokens stand before its cells.
+        inside = numbers - self.offsets[heads]
+        exact = space.rows(heads // space.num_kv_heads, slots[inside.clamp_max(self.num_exact - 1)], heads % space.num_kv_heads)
+        if not len(own):
+            return exact
+        cells = (numbers - (heads + 1) * self.num_exact).clamp_min(0)
+        return torch.where(inside < self.num_exact, exact, space.rows_of_cells(own, cells))
 
     def counts(self, num_kv_heads: int) -> list[list[int]]:
         """Kept tokens per layer and KV head."""

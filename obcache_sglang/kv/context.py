@@ -59,8 +59,8 @@ class Context:
 
     id: 32 hexadecimal digits, see `scheduler.identity.context_id`.
     tokens: its L real token ids, whole pages.
-    num_slots: M.
-    virtual_ids: [M], empty until slots are reserved.
+    num_slots: M, its tokens for the engine: the exact ones that it begins with, and its own slots.
+    engine_ids: [M], these tokens and virtual ids, empty until slots are reserved.
     judges: the tokens after it that score it as its own last ones do, and are no part of it.
     is_queued: whether a job of the scheduler's is to compress it, or does.
     is_segment: whether nobody has asked for it but a longer context, whose beginning it is (`CompressionSettings.segment_start`).
@@ -90,7 +90,7 @@ class Context:
     settings: CompressionSettings
     tokens: array[int]
     num_slots: int
-    virtual_ids: array[int] = field(default_factory=lambda: array("q"))
+    engine_ids: array[int] = field(default_factory=lambda: array("q"))
     judges: array[int] = field(default_factory=lambda: array("q"))
     state: ContextState = ContextState.ABSENT
     is_queued: bool = False
@@ -122,6 +122,16 @@ class Context:
         return len(self.tokens)
 
     @property
+    def num_exact(self) -> int:
+        """Tokens that it begins with and that stay exact. Their slots are not its own: the tree has them, for all texts that begin so."""
+        return self.settings.exact_tokens
+
+    @property
+    def own_slots(self) -> int:
+        """KV slots that nobody has but this context."""
+        return self.num_slots - self.num_exact
+
+    @property
     def position_offset(self) -> int:
         """What must be added to the engine's positions after the context: L - M."""
         return len(self.tokens) - self.num_slots
@@ -142,6 +152,15 @@ class Context:
         # Copies the whole only where it may be equal.
         return tokens[max(0, length - 8) : length] == self.tokens[-8:] and tokens[:length] == self.tokens
 
+    def begins_like(self, other: Context) -> bool:
+        """Whether both begin with the same exact tokens."""
+        length = self.num_exact
+        return (
+            length > 0
+            and (length, self.namespace) == (other.num_exact, other.namespace)
+            and self.tokens[:length] == other.tokens[:length]
+        )
+
     def describe(self) -> dict[str, Any]:
         """JSON-safe facts for the control endpoints."""
         return {
@@ -149,7 +168,7 @@ class Context:
             "state": self.state.value,
             "context_tokens": self.num_tokens,
             "kept_tokens": self.num_slots,
-            "slots": self.num_slots if self.state in (ContextState.RESIDENT, ContextState.DELETING) else 0,
+            "slots": self.own_slots if self.state in (ContextState.RESIDENT, ContextState.DELETING) else 0,
             "settings": self.settings.to_dict(),
             "pinned": self.pinned,
             "segment": self.is_segment,

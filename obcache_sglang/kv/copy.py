@@ -52,7 +52,7 @@ class Sources:
         if index is None or self.kept is None or self.kept_slots is None:
             return rows
         found = torch.searchsorted(index, heads * self.first + positions).clamp_max(len(index) - 1)
-        kept_rows = space.rows_of_cells(self.kept_slots, self.kept.bounds[first_head] + found)
+        kept_rows = self.kept.rows_of(space, self.kept_slots, heads, self.kept.bounds[first_head] + found)
         return torch.where(positions < self.first, kept_rows, rows)
 
     def lane_slots(self, positions: torch.Tensor, first_head: int) -> torch.Tensor:
@@ -79,7 +79,7 @@ def copy_tokens(buffer: torch.Tensor, sources: torch.Tensor, slots: torch.Tensor
     lanes = torch.arange(num_heads, device=sources.device)
     # One flat index_select: several times faster on a CPU than indexing with rows and heads.
     chosen = (sources.t() * num_heads + lanes).reshape(-1)
-    buffer.index_copy_(0, slots, buffer.view(-1, buffer.shape[-1]).index_select(0, chosen).view(num_slots, num_heads, -1))
+    buffer.index_copy_(0, slots, buffer.view(-1, buffer.shape[-1]).index_select(0, chosen).view(num_slots, *buffer.shape[1:]))
 
 
 def copy_cells(

@@ -226,50 +226,59 @@ class ContextCache:
         if context.state is not ContextState.RESIDENT or context.node is None:
             return False
         path = tree.path(self.tree, context.node)
-        return bool(path and path[-1].path_end == path[-1].full_value_len == context.num_slots)
+        return bool(path and path[-1].path_end == context.num_slots and path[-1].full_value_len == context.own_slots)
 
     def reserve(self, context: Context) -> torch.Tensor | None:
-        """Allocates the context's slots, evicting from the tree if needed, and inserts its node, locked.
+        """Allocates the context's own slots, evicting from the tree if needed, and inserts its node, locked, after its exact tokens.
 
-        Returns the slots, [num_slots] int64, or None where the pool has no room. The node is in the tree before its content
-        is, so that the pool's accounts always hold; nothing can match it, since its state is not RESIDENT yet. Whatever raises here
-        leaves the pool as it was.
+        Returns all its slots, [num_slots] int64, those of its exact tokens first; None where the pool has no room, or the tree has not
+        these tokens. The node is in the tree before its content is, so that the pool's accounts always hold; nothing can match it, since
+        its state is not RESIDENT yet. Whatever raises here leaves the pool as it was.
         """
-        evict_from_tree_cache(self.tree, context.num_slots)
-        allocated = self.allocator.alloc(context.num_slots)
-        if allocated is None:
+        exact = tree.exact_beginning(self.tree, context)
+        if exact is None:
             return None
-        slots: torch.Tensor = allocated.to(torch.int64)
+        lock = self.tree.lock(exact[0])  # what is evicted for the context is not what it stands on
         try:
-            context.virtual_ids = self._unused_ids(context)
-            self.tree.insert(InsertParams(key=context_key(context), value=slots))
-            self._lock(context)
-        except Exception:
-            self._take_back(context, slots)
-            raise
+            evict_from_tree_cache(self.tree, context.own_slots)
+            allocated = self.allocator.alloc(context.own_slots)
+            if allocated is None:
+                return None
+            own: torch.Tensor = allocated.to(torch.int64)
+            slots = torch.cat([exact[1], own])
+            try:
+                context.engine_ids = self._unused_ids(context)
+                self.tree.insert(InsertParams(key=context_key(context), value=slots, prev_prefix_len=context.num_exact))
+                self._lock(context)
+            except Exception:
+                self._take_back(context, own)
+                raise
+        finally:
+            self.tree.unlock(lock)
         context.state = ContextState.COMPRESSING
         return slots
 
     def _unused_ids(self, context: Context) -> array[int]:
-        """[num_slots] consecutive virtual ids that no node in the tree begins with. All ranks draw the same ones."""
+        """[num_slots] ids: the exact tokens', and consecutive virtual ids that nothing in the tree has after them. All ranks draw the same ones."""
+        exact = context.tokens[: context.num_exact]
         while True:
             self._num_reserved += 1
             message = f"{context.id} {self._num_reserved}".encode()
             drawn = hashlib.blake2b(message, digest_size=8, key=self._secret, person=b"virtual ids").digest()
             base = FIRST_VIRTUAL_ID + int.from_bytes(drawn) % (1 << 62)
-            context.virtual_ids = array("q", range(base, base + context.num_slots))
-            if self.tree.match_prefix(MatchPrefixParams(key=context_key(context))).device_prefix_len == 0:
-                return context.virtual_ids
+            context.engine_ids = exact + array("q", range(base, base + context.own_slots))
+            if self.tree.match_prefix(MatchPrefixParams(key=context_key(context))).device_prefix_len == len(exact):
+                return context.engine_ids
 
-    def _take_back(self, context: Context, slots: torch.Tensor) -> None:
-        """After an insertion that raised: the slots [num_slots] int64 go back, from the tree if they came that far."""
+    def _take_back(self, context: Context, own: torch.Tensor) -> None:
+        """After an insertion that raised: the slots [own_slots] int64 go back, from the tree if they came that far."""
         match = self.tree.match_prefix(MatchPrefixParams(key=context_key(context)))
         if match.device_prefix_len != context.num_slots:
-            self.allocator.free(slots)
+            self.allocator.free(own)
         else:
             self.unlock(context)
             tree.drop_leaf(self.tree, match.last_device_node)
-        context.virtual_ids, context.node = array("q"), None
+        context.engine_ids, context.node = array("q"), None
 
     def publish(self, context: Context, kept: KeptTokens) -> None:
         """The content is in the slots: from now on requests may match the context."""
@@ -368,7 +377,7 @@ class ContextCache:
 
         What is left (locked, or after more requests than are tracked) is ordinary evictable content.
         """
-        if context.virtual_ids and context.suffixes_complete:
+        if context.engine_ids and context.suffixes_complete:
             tree.drop_ends(self.tree, context, [array("q", raw) for raw in context.suffixes] + [array("q")])
 
     def drop_suffixes(self, context: Context) -> None:
@@ -392,7 +401,7 @@ class ContextCache:
         context.kept = None
         context.suffixes.clear()
         context.suffixes_complete = True
-        context.node, context.virtual_ids = None, array("q")
+        context.node, context.engine_ids = None, array("q")
         context.pinned = False
         for each in self._forsaken(context):
             if each.is_segment and not each.targets and each.expires_at is None:

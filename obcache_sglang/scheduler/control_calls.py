@@ -97,7 +97,7 @@ def _status(manager: CompressionManager) -> Answer:
             "slots": manager.engine.pool_slots,
             "page_size": manager.cache.page_size,
             "contexts": len(resident),
-            "context_slots": sum(context.num_slots for context in resident),
+            "context_slots": sum(context.own_slots for context in resident),
             "slots_saved": sum(context.position_offset for context in resident),
             "pinned_slots": manager.cache.pinned_slots,
             "max_pinned_slots": manager.room.max_pinned_slots,

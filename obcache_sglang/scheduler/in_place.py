@@ -115,8 +115,8 @@ class InPlace:
     def _begun(self, context: Context, base: Context | None, lock: Any, *, makes_room: bool) -> CachedCompression | None:
         """A compression with its slots; None where there is no room, or a rank cannot."""
         if not makes_room:
-            self.jobs.room.make(context.num_slots)
-        if not makes_room and self.engine.runs_something and not self.jobs.room.has_spare(context.num_slots):
+            self.jobs.room.make(context.own_slots)
+        if not makes_room and self.engine.runs_something and not self.jobs.room.has_spare(context.own_slots):
             return None  # as a prefill it waits until SGLang admits it
         slots_read = self._slots(context, base)
         slots = self.jobs.reserve_on_all_ranks(context, is_able=slots_read is not None)

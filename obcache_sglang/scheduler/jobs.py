@@ -15,6 +15,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from obcache_sglang.compress.replay import ReplayPass, ReplayPrompts
 from obcache_sglang.kv.context import Context, ContextState
+from obcache_sglang.scheduler import tree
 from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.metrics import Metrics
@@ -72,7 +73,11 @@ class Jobs:
     def await_another(self, context: Context) -> bool:
         """Whether a context, or a beginning that it is to be compressed after, is being made. From now on a client waits for that."""
         made = {context.id, *(identity for _, identity in self.cache.beginnings(context))}
-        under_way = [job for job in self.all() if job.context.id in made or job.target.id in made]
+        under_way = [
+            job
+            for job in self.all()
+            if job.context.id in made or job.target.id in made or (job.reads_exact and job.context.begins_like(context))
+        ]
         for job in under_way:
             job.unattended = False
         return context.is_queued or bool(under_way)
@@ -125,7 +130,10 @@ class Jobs:
     ) -> CompressionJob:
         self._num_jobs += 1
         rid = hashlib.blake2b(str(self._num_jobs).encode(), digest_size=16, key=self._secret, person=b"job").hexdigest()
-        job = CompressionJob(context, like, rid=rid, passes=passes, base=base, target=target)
+        has_read = isinstance(like, CompressionJob) and like.reads_exact  # SGLang caches it when that has given its KV back
+        is_missing = base is None and not has_read and tree.exact_beginning(self.cache.tree, context) is None
+        job = CompressionJob(context, like, rid=rid, passes=passes, base=base, target=target, reads_exact=is_missing)
+        self._hold_exact(job)
         self._by_context[job.target.id] = job
         context.is_queued = job.target.is_queued = True
         if base is not None:
@@ -133,6 +141,12 @@ class Jobs:
             job.holds_base = True
         job.time_stats.set_wait_queue_entry_time()
         return job
+
+    def _hold_exact(self, job: CompressionJob) -> None:
+        """Keeps the exact tokens that a job's context begins with from being evicted, once they are cached."""
+        needs = job.context.num_exact > 0 and job.base is None and not job.reads_exact
+        if needs and job.exact_lock is None and (exact := tree.exact_beginning(self.cache.tree, job.context)) is not None:
+            job.exact_lock = self.cache.tree.lock(exact[0])
 
     def _replay_passes(self, context: Context) -> list[ReplayPass] | None:
         """What method replay reads after the context; None where the model's context length leaves no room for it."""
@@ -209,7 +223,7 @@ class Jobs:
     @staticmethod
     def slots_to_admit(req: Req) -> int:
         """KV slots that a request takes when it is admitted, beside those that SGLang counts: a final prefill's kept tokens."""
-        return req.context.num_slots if isinstance(req, CompressionJob) and req.is_final and req.slots is None else 0
+        return req.context.own_slots if isinstance(req, CompressionJob) and req.is_final and req.slots is None else 0
 
     def reserve(self, batch: ScheduleBatch) -> None:
         """Reserves the slots of jobs whose final prefill begins in this batch, after the batch's own allocation.
@@ -248,7 +262,7 @@ class Jobs:
         self._discard_contained(context)
         try:
             # Where another rank has evicted for it and this one has not: their trees must stay equal.
-            self.engine.evict(context.num_slots)
+            self.engine.evict(context.own_slots)
         except Exception:
             logger.exception("obcache: evicting for context %s as other ranks did failed", context.id)
         return None
@@ -298,6 +312,8 @@ class Jobs:
             self._count(job, published=done and job.is_final and context is job.target)
 
     def _release_base(self, job: CompressionJob) -> None:
+        lock, job.exact_lock = job.exact_lock, None  # once, also where it raises
+        self.cache.tree.unlock(lock)
         if job.holds_base and job.base is not None:
             job.holds_base = False  # once, also where it raises
             self.cache.release(job.base)
@@ -361,6 +377,7 @@ class Jobs:
     def make_room_for_segments(self) -> None:
         """What gives way first for the next segment of each context, once: what its last job held is given back by now."""
         for job in self.all():
+            self._hold_exact(job)
             if job.holds_base and not job.has_room and job.base is not None and not job.kv.holds_kv:
                 job.has_room = True
                 self.room.make(self._new_slots(job))
@@ -371,7 +388,7 @@ class Jobs:
         Not at once: SGLang may admit nothing in a pass for other reasons.
         """
         for job in self.all():
-            if not job.holds_base or job.kv.holds_kv:
+            if not (job.holds_base or job.exact_lock) or job.kv.holds_kv:
                 continue
             job.starved_passes += 1
             if job.starved_passes >= MAX_STARVED_PASSES:
@@ -386,8 +403,9 @@ class Jobs:
             job.starved_passes = 0
 
     def forget_bases(self) -> None:
-        """The tree was reset: jobs after a base cannot run any more."""
-        for job in [each for each in self.all() if each.base is not None]:
+        """The tree was reset: jobs after a base, or after exact tokens, cannot run any more."""
+        for job in [each for each in self.all() if each.base is not None or each.exact_lock is not None]:
+            job.exact_lock = None
             self._dequeue(job)
             self.end(job, completed=False)
 

@@ -322,6 +322,9 @@ class CompressionManager:
             return None
         judges = prompt[boundary:] if plan.judged_by_rest else plan.judges
         own, tokens = plan.settings, prompt[:boundary]
+        if own.within(boundary, self.cache.page_size).exact_tokens >= boundary:
+            req.exact_reason = "exact_segments"
+            return None
         settings = own if plan.context_id is not None else known_settings(self.cache, req.namespace, own, tokens)
         context = self.cache.obtain(req.namespace, settings, tokens, judges)
         if context is None:

@@ -197,7 +197,7 @@ class UnderPressure:
 
     def _to_compress_next(self) -> int:
         """Slots that stay free in a pool under pressure, so that the next context can be compressed before it goes."""
-        return max((each.num_slots for each in self._candidates.values() if self._may_shrink(each)), default=0)
+        return max((each.own_slots for each in self._candidates.values() if self._may_shrink(each)), default=0)
 
     def _may_shrink(self, context: Context) -> bool:
         known = self.cache.get(context.id) is context
@@ -216,7 +216,7 @@ class UnderPressure:
     def _plan(self, needed: int) -> _Step:
         step, room = _Step(), self.engine.free_slots()
         exact = self._exact()
-        compressed = {each.node: each.num_slots for each in self.cache if each.state is ContextState.RESIDENT}
+        compressed = {each.node: each.own_slots for each in self.cache if each.state is ContextState.RESIDENT}
         are_spared = sum(compressed.values()) <= SPARED_SHARE * self.engine.pool_slots
         spared: list[int] = []
         for path in tree.next_victims(self.cache.tree, LEAVES_AT_ONCE + len(compressed)):
@@ -243,10 +243,13 @@ class UnderPressure:
     def _exact(self) -> OrderedDict[int, tuple[Context, int]]:
         """By the node where they end: contexts that are cached exactly, each with the slots that its going would free. Longest not asked about first.
 
-        Without those that others stand on: what is compressed goes with all that follows it.
+        Without those that others stand on, compressed or not: what is compressed goes with all that follows it.
         """
         found: OrderedDict[int, tuple[Context, int]] = OrderedDict()
         inner: set[int] = set()
+        for each in self.cache:
+            if each.num_exact and each.node is not None:
+                inner |= {above.node_id for above in tree.path(self.cache.tree, each.node)[:-1]}
         asked: set[str] | None = None
         for identity, context in list(self._candidates.items()):
             if not self._may_shrink(context):
@@ -262,8 +265,8 @@ class UnderPressure:
             path = tree.path(self.cache.tree, node)
             inner |= {each.node_id for each in path[:-1]}
             known = found.get(node)
-            if known is None or known[0].num_tokens < context.num_tokens:
-                found[node] = context, tree.own_tokens(path)
+            if known is None or known[0].num_tokens <= context.num_tokens:
+                found[node] = context, min(tree.own_tokens(path), context.num_tokens - context.num_exact)
         return OrderedDict((node, each) for node, each in found.items() if node not in inner)
 
     def _asked(self) -> set[str]:
@@ -275,7 +278,7 @@ class UnderPressure:
         """The first of these contexts that nobody reads, and that takes less room compressed."""
         for node in nodes:
             context, gained = exact[node]
-            fits = context.num_slots <= self.engine.free_slots() and context.num_slots < gained
+            fits = context.own_slots <= self.engine.free_slots() and context.own_slots < gained
             if fits and not context.failed_in_place and not tree.is_locked(self.cache.tree, node):
                 return _Step(context=context)
         return None
@@ -287,8 +290,8 @@ class UnderPressure:
             rungs = self.settings.rungs(context.settings)
             if not rungs or not self.in_place.can_compress(context.settings, context.num_tokens):
                 continue
-            num_slots = rungs[0].kept_slots(context.num_tokens, self.cache.page_size)
-            if not num_slots < context.num_slots or num_slots > self.engine.free_slots():
+            num_slots = rungs[0].kept_slots(context.num_tokens, self.cache.page_size) - context.num_exact
+            if not num_slots < context.own_slots or num_slots > self.engine.free_slots():
                 continue
             if context.node is None or tree.is_locked(self.cache.tree, context.node):
                 continue

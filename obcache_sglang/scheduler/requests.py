@@ -96,7 +96,7 @@ class ContextReq(Req):
             return
         self.context = context
         self.real_ids = self.origin_input_ids
-        self.origin_input_ids = context.virtual_ids + self.real_ids[context.num_tokens :]
+        self.origin_input_ids = context.engine_ids + self.real_ids[context.num_tokens :]
         self.position_offset = context.position_offset
         if self.logprob_start_len > 0:
             self.logprob_start_len -= self.position_offset
@@ -210,11 +210,14 @@ class CompressionJob(Req):
     Method replay takes several such prefills in turn: the context alone, which is cached exactly, and each pass after it. The
     last one selects and copies.
 
+    A context that begins with exact tokens, which the tree has not, takes one for them before, which leaves them there (`reads_exact`).
+
     A context that is compressed segment by segment takes a job for each. Its `origin_input_ids` are [virtual ids of the base | new tokens],
     as those of a question after the base would be, and its positions are offset like a question's.
 
     base: the compressed context before the segment; None for the first one, and for a context that is compressed whole.
     holds_base: whether the base is held (`ContextCache.hold`), until the job ends.
+    exact_lock: of the tree's, on the exact tokens that the context begins with, until the job ends; None where there are none, or a base is held.
     has_room: whether room was made for it.
     starved_passes: of the scheduler, in which it waited, nothing ran and nothing was admitted.
     target: the whole context, which questions wait for.
@@ -243,6 +246,7 @@ class CompressionJob(Req):
         passes: Sequence[ReplayPass] = (),
         base: Context | None = None,
         target: Context | None = None,
+        reads_exact: bool = False,
     ) -> None:
         """like: whose LoRA adapter, priority and namespace it has; the prefill that came before it, if one did.
 
@@ -252,8 +256,9 @@ class CompressionJob(Req):
         sampling_params.normalize(None)
         self.replay: ReplayPass | None = None
         self.passes = list(passes)
-        self.base = base
+        self.base, self.reads_exact = base, reads_exact
         self.holds_base = self.has_room = False
+        self.exact_lock: Any = None
         self.starved_passes = 0
         self.target = target or context
         self.compression = Compression(context, base)
@@ -267,13 +272,16 @@ class CompressionJob(Req):
             self.started_at, self.earlier_seconds = like.started_at, like.scoring_seconds
             self.first_cached_tokens = like.context_cached_tokens
             if like.context is context:
-                self.replay, *self.passes = like.passes
-                self.compression = like.compression
-                self.compression.next_pass(self.replay)
                 self.earlier_tokens = like.progress[0]
+                if like.passes:
+                    self.replay, *self.passes = like.passes
+                    self.compression = like.compression
+                    self.compression.next_pass(self.replay)
         tokens = context.tokens + (context.judges if self.replay is None else self.replay.tokens)
-        if base is not None:
-            tokens = base.virtual_ids + tokens[base.num_tokens :]
+        if reads_exact:
+            tokens = context.tokens[: context.num_exact]
+        elif base is not None:
+            tokens = base.engine_ids + tokens[base.num_tokens :]
         super().__init__(
             JobId(rid),
             "",
@@ -288,8 +296,8 @@ class CompressionJob(Req):
         self.extra_key = like.extra_key  # already holds the LoRA id
         self.tokenizer = like.tokenizer
         self.logprob_start_len = len(tokens)  # no input log-probabilities
-        # The passes find the context's exact KV in the tree; nothing else of a job belongs there.
-        self.skip_radix_cache_insert = not self.passes or self.replay is not None
+        # What comes after finds the exact KV in the tree; nothing else of a job belongs there.
+        self.skip_radix_cache_insert = self.is_final or self.replay is not None
         self.context = context
         self.reset()
 
@@ -312,7 +320,7 @@ class CompressionJob(Req):
     def progress(self) -> tuple[int, int]:
         """Tokens read so far, what was found cached included, and in all: the context's, and each pass's."""
         own = self.kv.kv_committed_len if self.kv.holds_kv else len(self.origin_input_ids) if self.finished() else 0
-        if self.base is not None or self.target is not self.context:
+        if self.base is not None or self.target is not self.context or self.context.num_exact:
             return max(own + self.position_offset, 0 if self.base is None else self.base.num_tokens), self.target.num_tokens
         found = 0 if self.replay is None else self.context.num_tokens  # the passes find the context cached
         total = self.earlier_tokens + len(self.origin_input_ids) - found + sum(len(each.tokens) for each in self.passes)
@@ -321,7 +329,7 @@ class CompressionJob(Req):
     @property
     def is_final(self) -> bool:
         """Whether its last chunk selects and copies."""
-        return not self.passes
+        return not self.passes and not self.reads_exact
 
     @property
     def position_offset(self) -> int:

@@ -75,9 +75,9 @@ class Room:
         spare = self.tight_slots  # for the questions that are being answered
         if needed <= spare:
             return False
-        held = sum(job.kv.kv_allocated_len + (0 if job.slots is None else job.context.num_slots) for job in jobs)
+        held = sum(job.kv.kv_allocated_len + (0 if job.slots is None else job.context.own_slots) for job in jobs)
         self.make(needed - held + spare, keep={identity for _, identity in self.cache.beginnings(context)})
-        kept = sum(each.num_slots for each in self._idle() if not each.gives_way)
+        kept = sum(each.own_slots for each in self._idle() if not each.gives_way)
         room = self.engine.free_slots() + max(0, self.cache.tree.evictable_size() - kept)
         self._one_waits = needed - held + spare > room
         return self._one_waits
@@ -113,7 +113,7 @@ class Room:
                 self.cache.drop_suffixes(context)
                 if self.engine.free_slots() >= num_slots:
                     return
-        exact = max(0, self.cache.tree.evictable_size() - sum(each.num_slots for each in self._idle()))
+        exact = max(0, self.cache.tree.evictable_size() - sum(each.own_slots for each in self._idle()))
         for context in segments:
             if self.engine.free_slots() + exact >= num_slots:
                 return
@@ -153,7 +153,9 @@ class Room:
 
 def segment_slots(settings: CompressionSettings, first: int, last: int, page_size: int) -> int:
     """KV slots that compressing a context's tokens first ... last - 1 holds at once, with what is kept of those before."""
-    return last - first + sum(settings.kept_slots(tokens, page_size) for tokens in (first, last) if tokens)
+    # What is kept exactly of a first segment is among its own tokens.
+    kept = settings.kept_slots(last, page_size) - settings.within(last, page_size).exact_tokens
+    return last - first + kept + (settings.kept_slots(first, page_size) if first else 0)
 
 
 def most_slots(settings: CompressionSettings, first: int, num_tokens: int, page_size: int) -> int:
@@ -174,7 +176,7 @@ def slots_to_compress(context: Context) -> int:
         context.slots_needed = most_slots(settings, 0, context.num_tokens, 1)
         return context.slots_needed
     replayed = settings.replay_chunk if settings.is_replay else 0
-    return context.num_tokens + min(replayed, context.num_tokens) + context.num_slots
+    return context.num_tokens + min(replayed, context.num_tokens) + context.own_slots
 
 
 def make_way_for_pin(cache: ContextCache, context: Context, max_slots: int) -> bool:

@@ -32,7 +32,7 @@ def radix_key(namespace: Namespace, ids: array[int]) -> RadixKey:
 
 def context_key(context: Context, suffix: array[int] | None = None) -> RadixKey:
     """Of a compressed context, or of what is cached after it."""
-    return radix_key(context.namespace, context.virtual_ids if suffix is None else context.virtual_ids + suffix)
+    return radix_key(context.namespace, context.engine_ids if suffix is None else context.engine_ids + suffix)
 
 
 def match(tree: UnifiedRadixCache, key: RadixKey) -> tuple[int, int]:
@@ -73,6 +73,17 @@ def exact_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.T
     if num_tokens < context.num_tokens:
         return None
     return node, _slots(tree, context, node)[: context.num_tokens]
+
+
+def exact_beginning(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.Tensor] | None:
+    """(node, slots [num_exact] int64) of the exact tokens that a context begins with; the root and no slots where there are none. None where
+    the tree has not all of them.
+    """
+    key = radix_key(context.namespace, context.tokens[: context.num_exact])
+    found = tree.match_prefix(MatchPrefixParams(key=key))
+    if found.device_prefix_len < context.num_exact:
+        return None
+    return found.last_device_node, _slots(tree, context, found.last_device_node)
 
 
 def compressed_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.Tensor] | None:

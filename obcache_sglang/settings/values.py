@@ -243,8 +243,8 @@ class CompressionSettings:
         exact = min(self.exact_tokens, context_tokens)
         kept = exact + int((context_tokens - exact) * (1 - self.compression_ratio))
         if self.max_kept_tokens is not None:
-            kept = max(exact, min(kept, self.max_kept_tokens))
-        return max(kept, 1)
+            kept = min(kept, self.max_kept_tokens)
+        return min(max(kept, exact + 1), max(context_tokens, 1))
 
     def kept_slots(self, context_tokens: int, page_size: int) -> int:
         """KV slots that a context of `context_tokens` (whole pages) holds: `min(L, ceil_to_page(kept_tokens))`."""
@@ -261,7 +261,7 @@ class CompressionSettings:
             pages, before = boundary // page_size * page_size, own[-1] if own else 0
             if pages < context_tokens and pages - before >= max(MIN_SEGMENT_TOKENS, before // MAX_SEGMENTS):
                 own.append(pages)
-        exact = min(self.exact_tokens, context_tokens)
+        exact = min(self.exact_tokens, context_tokens) // page_size * page_size
         if self.exact_segments:
             exact = own[self.exact_segments - 1] if self.exact_segments <= len(own) else context_tokens
         if (tuple(own), exact) == (self.boundaries, self.exact_tokens):
@@ -276,17 +276,18 @@ class CompressionSettings:
     def segment_start(self, context_tokens: int, page_size: int) -> int:
         """Where the last segment of a context of `context_tokens` (whole pages) begins: its tokens before are a context of their own.
 
-        0 for a context of one segment. Segments end at the boundaries. Between two boundaries all but the last segment have `segment_tokens`
-        (whole pages), the last a half to one and a half times as many. After `MAX_SEGMENTS` segments they are twice as long, after as many
-        tokens again twice as long as that, and so on.
+        0 for a context of one segment; what stays exact before it is none. Segments end at the boundaries. Between two boundaries all but the
+        last segment have `segment_tokens` (whole pages), the last a half to one and a half times as many. After `MAX_SEGMENTS` segments they
+        are twice as long, after as many tokens again twice as long as that, and so on.
         """
-        first = max(self.within(context_tokens, page_size).boundaries, default=0)
-        if self.segment_tokens is None:
-            return first
-        segment = max(1, self.segment_tokens // page_size) * page_size
-        while max(first, context_tokens - first) > MAX_SEGMENTS * segment:
-            segment *= 2
-        return first + max(0, math.ceil((context_tokens - first - 1.5 * segment) / segment)) * segment
+        own = self.within(context_tokens, page_size)
+        first = start = max((own.exact_tokens, *own.boundaries))
+        if self.segment_tokens is not None:
+            segment = max(1, self.segment_tokens // page_size) * page_size
+            while max(first, context_tokens - first) > MAX_SEGMENTS * segment:
+                segment *= 2
+            start += max(0, math.ceil((context_tokens - first - 1.5 * segment) / segment)) * segment
+        return start if start > own.exact_tokens else 0
 
     def segment_starts(self, context_tokens: int, page_size: int) -> list[int]:
         """Where all segments but the first begin, ascending; as `segment_start`."""

@@ -35,11 +35,15 @@ TOLERANCE = {torch.float32: 3e-6 if DEVICE == "cpu" else 5e-3, torch.float16: 2e
 
 @dataclass
 class Request:
-    """kept: cells of each head of each layer, in order, or none; earlier: ordinary tokens before the new ones."""
+    """kept: cells of each head of each layer, in order, or none; earlier: ordinary tokens before the new ones.
+
+    exact: tokens that every head has before its cells.
+    """
 
     earlier: int
     num_new: int
     kept: list[int] = field(default_factory=list)
+    exact: int = 0
 
 
 def evenly(total: int, parts: int) -> list[int]:
@@ -87,23 +91,23 @@ class Engine:
             num_slots = self.num_slots(request)
             slots = [free.pop() for _ in range(num_slots + request.earlier + request.num_new)]
             self.req_to_token[self.rows[number], : len(slots)] = torch.tensor(slots, dtype=torch.int32)
-            cell = 0
+            cell, own = 0, slots[request.exact : num_slots]
             for layer in range(NUM_LAYERS):
                 for head in range(num_kv_heads):
-                    places = []
+                    places = [(layer, slot, head) for slot in slots[: request.exact]]
                     for _ in range(request.kept[layer * num_kv_heads + head] if request.kept else 0):
-                        lanes = cell // num_slots
-                        places.append((lanes // num_kv_heads, slots[cell % num_slots], lanes % num_kv_heads))
+                        lanes = cell // len(own)
+                        places.append((lanes // num_kv_heads, own[cell % len(own)], lanes % num_kv_heads))
                         cell += 1
                     places += [(layer, slot, head) for slot in slots[num_slots:]]
                     self.places[number, layer, head] = places
                     for where, slot, lane in places:
                         for pool in (self.pool.k_buffer, self.pool.v_buffer):
                             pool[where][slot, lane] = torch.randn(head_dim, generator=self.random)
-            assert cell == num_slots * NUM_LAYERS * num_kv_heads
+            assert cell == len(own) * NUM_LAYERS * num_kv_heads
 
     def num_slots(self, request: Request) -> int:
-        return sum(request.kept) // (NUM_LAYERS * self.num_kv_heads)
+        return request.exact + sum(request.kept) // (NUM_LAYERS * self.num_kv_heads)
 
     def batch(self, dtype: torch.dtype = torch.int64) -> HeadBatch:
         """The batch as an engine gives it; max_entries is as small as it may be."""
@@ -117,12 +121,13 @@ class Engine:
         offsets = torch.zeros(len(self.requests), NUM_LAYERS * self.num_kv_heads + 1, dtype=dtype)
         for number, request in enumerate(self.requests):
             if request.kept:
-                offsets[number, 1:] = torch.tensor(request.kept).cumsum(0)
+                offsets[number, 1:] = (torch.tensor(request.kept) + request.exact).cumsum(0)
         num_new = [request.num_new for request in self.requests]
         return HeadBatch(
             req_pool_indices=self.rows.to(DEVICE),
             seq_lens=torch.tensor(lengths, device=DEVICE),
             num_slots=torch.tensor(slots, dtype=dtype, device=DEVICE),
+            num_exact=torch.tensor([request.exact for request in self.requests], dtype=dtype, device=DEVICE),
             offsets=offsets.to(DEVICE),
             max_entries=max(layers),
             num_new=torch.tensor(num_new, device=DEVICE) if max(num_new) > 1 else None,
@@ -133,7 +138,14 @@ class Engine:
         """What `ForwardPlan.uneven_contexts` has of the requests that have cells."""
         rows = [(row, request) for row, request in enumerate(self.requests) if request.kept]
         return [
-            (row, SimpleNamespace(kept=KeptTokens(torch.empty(0), batch.offsets[row]), num_slots=self.num_slots(request)))
+            (
+                row,
+                SimpleNamespace(
+                    kept=KeptTokens(torch.empty(0), batch.offsets[row]),
+                    num_slots=self.num_slots(request),
+                    num_exact=request.exact,
+                ),
+            )
             for row, request in rows
         ]
 
@@ -192,6 +204,7 @@ def mixed_requests(num_kv_heads: int, num_slots: int, new: tuple[int, int, int, 
         Request(earlier=63 - new[0], num_new=new[0]),
         Request(earlier=0, num_new=new[1], kept=global_budget(1, num_kv_heads)),
         Request(earlier=5, num_new=new[2], kept=adakv(63, num_kv_heads)),
+        Request(earlier=7, num_new=new[2], kept=global_budget(num_slots, num_kv_heads), exact=70),
         Request(earlier=0, num_new=new[3], kept=global_budget(num_slots, num_kv_heads)),
     ]
 
@@ -277,6 +290,7 @@ def test_rows_beyond_32_bits() -> None:
         req_pool_indices=torch.tensor([0], dtype=torch.int32, device=DEVICE),
         seq_lens=torch.tensor([2], dtype=torch.int32, device=DEVICE),
         num_slots=torch.tensor([1], dtype=torch.int32, device=DEVICE),
+        num_exact=torch.tensor([0], dtype=torch.int32, device=DEVICE),
         offsets=torch.tensor([[0, 0, 0, 7, 7, 7, 7, 7, 7, 9]], dtype=torch.int32, device=DEVICE),
         max_entries=10,
     )

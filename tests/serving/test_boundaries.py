@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from obcache_sglang.local_server import Server
-from tests.serving.client import MARKER, compressions, document, flush, generate, report, tokenizer
+from tests.serving.client import MARKER, compressions, document, flush, generate, generate_together, report, tokenizer
 from tests.serving.conftest import COMMON, serving
 from tests.serving.test_segments import prefilled_tokens
 
@@ -156,4 +156,29 @@ def test_instructions_may_stay_exact(gate_server: Server, model_dir: Path) -> No
     ids = words(f"{system}{text}\n\nIn short,")["input_ids"]
     kept = generate(gate_server, ids, obcache=alone)
     exact = generate(gate_server, ids, obcache=False)
-    assert report(kept)["kept_tokens"] >= found["context_tokens"] - 1 and kept["output_ids"] == exact["output_ids"]
+    assert report(kept)["kept_tokens"] == found["context_tokens"] and kept["output_ids"] == exact["output_ids"]
+    # Without anything after it, it needs no context.
+    only = generate(gate_server, f"{system}{MARKER}\n\nIn short,", obcache={"exact_segments": 1})
+    assert (report(only)["status"], report(only)["reason"]) == ("exact", "exact_segments")
+
+
+def test_a_system_prompt_that_stays_exact_holds_its_slots_once(gate_server: Server, model_dir: Path) -> None:
+    """Whoever comes first, and whether somebody has asked with nothing but the system prompt before."""
+    words = tokenizer(model_dir)
+    system, *documents = (words.decode(document(model_dir, 300, topic)) for topic in (*TOPICS, "class"))
+    prompts = [f"{system}{MARKER}{text}{MARKER}\n\nIn short," for text in documents]
+    asked = [{"prompt": prompt, "obcache": {"exact_segments": 1}, "max_new_tokens": 12} for prompt in prompts]
+    flush(gate_server)
+    alone = []
+    for each in asked:
+        alone.append(generate(gate_server, **each)["output_ids"])
+        flush(gate_server)
+    before = prefilled_tokens(gate_server)
+    together = generate_together(gate_server, asked)
+    assert [each["output_ids"] for each in together] == alone
+    assert {report(each)["status"] for each in together} == {"compressed"}
+    system_tokens, kept = len(words(system)["input_ids"]), [report(each)["kept_tokens"] for each in together]
+    contexts = gate_server.get("/obcache/contexts")["contexts"]
+    assert sorted(each["slots"] for each in contexts) == sorted(each - system_tokens for each in kept)
+    lengths = [len(words(text)["input_ids"]) for text in (system, *documents)]
+    assert prefilled_tokens(gate_server) - before < sum(lengths) + 60, "it is read once"

@@ -30,14 +30,16 @@ SEGMENT = 128
 GATE = {"method": "gate", "budget": "profile", "compression_ratio": 0.6}
 WISH = {**GATE, "segment_tokens": SEGMENT}
 BOUNDARIES = [150, 300]
-STARTS = {"segment_tokens": [0, 128, 256, 384], "boundaries": [0, *BOUNDARIES]}  # of 541 tokens
+# Of 541 tokens. What stays exact is no segment.
+STARTS = {"segment_tokens": [0, 128, 256, 384], "boundaries": [0, *BOUNDARIES], "exact_segments": [0, BOUNDARIES[1]]}
 
 
 def cut(how: str, num_tokens: int) -> dict[str, Any]:
     """What a request says for a context of so many tokens."""
     if how == "segment_tokens":
         return {"segment_tokens": SEGMENT}
-    return {"boundaries": [each for each in BOUNDARIES if each < num_tokens]}
+    boundaries = {"boundaries": [each for each in BOUNDARIES if each < num_tokens]}
+    return boundaries if how == "boundaries" else {**boundaries, "exact_segments": 1}
 
 
 def kept_by_beginnings(server: Server, context: list[int], budget: str, how: str) -> dict[int, Positions]:
@@ -57,8 +59,9 @@ def prefilled_tokens(server: Server) -> int:
 
 @pytest.mark.parametrize(
     ("budget", "how"),
-    [("profile", "segment_tokens"), ("profile", "boundaries"), ("uniform", "boundaries")]
-    + [pytest.param(budget, "segment_tokens", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global")],
+    [("profile", "segment_tokens"), ("profile", "boundaries"), ("uniform", "boundaries"), ("profile", "exact_segments")]
+    + [pytest.param(budget, "segment_tokens", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global")]
+    + [pytest.param(budget, "exact_segments", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global")],
 )
 def test_same_tokens_as_transformers_pruned_after_each_segment(server: Server, model_dir: Path, budget: str, how: str) -> None:
     context = document(model_dir, CONTEXT_TOKENS)
@@ -70,8 +73,9 @@ def test_same_tokens_as_transformers_pruned_after_each_segment(server: Server, m
     answers = generate_together(server, wishes)
     assert {report(answer)["status"] for answer in answers} == {"compressed", "reused"}
     kept = kept_by_beginnings(server, context, budget, how)
+    exact = BOUNDARIES[0] if how == "exact_segments" else 0
     for tokens, positions in kept.items():
-        assert sum(len(head) for layer in positions for head in layer) == int(tokens * 0.4) * 90
+        assert sum(len(head) for layer in positions for head in layer) == (exact + int((tokens - exact) * 0.4)) * 90
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     cache = DynamicCache()

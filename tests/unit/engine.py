@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -26,11 +27,17 @@ from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
-from obcache_sglang.scheduler.tree import context_key
+from obcache_sglang.scheduler.tree import context_key, match, match_exact
 from obcache_sglang.settings import CompressionSettings, ServerSettings
 
 KEPT = KeptTokens(torch.arange(20), torch.tensor([0, 20]))
 HALF = CompressionSettings.resolve({"compression_ratio": 0.5, "budget": "uniform"})
+
+
+def exact_slots_before(tree: UnifiedRadixCache, key: RadixKey, num_tokens: int) -> torch.Tensor:
+    """The slots [num_tokens] int64 of a prompt's first tokens, which the tree has."""
+    _, node = match(tree, key)
+    return tree.tree_core.collect_full_device_indices(node, tree.root_node_handle(key.extra_key)).to(torch.int64)[:num_tokens]
 
 
 class OneSpacePool(MHATokenToKVPool):
@@ -108,8 +115,15 @@ class Engine(EngineView):
         req.kv.req_pool_idx = 0
         req.kv.kv_allocated_len = len(req.origin_input_ids)
 
-    def give_back(self, req: Req) -> None:
-        self.tree.token_to_kv_pool_allocator.free(self._held.pop(req))
+    def give_back(self, req: Req, *, caches: bool = False) -> None:
+        """caches: whether what it computed stays in the tree."""
+        held = self._held.pop(req)
+        if caches:
+            key = RadixKey(req.origin_input_ids, req.extra_key, cache_salt=req.cache_salt)
+            found = exact_slots_before(self.tree, key, req.prefix_len)
+            self.tree.insert(InsertParams(key=key, value=torch.cat([found, held]), prev_prefix_len=req.prefix_len))
+        else:
+            self.tree.token_to_kv_pool_allocator.free(held)
         req.kv.req_pool_idx = None
 
 
@@ -180,8 +194,9 @@ class Driven:
     def end(self, req: Req, reason: Any = None) -> None:
         """A request is done, or aborted, and gives its KV back."""
         req.finished_reason = reason or FINISH_LENGTH(length=0)
-        self.manager.before_release(req, checkpoint=not isinstance(reason, FINISH_ABORT))
-        self.engine.give_back(req)
+        completed = not isinstance(reason, FINISH_ABORT)
+        self.manager.before_release(req, checkpoint=completed)
+        self.engine.give_back(req, caches=completed and isinstance(req, CompressionJob) and req.reads_exact)
 
     def compress(self, context: array[int]) -> Context:
         """A context that is compressed for a question, which then leaves."""
@@ -208,3 +223,7 @@ class Driven:
     def matched(self, context: Context) -> int:
         """Slots of the context that the tree holds."""
         return self.engine.tree.match_prefix(MatchPrefixParams(key=context_key(context))).device_prefix_len
+
+    def matched_exactly(self, context: Context) -> int:
+        """Tokens of the context that the tree holds exactly."""
+        return match_exact(self.engine.tree, context)[0]

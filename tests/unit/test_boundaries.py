@@ -5,13 +5,18 @@ from __future__ import annotations
 from array import array
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from obcache_sglang.errors import InvalidValue
+from obcache_sglang.scheduler.requests import ContextReq
 from obcache_sglang.settings import CompressionSettings
+from tests.unit.engine import Driven
 from tests.unit.test_manager import report
-from tests.unit.test_segments import BASE, HEADS, LAYERS, WHOLE, World, driven, make_all
+from tests.unit.test_segments import BASE, HEADS, LAYERS, WHOLE, World, by_head, driven, make_all, the_job
 
 SYSTEM = array("q", range(200))
 GATE = CompressionSettings.resolve({"method": "gate", "compression_ratio": 0.5})
@@ -202,34 +207,139 @@ def test_who_gives_no_boundary_finds_contexts_that_have_some() -> None:
 
 def test_the_ratio_is_of_what_comes_after_the_exact_segments() -> None:
     settings = replace(GATE, boundaries=(200, 500), exact_segments=1, exact_tokens=200)
-    assert [settings.kept_tokens(tokens) for tokens in (150, 200, 300, 500)] == [150, 200, 250, 350]
-    assert replace(settings, max_kept_tokens=100).kept_tokens(500) == 200
-    # A beginning that is exact as a whole is the same context, whatever follows it.
+    assert [settings.kept_tokens(tokens) for tokens in (150, 200, 201, 300, 500)] == [150, 200, 201, 250, 350]
+    assert replace(settings, max_kept_tokens=100).kept_tokens(500) == 201, "of its own it has one, or it were none"
     assert settings.within(150, 1) == replace(settings, boundaries=(), exact_tokens=150)
+    assert (settings.segment_starts(900, 1), settings.segment_starts(500, 1)) == ([500], [])
+    assert replace(settings, segment_tokens=128).segment_starts(500, 1) == [328]
     with pytest.raises(InvalidValue, match="exact_segments=1 can be used with method=gate only"):
         CompressionSettings.resolve({"method": "tova", "exact_segments": 1})
 
 
-@pytest.mark.parametrize("budget", ["uniform", "adakv", "global", "profile"])
-@pytest.mark.parametrize("exact", [100, BASE])
-def test_every_head_keeps_the_exact_segments(budget: str, exact: int) -> None:
-    """Compressed whole, and after a base that has them; the total is what it should be."""
-    world = World(budget, exact_tokens=exact, recent_tokens=8)
+@pytest.mark.parametrize(
+    ("budget", "one_space"), [("uniform", True), ("uniform", False), ("adakv", True), ("global", True), ("profile", True)]
+)
+@pytest.mark.parametrize("exact", [100, 1])
+def test_every_head_keeps_the_exact_segments(budget: str, one_space: bool, exact: int) -> None:
+    """Compressed whole, after a base that has them, and again from what was kept. They stay where they are; nothing else is lost."""
+    world = World(budget, one_space=one_space, exact_tokens=exact, recent_tokens=8)
     base, base_slots = world.compress(BASE)
-    for context, slots in (world.compress(WHOLE), world.compress(WHOLE, base, base_slots)):
+    whole, whole_slots = world.compress(WHOLE)
+    made = [(base, base_slots), (whole, whole_slots), world.compress(WHOLE, base, base_slots)]
+    world.settings = replace(world.settings, compression_ratio=0.85)
+    made.append(world.compress(WHOLE, whole, whole_slots))
+    for context, slots in made:
         kept = context.kept
-        assert kept is not None
-        heads = [kept.positions[first:last].tolist() for first, last in pairwise(kept.bounds)]
-        assert len(heads) == LAYERS * HEADS and all(head[:exact] == list(range(exact)) for head in heads)
-        assert sum(map(len, heads)) == len(slots) * len(heads) == (exact + int((WHOLE - exact) * 0.4)) * len(heads)
+        assert kept is not None and kept.num_exact == exact and len(slots) == context.num_slots
+        heads = by_head(kept)
+        assert len(heads) == LAYERS * HEADS and all(head[:exact].tolist() == list(range(exact)) for head in heads)
+        assert sum(map(len, heads)) == context.num_slots * len(heads)
+        own = slots[exact:].tolist()
+        assert len(set(own)) == context.own_slots and not {*own} & {*world.exact.tolist()}
+        k, v = (each.split(kept.offsets.diff().tolist()) for each in world.cells(context, slots))
+        for head, positions in enumerate(heads):
+            expected = world.kv[head // HEADS][:, positions, head % HEADS]
+            torch.testing.assert_close(torch.stack([k[head], v[head]]), expected, rtol=0, atol=0)
+        if context.is_uneven and kept.rows is not None:
+            assert torch.equal(kept.rows.long(), kept.rows_in(world.compressor.space, slots))
+            # Each head's rows, told one head at a time.
+            parts = [kept.rows_in(world.compressor.space, slots, head, head + 1) for head in range(len(heads))]
+            assert torch.equal(torch.cat(parts), kept.rows.long())
 
 
-def test_a_system_prompt_that_stays_exact_is_shared_like_any_other() -> None:
+def behind_system(drive: Driven, first: int, **wish: Any) -> ContextReq:
+    settings = replace(drive.manager.settings.compression, exact_segments=1)
+    return drive.ask(SYSTEM + text(first, 300), boundaries=(200,), settings=settings, **wish)
+
+
+def test_a_system_prompt_that_stays_exact_holds_its_slots_once() -> None:
     drive = driven(4000, segment_tokens=None)
-    for number, first in enumerate((1000, 2000)):
-        document = SYSTEM + text(first, 300)
-        settings = replace(drive.manager.settings.compression, exact_segments=1, exact_tokens=200)
-        drive.ask(document, boundaries=(200,), settings=settings)
-        assert make_all(drive) == ([200, 300], [300])[number]
-    slots = sorted(each.num_slots for each in drive.manager.cache)
-    assert slots == [200, 350, 350]
+    free = drive.engine.free_slots()
+    for number, first in enumerate((1000, 2000, 3000)):
+        req = behind_system(drive, first, question=number)
+        # It is read by itself first, and stays in the tree as any text does.
+        assert make_all(drive) == ([200, 300], [300], [300])[number]
+        assert req.context is not None and (req.context.num_slots, req.context.own_slots) == (350, 150)
+        assert req in drive.step() and report(req)["kept_tokens"] == 350
+        assert req.origin_input_ids[:200] == SYSTEM and req.position_offset == 150
+    assert len(list(drive.manager.cache)) == 3 and drive.accounts() == (free - 200 - 3 * 150, 200 + 3 * 150, 0)
+    described = [each.describe() for each in drive.manager.cache]
+    assert [(each["kept_tokens"], each["slots"]) for each in described] == [(350, 150)] * 3
+
+
+def test_what_contexts_stand_on_is_evicted_after_them() -> None:
+    drive = driven(4000, segment_tokens=None)
+    reqs = [behind_system(drive, first, question=first) for first in (1000, 2000)]
+    make_all(drive)
+    drive.step()
+    drive.engine.queue.clear()
+    first, second = (req.context for req in reqs)
+    drive.manager.cache.drop_node(first)
+    assert not drive.manager.cache.is_resident(first) and drive.manager.cache.is_resident(second)
+    assert drive.matched_exactly(first) == 200 and drive.accounts()[1] == 200 + 150
+    drive.evict_all()
+    assert not drive.manager.cache.is_resident(second) and drive.accounts() == (4000, 0, 0)
+    # It comes back: with the text that it stands on.
+    behind_system(drive, 2000)
+    assert make_all(drive) == [200, 300]
+
+
+def test_the_text_that_a_job_is_to_stand_on_stays_until_it_runs() -> None:
+    drive = driven(4000, segment_tokens=None)
+    behind_system(drive, 1000)
+    job = the_job(drive.step())
+    assert job.reads_exact and not job.is_final and job.origin_input_ids == SYSTEM
+    drive.forward(job)
+    assert job.slots is None
+    drive.end(job)
+    job = the_job(drive.step())
+    drive.evict_all()
+    assert drive.matched_exactly(job.context) == 200
+    drive.forward(job)
+    assert job.prefix_len == 200 and job.slots is not None and len(job.slots) == 350
+    drive.end(job)
+    assert drive.accounts() == (4000 - 350, 350, 0), "nothing is held any more"
+
+
+def test_two_documents_at_once_read_their_system_prompt_once() -> None:
+    drive = driven(4000, segment_tokens=None)
+    for first in (1000, 2000):
+        behind_system(drive, first, question=first)
+    assert sum(make_all(drive)) == 200 + 300 + 300
+
+
+@pytest.mark.parametrize("when", ["first job", "second job"])
+def test_a_flush_ends_what_stands_on_exact_text(when: str) -> None:
+    drive = driven(4000, segment_tokens=None)
+    req = behind_system(drive, 1000)
+    job = the_job(drive.step())
+    if when == "second job":
+        drive.forward(job)
+        drive.end(job)
+        job = the_job(drive.step())
+    drive.engine.tree.reset()
+    drive.engine.tree.token_to_kv_pool_allocator.clear()
+    drive.manager.after_flush()
+    assert job.exact_lock is None
+    assert make_all(drive) == [200, 300] and req in drive.step()
+    assert report(req)["status"] == "compressed" and drive.accounts()[2] == 0
+
+
+def test_a_rank_that_lost_what_a_context_stands_on_serves_it_exactly() -> None:
+    drive = driven(4000, segment_tokens=None)
+    req = behind_system(drive, 1000)
+    job = the_job(drive.step())
+    drive.forward(job)
+    drive.end(job, FINISH_ABORT("gone"))  # nothing of it is cached
+    drive.engine.queue.clear()
+    context = req.context
+    assert context is not None and drive.manager.cache.reserve(context) is None
+    assert drive.accounts() == (4000, 0, 0)
+
+
+def test_text_that_stays_exact_as_a_whole_is_no_context() -> None:
+    drive = driven(4000, segment_tokens=None)
+    settings = replace(drive.manager.settings.compression, exact_segments=1)
+    req = drive.ask(SYSTEM, settings=settings)
+    assert drive.step() == [req] and (report(req)["status"], report(req)["reason"]) == ("exact", "exact_segments")
+    assert list(drive.manager.cache) == []

@@ -261,7 +261,7 @@ def test_a_node_that_another_content_left_is_never_taken_for_a_contexts_own(cach
     cache.publish(one, KEPT)
     assert not cache.is_resident(two)
     assert cache.reserve(two) is not None
-    assert one.virtual_ids[0] + 1 == two.virtual_ids[0]
+    assert one.engine_ids[0] + 1 == two.engine_ids[0]
     assert one.node != two.node
     assert accounts(cache) == (POOL - 40, 20, 20)
 

@@ -447,7 +447,7 @@ def test_a_question_that_waits_follows_its_context_up_the_ladder(monkeypatch: py
     drive.engine.queue = [wide, waits]
     assert drive.step() == [wide]  # the other one is decided on in the next pass
     assert waits in drive.step() and waits.context.num_slots < 20
-    assert waits.origin_input_ids[: waits.context.num_slots] == waits.context.virtual_ids
+    assert waits.origin_input_ids[: waits.context.num_slots] == waits.context.engine_ids
 
 
 def test_a_rung_that_fails_is_not_tried_for_ever() -> None:

@@ -112,7 +112,9 @@ class World:
     ) -> tuple[Context, torch.Tensor]:
         """A context of the first tokens, and its slots."""
         num_slots = self.settings.kept_slots(num_tokens, 1)
-        slots, self.free = self.free[:num_slots], self.free[num_slots:]
+        own = num_slots - self.settings.exact_tokens
+        slots = torch.cat([self.exact[: self.settings.exact_tokens], self.free[:own]])
+        self.free = self.free[own:]
         context = Context("0f" * 16, Namespace(None, None, None), self.settings, array("q", range(num_tokens)), num_slots)
         compression = Compression(context, base)
         first = 0 if base is None else base.num_tokens
@@ -130,7 +132,8 @@ class World:
     def cells(self, context: Context, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [kept tokens of all heads, head_dim] of a context, in the order of its positions."""
         if self.compressor.space is not None:
-            rows = self.compressor.space.cell_rows(slots)
+            assert context.kept is not None
+            rows = context.kept.rows_in(self.compressor.space, slots)
             return self.compressor.space.k[rows], self.compressor.space.v[rows]
         k, v = (
             torch.stack([buffer[slots].transpose(0, 1) for buffer in buffers])
@@ -272,7 +275,7 @@ def test_each_segment_is_prefilled_after_the_compressed_ones_before_it() -> None
     drive.end(job)
     job = the_job(drive.step())
     assert job.base is not None and job.base.num_tokens == 128 and job.position_offset == 64
-    assert job.origin_input_ids == job.base.virtual_ids + DOCUMENT[128:256]
+    assert job.origin_input_ids == job.base.engine_ids + DOCUMENT[128:256]
     drive.forward(job)
     assert job.prefix_len == 64 and drive.accounts() == (SIZE - 64 - 128 - 128, 0, 64 + 128)
     drive.end(job)
@@ -306,7 +309,7 @@ def test_a_prompt_longer_than_the_pool_is_served_from_its_compressed_context() -
     assert len(req.origin_input_ids) == 164, "what SGLang looks at when it arrives"
     assert sum(make_all(drive)) == 800
     assert drive.step() == [req] and report(req)["status"] == "compressed"
-    assert len(req.origin_input_ids) == 164 and req.origin_input_ids[:159] == req.context.virtual_ids
+    assert len(req.origin_input_ids) == 164 and req.origin_input_ids[:159] == req.context.engine_ids
     assert req.position_offset == 641
     drive.evict_all()
     again = drive.ask(LONG, question=8, num_tokens=5)
