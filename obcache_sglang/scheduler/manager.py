@@ -98,8 +98,7 @@ class CompressionManager:
         self.advance_clock(float(plan.get("now", 0.0)))
         settled = Plan.from_dict(plan)
         if settled.finds_boundary and settled.exact is None:
-            shared = self._prefixes.boundary(namespace_of(fields), fields["origin_input_ids"], self.settings.min_tokens)
-            settled = replace(settled, context_len=shared)
+            settled = self._prefixes.plan(settled, namespace_of(fields), fields["origin_input_ids"], self.settings.min_tokens)
         if settled.context_id is not None:
             settled, fields = self._named(settled, fields)
         elif settled.settings.budget != "uniform" and self.uneven_refusal is not None:
@@ -309,7 +308,8 @@ class CompressionManager:
         plan, prompt = req.plan, req.origin_input_ids
         boundary = plan.boundary(len(prompt), self.cache.page_size)
         if plan.context_len == 0 or plan.finds_boundary:
-            context = self.cache.find_prefix(req.namespace, (plan.settings, *self.settings.rungs(plan.settings)), prompt)
+            whole = replace(plan.settings, exact_tokens=0)
+            context = self.cache.find_prefix(req.namespace, (whole, *self.settings.rungs(whole)), prompt)
             # Rather all of a long document exactly, so that it can be compressed, than a short beginning of it compressed for ever.
             if context is not None and 2 * context.num_tokens >= boundary:
                 context.is_segment = False
@@ -317,14 +317,11 @@ class CompressionManager:
                 return context
             if plan.context_len == 0:
                 return None
-        if boundary == 0:
-            req.exact_reason = "shorter_than_a_page"
+        if plan.settings.within(boundary, self.cache.page_size).exact_tokens >= boundary:
+            req.exact_reason = "exact_segments" if boundary else "shorter_than_a_page"
             return None
         judges = prompt[boundary:] if plan.judged_by_rest else plan.judges
         own, tokens = plan.settings, prompt[:boundary]
-        if own.within(boundary, self.cache.page_size).exact_tokens >= boundary:
-            req.exact_reason = "exact_segments"
-            return None
         settings = own if plan.context_id is not None else known_settings(self.cache, req.namespace, own, tokens)
         context = self.cache.obtain(req.namespace, settings, tokens, judges)
         if context is None:

@@ -266,7 +266,7 @@ class UnderPressure:
             inner |= {each.node_id for each in path[:-1]}
             known = found.get(node)
             if known is None or known[0].num_tokens <= context.num_tokens:
-                found[node] = context, min(tree.own_tokens(path), context.num_tokens - context.num_exact)
+                found[node] = context, tree.own_tokens(path)
         return OrderedDict((node, each) for node, each in found.items() if node not in inner)
 
     def _asked(self) -> set[str]:

@@ -169,3 +169,24 @@ def test_chats_are_found_by_what_their_template_makes_of_them(auto_server: Serve
         reports.append(body["metadata"]["obcache"])
     assert [each["reason"] for each in reports] == ["no_context", "deferred", "deferred"]
     assert reports[1]["context_tokens"] == reports[2]["context_tokens"] >= 256
+
+
+def test_documents_behind_a_longer_system_prompt_hold_no_slots_for_it(auto_server: Server, model_dir: Path) -> None:
+    """Every application has one, and alone its documents are shorter than what would be kept of both."""
+    flush(auto_server)
+    system = document(model_dir, 500, "typesseq")
+    prompts = [[system + document(model_dir, 300, topic) + question(model_dir, asked) for topic in TOPICS] for asked in ASKED[:3]]
+    answers = [[generate(auto_server, each) for each in asked] for asked in prompts]
+    reused = [answer for answer in answers[2] if report(answer)["status"] == "reused"]
+    assert len(reused) >= 4, [report(answer) for answer in answers[2]]
+    exact, shared = 500 // 64 * 64, 800 // 64 * 64
+    for answer in reused:
+        assert report(answer)["kept_tokens"] == exact + int((shared - exact) * 0.3)
+    slots = {each["slots"] for each in auto_server.get("/obcache/contexts")["contexts"] if each["state"] == "resident"}
+    assert slots == {int((shared - exact) * 0.3)}
+    # What was compressed in passing is what is compressed when somebody asks for it.
+    flush(auto_server)
+    first = answers[2].index(reused[0])
+    wish = {"input_ids": prompts[2][first][:shared], "boundaries": [exact], "exact_segments": 1}
+    assert auto_server.post("/obcache/compress", wish)["kept_tokens"] == report(reused[0])["kept_tokens"]
+    assert generate(auto_server, prompts[2][first])["output_ids"] == reused[0]["output_ids"]

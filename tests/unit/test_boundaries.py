@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from obcache_sglang.errors import InvalidValue
+from obcache_sglang.kv.context import Namespace
 from obcache_sglang.scheduler.requests import ContextReq
 from obcache_sglang.settings import CompressionSettings
 from tests.unit.engine import Driven
@@ -343,3 +346,17 @@ def test_text_that_stays_exact_as_a_whole_is_no_context() -> None:
     req = drive.ask(SYSTEM, settings=settings)
     assert drive.step() == [req] and (report(req)["status"], report(req)["reason"]) == ("exact", "exact_segments")
     assert list(drive.manager.cache) == []
+
+
+def test_what_a_context_is_to_stand_on_is_not_what_makes_room_for_it() -> None:
+    drive = driven(600, segment_tokens=None)
+    settings = replace(drive.manager.settings.compression, exact_tokens=200)
+    context = drive.manager.cache.obtain(Namespace(None, None, None), settings, SYSTEM + text(1000, 300))
+    assert context is not None and context.own_slots == 150
+    for cached in (SYSTEM, text(5000, 350)):  # what was used last goes last
+        slots = drive.engine.tree.token_to_kv_pool_allocator.alloc(len(cached))
+        drive.engine.tree.insert(InsertParams(key=RadixKey(cached, None), value=slots))
+    reserved = drive.manager.cache.reserve(context)
+    assert reserved is not None and drive.matched_exactly(context) == 200
+    free, evictable, locked = drive.accounts()
+    assert (locked, free + evictable + locked) == (350, 600)

@@ -544,55 +544,67 @@ def prompt(*parts: int) -> array[int]:
 
 
 def test_prompts_that_part_show_where(prefixes: SharedPrefixes) -> None:
-    assert prefixes.boundary(NOBODY, prompt(*range(20), -1), 8) == 0
-    assert prefixes.boundary(NOBODY, prompt(*range(20), -2), 8) == 160
-    assert prefixes.boundary(NOBODY, prompt(*range(20), -3, -4), 8) == 160
+    assert prefixes.boundary(NOBODY, prompt(*range(20), -1), 8)[0] == 0
+    assert prefixes.boundary(NOBODY, prompt(*range(20), -2), 8)[0] == 160
+    assert prefixes.boundary(NOBODY, prompt(*range(20), -3, -4), 8)[0] == 160
 
 
 def test_the_same_prompt_again_shows_nothing(prefixes: SharedPrefixes) -> None:
     for _ in range(3):
-        assert prefixes.boundary(NOBODY, prompt(*range(20), -1), 8) == 0
+        assert prefixes.boundary(NOBODY, prompt(*range(20), -1), 8)[0] == 0
 
 
 def test_a_conversation_that_goes_on_shows_what_came_before(prefixes: SharedPrefixes) -> None:
-    assert prefixes.boundary(NOBODY, prompt(*range(20)), 8) == 0
-    assert prefixes.boundary(NOBODY, prompt(*range(30)), 8) == 160
-    assert prefixes.boundary(NOBODY, prompt(*range(40)), 8) == 240
+    assert prefixes.boundary(NOBODY, prompt(*range(20)), 8)[0] == 0
+    assert prefixes.boundary(NOBODY, prompt(*range(30)), 8)[0] == 160
+    assert prefixes.boundary(NOBODY, prompt(*range(40)), 8)[0] == 240
 
 
 def test_documents_behind_one_system_prompt_have_boundaries_of_their_own(prefixes: SharedPrefixes) -> None:
     system, first, second = range(10), range(10, 30), range(40, 60)
-    assert prefixes.boundary(NOBODY, prompt(*system, *first, -1), 8) == 0
-    assert prefixes.boundary(NOBODY, prompt(*system, *second, -1), 8) == 80  # what they share: the system prompt
-    assert prefixes.boundary(NOBODY, prompt(*system, *first, -2), 8) == 240
-    assert prefixes.boundary(NOBODY, prompt(*system, *second, -2), 8) == 240
+    assert prefixes.boundary(NOBODY, prompt(*system, *first, -1), 8)[0] == 0
+    assert prefixes.boundary(NOBODY, prompt(*system, *second, -1), 8)[0] == 80  # what they share: the system prompt
+    assert prefixes.boundary(NOBODY, prompt(*system, *first, -2), 8)[0] == 240
+    assert prefixes.boundary(NOBODY, prompt(*system, *second, -2), 8)[0] == 240
+
+
+def test_what_begins_many_texts_is_told_from_what_a_conversation_says_again(prefixes: SharedPrefixes) -> None:
+    system = range(10)
+    for document in (20, 30, 40):
+        assert prefixes.boundary(NOBODY, prompt(*system, *range(document, document + 6), -1), 8)[1] == 0
+    prefixes.boundary(NOBODY, prompt(*system, *range(50, 56), -1), 8)
+    assert prefixes.boundary(NOBODY, prompt(*system, *range(20, 26), -2), 8) == (128, 80)
+    # A document with less than a context's tokens is one with its system prompt, as is a text that nobody else begins with.
+    assert prefixes.boundary(NOBODY, prompt(*system, *range(30, 36), -2), 49) == (128, 0)
+    for turn in range(70, 80):
+        assert prefixes.boundary(NOBODY, prompt(*range(60, turn)), 8)[1] == 0
 
 
 def test_questions_that_begin_alike_do_not_move_the_boundary(prefixes: SharedPrefixes) -> None:
     document = range(20)
     prefixes.boundary(NOBODY, prompt(*document, 30, -1), 8)
     prefixes.boundary(NOBODY, prompt(*document, 31, -1), 8)
-    assert prefixes.boundary(NOBODY, prompt(*document, 30, -2), 8) == 160
-    assert prefixes.boundary(NOBODY, prompt(*document, 30, -3), 8) == 160
+    assert prefixes.boundary(NOBODY, prompt(*document, 30, -2), 8)[0] == 160
+    assert prefixes.boundary(NOBODY, prompt(*document, 30, -3), 8)[0] == 160
 
 
 def test_short_prefixes_are_not_contexts(prefixes: SharedPrefixes) -> None:
     prefixes.boundary(NOBODY, prompt(*range(4), -1), 33)
-    assert prefixes.boundary(NOBODY, prompt(*range(4), -2), 33) == 0
-    assert prefixes.boundary(NOBODY, prompt(*range(4), -2), 32) == 32
+    assert prefixes.boundary(NOBODY, prompt(*range(4), -2), 33)[0] == 0
+    assert prefixes.boundary(NOBODY, prompt(*range(4), -2), 32)[0] == 32
 
 
 def test_a_token_follows_the_boundary(prefixes: SharedPrefixes) -> None:
     prefixes.boundary(NOBODY, prompt(*range(4), 9), 8)
-    assert prefixes.boundary(NOBODY, prompt(*range(4)), 8) == 0
-    assert prefixes.boundary(NOBODY, prompt(*range(4), -1), 8) == 32
+    assert prefixes.boundary(NOBODY, prompt(*range(4)), 8)[0] == 0
+    assert prefixes.boundary(NOBODY, prompt(*range(4), -1), 8)[0] == 32
 
 
 @pytest.mark.parametrize("other", [Namespace("x", None, None), Namespace(None, "x", None), Namespace("x", None, "x")])
 def test_namespaces_know_nothing_of_each_other(prefixes: SharedPrefixes, other: Namespace) -> None:
     prefixes.boundary(NOBODY, prompt(*range(20), -1), 8)
-    assert prefixes.boundary(other, prompt(*range(20), -2), 8) == 0
-    assert prefixes.boundary(other, prompt(*range(20), -3), 8) == 160
+    assert prefixes.boundary(other, prompt(*range(20), -2), 8)[0] == 0
+    assert prefixes.boundary(other, prompt(*range(20), -3), 8)[0] == 160
 
 
 def test_a_million_prompts_are_not_remembered(prefixes: SharedPrefixes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -601,7 +613,7 @@ def test_a_million_prompts_are_not_remembered(prefixes: SharedPrefixes, monkeypa
         prefixes.boundary(NOBODY, prompt(number, number + 1, number + 2), 8)
         prefixes.boundary(NOBODY, prompt(5000, 5001, -number), 8)
     assert len(prefixes) == 50
-    assert prefixes.boundary(NOBODY, prompt(5000, 5001, 5002), 8) == 16
+    assert prefixes.boundary(NOBODY, prompt(5000, 5001, 5002), 8)[0] == 16
 
 
 def test_unmarked_questions_become_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -648,3 +660,31 @@ def test_a_short_beginning_that_is_compressed_does_not_hide_a_long_document(monk
         drive.engine.queue.remove(req)
     # Once it is known that the document is shared it is read exactly, so that all of it can be compressed.
     assert found == [("exact", 16), ("exact", 40), ("exact", 40)]
+
+
+def test_documents_behind_a_longer_system_prompt_are_compressed_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone they are shorter than what would be kept of both."""
+    monkeypatch.setattr(shared_prefixes, "BLOCK_TOKENS", 8)
+    drive = under_pressure(mode="auto", size=500)
+    system = array("q", range(5000, 5096))
+    documents = [system + array("q", range(first, first + 48)) for first in (6000, 7000, 8000, 9000)]
+    for question in (7, 8):
+        for document in documents:
+            req = drive.ask(document, question=question, num_tokens=2, finds_boundary=True)
+            drive.step()
+            cache_exactly(drive, document)
+            drive.engine.queue.remove(req)
+    answered(drive, OTHER)
+    press(drive, array("q", range(20_000, 20_220)))
+    compressed = [each for each in drive.manager.cache if each.state is ContextState.RESIDENT]
+    assert compressed and {(each.num_tokens, each.num_exact, each.own_slots) for each in compressed} == {(144, 96, 24)}
+    assert all(drive.matched_exactly(each) == 96 for each in compressed), "their own exact KV went"
+    again = drive.ask(documents[documents.index(compressed[0].tokens)], question=9, num_tokens=2, finds_boundary=True)
+    drive.step()
+    assert report(again)["status"] == "reused" and again.origin_input_ids[:96] == system
+    # Nothing makes room by compressing the text that they stand behind: they would go with it.
+    drive.manager.under_pressure.forget()
+    alone = drive.manager.cache.obtain(NOBODY, drive.manager.settings.compression, system)
+    assert alone is not None
+    drive.manager.under_pressure.add(alone)
+    assert not drive.manager.under_pressure._exact() and alone.id in drive.manager.under_pressure._candidates
