@@ -73,7 +73,9 @@ class SharedPrefixes:
         if not parts:
             return 0, 0
         boundary = BLOCK_TOKENS * next(number for number in parts if number >= parts[-1] - SLACK_BLOCKS)
-        return boundary, max(BLOCK_TOKENS * number for number in widely if number == 0 or BLOCK_TOKENS * number <= boundary - min_tokens)
+        return boundary, max(
+            BLOCK_TOKENS * number for number in widely if number == 0 or BLOCK_TOKENS * number <= boundary - min_tokens
+        )
 
     def _blocks(self, namespace: Namespace, prompt: array[int]) -> list[bytes]:
         """A hash for each whole block with all before it, and one with the rest, which may be empty: that a prompt ends is a continuation too."""

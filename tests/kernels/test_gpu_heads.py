@@ -389,7 +389,9 @@ def test_graphs_read_what_is_loaded() -> None:
     backend = HeadGraphBackend(TritonHeads(engine.space, engine.req_to_token, group_size * 2), engine.pool)
     graphs = HeadGraphs(plan, backend, None, None)
     graphs.backend.init_cuda_graph_state(padded + 1, padded + 1)
-    assert graphs.prepare(SimpleNamespace(batch_size=4, seq_lens=batch.seq_lens, seq_lens_cpu=batch.seq_lens.cpu()))
+    assert graphs.prepare(
+        SimpleNamespace(batch_size=len(engine.requests), seq_lens=batch.seq_lens, seq_lens_cpu=batch.seq_lens.cpu())
+    )
     new = [[pool[slots] for pool in pools] for pools in zip(engine.pool.k_buffer, engine.pool.v_buffer, strict=True)]
     queries = []
     for k, v in new:
@@ -431,8 +433,8 @@ def test_batches_beyond_the_tables_run_eagerly() -> None:
     batch = engine.batch()
     plan = SimpleNamespace(uneven_contexts=lambda batch: engine.uneven_contexts(engine.batch()))
     graphs = HeadGraphs(plan, HeadGraphBackend(TritonHeads(engine.space, engine.req_to_token, 4), engine.pool), None, None)
-    graphs.backend.init_cuda_graph_state(4, 4)
-    forward_batch = SimpleNamespace(batch_size=4, seq_lens=batch.seq_lens, seq_lens_cpu=batch.seq_lens.cpu())
+    graphs.backend.init_cuda_graph_state(5, 5)
+    forward_batch = SimpleNamespace(batch_size=len(engine.requests), seq_lens=batch.seq_lens, seq_lens_cpu=batch.seq_lens.cpu())
     graphs.backend.max_entries = 2 * batch.max_entries
     assert graphs.prepare(forward_batch)
     graphs.backend.max_entries = batch.max_entries - 1

@@ -60,6 +60,7 @@ def test_three_tensor_parallel_ranks(model_dir: Path, tmp_path: Path) -> None:
         segments = {"segment_tokens": 128}
         for method, budget, more in (
             ("snapkv", "adakv", {}), ("snapkv", "global", {}), ("tova", "uniform", {}), ("gate", "profile", segments),
+            ("gate", "profile", {"boundaries": [150], "exact_segments": 1}), ("gate", "uniform", {"boundaries": [150], "exact_segments": 1}),
         ):  # fmt: skip
             context = document(model_dir, 300, "binary")
             wish = {"context_len": 300, "method": method, "budget": budget, **more}
