@@ -238,14 +238,15 @@ class ContextCache:
         exact = tree.exact_beginning(self.tree, context)
         if exact is None:
             return None
-        lock = self.tree.lock(exact[0])  # what is evicted for the context is not what it stands on
+        # What is evicted for the context is not what it stands on.
+        lock = self.tree.lock(exact[0]) if context.num_exact else None
         try:
             evict_from_tree_cache(self.tree, context.own_slots)
             allocated = self.allocator.alloc(context.own_slots)
             if allocated is None:
                 return None
             own: torch.Tensor = allocated.to(torch.int64)
-            slots = torch.cat([exact[1], own])
+            slots = torch.cat([exact[1], own]) if context.num_exact else own
             try:
                 context.engine_ids = self._unused_ids(context)
                 self.tree.insert(InsertParams(key=context_key(context), value=slots, prev_prefix_len=context.num_exact))

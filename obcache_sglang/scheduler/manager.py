@@ -310,8 +310,8 @@ class CompressionManager:
         if plan.context_len == 0 or plan.finds_boundary:
             whole = replace(plan.settings, exact_tokens=0)
             context = self.cache.find_prefix(req.namespace, (whole, *self.settings.rungs(whole)), prompt)
-            # Rather all of a long document exactly, so that it can be compressed, than a short beginning of it compressed for ever.
-            if context is not None and 2 * context.num_tokens >= boundary:
+            # Rather all of a long document exactly, so that it can be compressed, than a short beginning of it, or what is to stay exact.
+            if context is not None and context.num_tokens >= max(boundary / 2, plan.settings.exact_tokens + 1):
                 context.is_segment = False
                 req.context_id = self.cache.capability(context, array("q"))
                 return context

@@ -17,6 +17,7 @@ import pytest
 import requests
 
 from obcache_sglang.local_server import Server, serve
+from obcache_sglang.scheduler.shared_prefixes import WIDELY
 from tests.serving.client import document, flush, generate, question
 from tests.serving.conftest import COMMON, STRICT, checked
 from tests.serving.faulty import UNDER_PRESSURE, Faults
@@ -26,7 +27,6 @@ pytestmark = pytest.mark.long
 
 MODULE = "tests.serving.faulty"
 L = 330
-BOUNDARY = L // 64 * 64
 TOPICS = ("exceptions", "formatstrings", "calls", "numbers", "class", "debugger", "binary", "naming")
 ASKED = ("\n\nIn short,", "\n\nThe first rule", "\n\nFor example")
 RATIOS = (0.7, 0.85)
@@ -50,22 +50,29 @@ class Known:
     long_text: list[int]
 
     @classmethod
-    def of(cls, server: Server, model_dir: Path, topics: tuple[str, ...] = TOPICS) -> Known:
+    def of(cls, server: Server, model_dir: Path, topics: tuple[str, ...] = TOPICS, system_tokens: int = 0) -> Known:
+        """system_tokens: of the text that all documents stand behind, which stays exact."""
         prompts, answers = {}, {}
+        system = document(model_dir, system_tokens, "customization")
+        exact, boundary = (number // 64 * 64 for number in (system_tokens, system_tokens + L))
+        behind = {"boundaries": [exact], "exact_segments": 1} if exact else {}
         for topic in topics:
-            text = document(model_dir, L, topic)
+            text = system + document(model_dir, L, topic)
             for asked in ASKED:
                 prompts[topic, asked] = text + question(model_dir, asked)
                 exact = generate(server, prompts[topic, asked], obcache=False, max_new_tokens=8)
                 answers[(topic, asked), 0.0] = exact["output_ids"]
             for ratio in RATIOS:
                 flush(server)
-                server.post("/obcache/compress", {"input_ids": text[:BOUNDARY], "compression_ratio": ratio})
+                server.post("/obcache/compress", {"input_ids": text[:boundary], "compression_ratio": ratio, **behind})
                 for asked in ASKED:
                     answer = generate(server, prompts[topic, asked], obcache={"compression_ratio": ratio}, max_new_tokens=8)
                     found = answer["meta_info"]["obcache"]
-                    assert (found["status"], found["compression_ratio"], found["context_tokens"]) == ("reused", ratio, BOUNDARY)
+                    assert (found["status"], found["compression_ratio"], found["context_tokens"]) == ("reused", ratio, boundary)
                     answers[(topic, asked), ratio] = answer["output_ids"]
+        flush(server)
+        for topic in topics[: WIDELY + 1] if system else ():  # the server learns what all stand behind
+            generate(server, prompts[topic, ASKED[0]])
         flush(server)
         return cls(server, prompts, answers, document(model_dir, 700, "typesseq"))
 
@@ -96,12 +103,13 @@ class Known:
         return (load["num_used_tokens"], load["num_waiting_reqs"], load["num_running_reqs"]) == (0, 0, 0)
 
 
-def test_soak(model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("system_tokens", [0, 400])
+def test_soak(model_dir: Path, tmp_path: Path, system_tokens: int) -> None:
     """One request is retracted every 60 steps; the pool holds three of the eight documents."""
     env = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "60"}
     with serve(model_dir, tmp_path / "log", FLAGS, env) as server:
         for _ in checked(server):
-            soak(Known.of(server, model_dir))
+            soak(Known.of(server, model_dir, system_tokens=system_tokens))
 
 
 def soak(known: Known) -> None:
