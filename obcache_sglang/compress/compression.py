@@ -195,6 +195,10 @@ class Compression:
         scores: as `score` gives them. slots: [M] int64, the context's, those of its exact tokens first.
         """
         context, settings = self.context, self.context.settings
+        if context.owns_exact:
+            exact, pool = slice(context.num_exact), compressor.kv_pool
+            for buffer in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)):
+                buffer[slots[exact]] = buffer[rows.slots[exact]]
         ranked = rank_positions(
             scores.expand(layer.tp_k_head_num, -1),
             context.num_slots,

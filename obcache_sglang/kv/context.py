@@ -66,6 +66,7 @@ class Context:
     is_segment: whether nobody has asked for it but a longer context, whose beginning it is (`CompressionSettings.segment_start`).
     targets: ids of the contexts that were compressed after it since it ends at a boundary of theirs.
     node: its node in the radix tree, None where it has none.
+    owns_exact: whether the exact tokens that it begins with lie in slots of its own too, since the tree had them not.
     tree_lock: held while it is compressed, pinned, or the base of a compression.
     num_holders: compressions whose base it is.
     failed_in_place: whether its last compression from cached KV failed, and nobody has asked about it since.
@@ -97,6 +98,7 @@ class Context:
     is_segment: bool = False
     targets: set[str] = field(default_factory=set)
     node: int | None = None
+    owns_exact: bool = False
     tree_lock: Any = None
     num_holders: int = 0
     pinned: bool = False
@@ -123,13 +125,18 @@ class Context:
 
     @property
     def num_exact(self) -> int:
-        """Tokens that it begins with and that stay exact. Their slots are not its own: the tree has them, for all texts that begin so."""
+        """Tokens that it begins with and that stay exact."""
         return self.settings.exact_tokens
+
+    @property
+    def num_shared(self) -> int:
+        """Of these, those whose slots are not its own: the tree has them, for all texts that begin so."""
+        return 0 if self.owns_exact else self.num_exact
 
     @property
     def own_slots(self) -> int:
         """KV slots that nobody has but this context."""
-        return self.num_slots - self.num_exact
+        return self.num_slots - self.num_shared
 
     @property
     def position_offset(self) -> int:

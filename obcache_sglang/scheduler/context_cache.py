@@ -228,28 +228,32 @@ class ContextCache:
         path = tree.path(self.tree, context.node)
         return bool(path and path[-1].path_end == context.num_slots and path[-1].full_value_len == context.own_slots)
 
-    def reserve(self, context: Context) -> torch.Tensor | None:
+    def reserve(self, context: Context, *, may_own_exact: bool = False) -> torch.Tensor | None:
         """Allocates the context's own slots, evicting from the tree if needed, and inserts its node, locked, after its exact tokens.
 
         Returns all its slots, [num_slots] int64, those of its exact tokens first; None where the pool has no room, or the tree has not
-        these tokens. The node is in the tree before its content is, so that the pool's accounts always hold; nothing can match it, since
-        its state is not RESIDENT yet. Whatever raises here leaves the pool as it was.
+        these tokens. With may_own_exact they get slots of its own then. The node is in the tree before its content is, so that the pool's
+        accounts always hold; nothing can match it, since its state is not RESIDENT yet. Whatever raises here leaves the pool as it was.
         """
         exact = tree.exact_beginning(self.tree, context)
+        if exact is None and may_own_exact:
+            context.owns_exact = True
+            exact = tree.exact_beginning(self.tree, context)
         if exact is None:
             return None
         # What is evicted for the context is not what it stands on.
-        lock = self.tree.lock(exact[0]) if context.num_exact else None
+        lock = self.tree.lock(exact[0]) if context.num_shared else None
         try:
             evict_from_tree_cache(self.tree, context.own_slots)
             allocated = self.allocator.alloc(context.own_slots)
             if allocated is None:
+                context.owns_exact = False
                 return None
             own: torch.Tensor = allocated.to(torch.int64)
-            slots = torch.cat([exact[1], own]) if context.num_exact else own
+            slots = torch.cat([exact[1], own]) if context.num_shared else own
             try:
                 context.engine_ids = self._unused_ids(context)
-                self.tree.insert(InsertParams(key=context_key(context), value=slots, prev_prefix_len=context.num_exact))
+                self.tree.insert(InsertParams(key=context_key(context), value=slots, prev_prefix_len=context.num_shared))
                 self._lock(context)
             except Exception:
                 self._take_back(context, own)
@@ -261,7 +265,7 @@ class ContextCache:
 
     def _unused_ids(self, context: Context) -> array[int]:
         """[num_slots] ids: the exact tokens', and consecutive virtual ids that nothing in the tree has after them. All ranks draw the same ones."""
-        exact = context.tokens[: context.num_exact]
+        exact = context.tokens[: context.num_shared]
         while True:
             self._num_reserved += 1
             message = f"{context.id} {self._num_reserved}".encode()
@@ -279,7 +283,7 @@ class ContextCache:
         else:
             self.unlock(context)
             tree.drop_leaf(self.tree, match.last_device_node)
-        context.engine_ids, context.node = array("q"), None
+        context.engine_ids, context.node, context.owns_exact = array("q"), None, False
 
     def publish(self, context: Context, kept: KeptTokens) -> None:
         """The content is in the slots: from now on requests may match the context."""
@@ -402,7 +406,7 @@ class ContextCache:
         context.kept = None
         context.suffixes.clear()
         context.suffixes_complete = True
-        context.node, context.engine_ids = None, array("q")
+        context.node, context.engine_ids, context.owns_exact = None, array("q"), False
         context.pinned = False
         for each in self._forsaken(context):
             if each.is_segment and not each.targets and each.expires_at is None:

@@ -119,7 +119,9 @@ class InPlace:
         if not makes_room and self.engine.runs_something and not self.jobs.room.has_spare(context.own_slots):
             return None  # as a prefill it waits until SGLang admits it
         slots_read = self._slots(context, base)
-        slots = self.jobs.reserve_on_all_ranks(context, is_able=slots_read is not None)
+        # What it is compressed from may be all that there is of its exact tokens.
+        may_own_exact = base is not None and base.owns_exact
+        slots = self.jobs.reserve_on_all_ranks(context, is_able=slots_read is not None, may_own_exact=may_own_exact)
         if slots is None or slots_read is None:
             context.failed_in_place = True
             return None

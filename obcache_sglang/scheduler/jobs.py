@@ -247,14 +247,14 @@ class Jobs:
                 req.error, req.slots = req.error or "no_slots", None
                 self._discard_contained(req.context)
 
-    def reserve_on_all_ranks(self, context: Context, *, is_able: bool = True) -> torch.Tensor | None:
+    def reserve_on_all_ranks(self, context: Context, *, is_able: bool = True, may_own_exact: bool = False) -> torch.Tensor | None:
         """The slots [num_slots] int64 reserved for a context; None where a rank has no room or has failed. All ranks come to the vote.
 
-        is_able: whether this rank could do its part so far.
+        is_able: whether this rank could do its part so far. may_own_exact: as in `ContextCache.reserve`.
         """
         slots = None
         try:
-            slots = self.cache.reserve(context) if is_able else None
+            slots = self.cache.reserve(context, may_own_exact=may_own_exact) if is_able else None
         except Exception:
             logger.exception("obcache: reserving slots for context %s failed", context.id)
         if self.agree(slots is not None):

@@ -248,7 +248,7 @@ class UnderPressure:
         found: OrderedDict[int, tuple[Context, int]] = OrderedDict()
         inner: set[int] = set()
         for each in self.cache:
-            if each.num_exact and each.node is not None:
+            if each.num_shared and each.node is not None:
                 inner |= {above.node_id for above in tree.path(self.cache.tree, each.node)[:-1]}
         asked: set[str] | None = None
         for identity, context in list(self._candidates.items()):
@@ -290,7 +290,7 @@ class UnderPressure:
             rungs = self.settings.rungs(context.settings)
             if not rungs or not self.in_place.can_compress(context.settings, context.num_tokens):
                 continue
-            num_slots = rungs[0].kept_slots(context.num_tokens, self.cache.page_size) - context.num_exact
+            num_slots = rungs[0].kept_slots(context.num_tokens, self.cache.page_size) - context.num_shared
             if not num_slots < context.own_slots or num_slots > self.engine.free_slots():
                 continue
             if context.node is None or tree.is_locked(self.cache.tree, context.node):

@@ -76,12 +76,12 @@ def exact_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.T
 
 
 def exact_beginning(tree: UnifiedRadixCache, context: Context) -> tuple[int, torch.Tensor] | None:
-    """(node, slots [num_exact] int64) of the exact tokens that a context begins with; the root and no slots where there are none. None where
+    """(node, slots [num_shared] int64) of the exact tokens that a context shares; the root and no slots where there are none. None where
     the tree has not all of them.
     """
-    key = radix_key(context.namespace, context.tokens[: context.num_exact])
+    key = radix_key(context.namespace, context.tokens[: context.num_shared])
     found = tree.match_prefix(MatchPrefixParams(key=key))
-    if found.device_prefix_len < context.num_exact:
+    if found.device_prefix_len < context.num_shared:
         return None
     return found.last_device_node, _slots(tree, context, found.last_device_node)
 

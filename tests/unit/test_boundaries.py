@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from obcache_sglang.errors import InvalidValue
-from obcache_sglang.kv.context import Namespace
+from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Namespace
 from obcache_sglang.scheduler.requests import ContextReq
 from obcache_sglang.settings import CompressionSettings
 from tests.unit.engine import Driven
@@ -231,13 +231,14 @@ def test_every_head_keeps_the_exact_segments(budget: str, one_space: bool, exact
     made = [(base, base_slots), (whole, whole_slots), world.compress(WHOLE, base, base_slots)]
     world.settings = replace(world.settings, compression_ratio=0.85)
     made.append(world.compress(WHOLE, whole, whole_slots))
+    made.append(world.compress(WHOLE, whole, whole_slots, owns_exact=True))
     for context, slots in made:
         kept = context.kept
         assert kept is not None and kept.num_exact == exact and len(slots) == context.num_slots
         heads = by_head(kept)
         assert len(heads) == LAYERS * HEADS and all(head[:exact].tolist() == list(range(exact)) for head in heads)
         assert sum(map(len, heads)) == context.num_slots * len(heads)
-        own = slots[exact:].tolist()
+        own = slots[context.num_shared :].tolist()
         assert len(set(own)) == context.own_slots and not {*own} & {*world.exact.tolist()}
         k, v = (each.split(kept.offsets.diff().tolist()) for each in world.cells(context, slots))
         for head, positions in enumerate(heads):
@@ -360,3 +361,18 @@ def test_what_a_context_is_to_stand_on_is_not_what_makes_room_for_it() -> None:
     assert reserved is not None and drive.matched_exactly(context) == 200
     free, evictable, locked = drive.accounts()
     assert (locked, free + evictable + locked) == (350, 600)
+
+
+def test_what_the_tree_has_lost_of_a_context_it_may_own() -> None:
+    drive = driven(600, segment_tokens=None)
+    settings = replace(drive.manager.settings.compression, exact_tokens=200)
+    context = drive.manager.cache.obtain(Namespace(None, None, None), settings, SYSTEM + text(1000, 300))
+    assert context is not None and drive.manager.cache.reserve(context) is None and not context.owns_exact
+    slots = drive.manager.cache.reserve(context, may_own_exact=True)
+    assert slots is not None and len(slots) == context.own_slots == 350 and drive.accounts() == (250, 0, 350)
+    assert context.engine_ids[:1] >= array("q", [FIRST_VIRTUAL_ID]), "its own copy is nobody else's"
+    drive.manager.cache.withdraw(context)
+    assert drive.accounts() == (600, 0, 0) and context.own_slots == 150
+    small = driven(300, segment_tokens=None)
+    context = small.manager.cache.obtain(Namespace(None, None, None), settings, SYSTEM + text(1000, 300))
+    assert context is not None and small.manager.cache.reserve(context, may_own_exact=True) is None and not context.owns_exact

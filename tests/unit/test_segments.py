@@ -108,14 +108,21 @@ class World:
         ]
 
     def compress(
-        self, num_tokens: int, base: Context | None = None, base_slots: torch.Tensor | None = None
+        self,
+        num_tokens: int,
+        base: Context | None = None,
+        base_slots: torch.Tensor | None = None,
+        *,
+        owns_exact: bool = False,
     ) -> tuple[Context, torch.Tensor]:
         """A context of the first tokens, and its slots."""
         num_slots = self.settings.kept_slots(num_tokens, 1)
-        own = num_slots - self.settings.exact_tokens
-        slots = torch.cat([self.exact[: self.settings.exact_tokens], self.free[:own]])
+        shared = 0 if owns_exact else self.settings.exact_tokens
+        own = num_slots - shared
+        slots = torch.cat([self.exact[:shared], self.free[:own]])
         self.free = self.free[own:]
         context = Context("0f" * 16, Namespace(None, None, None), self.settings, array("q", range(num_tokens)), num_slots)
+        context.owns_exact = owns_exact
         compression = Compression(context, base)
         first = 0 if base is None else base.num_tokens
         sources = self.exact[first:num_tokens]
