@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from obcache_sglang.calibrate import DEFAULT_MAX_TOKENS, GATE_TOKENS, MIN_TOKENS, max_positions
+from obcache_sglang.calibrate import max_positions
+from obcache_sglang.compress.calibration import DEFAULT_MAX_TOKENS, GATE_TOKENS, MIN_TOKENS
 from obcache_sglang.compress.gates import SUFFIX, GateFile
 from obcache_sglang.compress.head_profile import PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.errors import ConfigError, HostError
