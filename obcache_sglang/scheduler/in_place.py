@@ -198,7 +198,7 @@ class InPlace:
         self.jobs.ask_again(context, job.base)
         try:  # as in `Jobs`: whatever fails here on one rank changes no decision
             self.metrics.compressed_in_place()
-            self.jobs.record(context, job.started_at, job.scoring_seconds, context.num_tokens)
+            self.metrics.published(context, job.started_at, job.scoring_seconds, context.num_tokens, self.cache)
         except Exception:
             logger.exception("obcache: updating the metrics for context %s failed", context.id)
 

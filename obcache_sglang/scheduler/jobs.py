@@ -401,25 +401,9 @@ class Jobs:
                 logger.warning("obcache: context %s is not compressed and is served exactly: %s", context.id, job.error)
             if not published:
                 return
-            self.record(context, job.started_at, job.scoring_seconds, job.context_cached_tokens)
+            self.metrics.published(context, job.started_at, job.scoring_seconds, job.context_cached_tokens, self.cache)
         except Exception:
             logger.exception("obcache: updating the metrics for context %s failed", context.id)
-
-    def record(self, context: Context, started_at: float, scoring_seconds: float, cached_tokens: int) -> None:
-        """What a published compression took, in its context, the metrics and the log.
-
-        started_at: of `time.perf_counter`. cached_tokens: of the context, found cached.
-        """
-        context.seconds = time.perf_counter() - started_at
-        context.scoring_seconds = scoring_seconds
-        context.job_cached_tokens = cached_tokens
-        self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
-        self.metrics.set_gauges(self.cache)
-        logger.info(
-            "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
-            context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
-            context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
-        )  # fmt: skip
 
     def discard(self, context: Context) -> None:
         """Takes the slots back that were reserved for a context."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from http import HTTPStatus
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
-from obcache_sglang.errors import ContextNotFound, RequestError
+from obcache_sglang.errors import RequestError
 from obcache_sglang.host import use
-from obcache_sglang.kv.context import Context, ContextState, Namespace
+from obcache_sglang.kv.context import Context, ContextState
 from obcache_sglang.messages import Plan
 from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.engine_view import EngineView
@@ -28,6 +28,7 @@ from obcache_sglang.scheduler.in_place import InPlace
 from obcache_sglang.scheduler.jobs import Jobs
 from obcache_sglang.scheduler.lineage import known_settings
 from obcache_sglang.scheduler.metrics import Metrics
+from obcache_sglang.scheduler.named import named, namespace_of
 from obcache_sglang.scheduler.pressure import UnderPressure
 from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq
 from obcache_sglang.scheduler.room import Room
@@ -44,11 +45,6 @@ class Verdict(Enum):
     ADMIT = "admit"
     HOLD = "hold"
     DONE = "done"
-
-
-def namespace_of(fields: Mapping[str, Any]) -> Namespace:
-    """Of a request that is to be made. fields: the arguments of SGLang's Req, by name."""
-    return Namespace.of(**{name: fields.get(name) for name in ("extra_key", "cache_salt", "lora_id")})
 
 
 class CompressionManager:
@@ -101,7 +97,7 @@ class CompressionManager:
             shared = self._prefixes.boundary(namespace_of(fields), fields["origin_input_ids"], self.settings.min_tokens)
             settled = replace(settled, context_len=shared)
         if settled.context_id is not None:
-            settled, fields = self._named(settled, fields)
+            settled, fields = named(self.cache, settled, fields)
         elif settled.settings.budget != "uniform" and self.uneven_refusal is not None:
             raise RequestError(
                 f"budget={settled.settings.budget!r} cannot be served here: {self.uneven_refusal}. Set budget=uniform."
@@ -109,25 +105,6 @@ class CompressionManager:
         req = ContextReq(**fields, plan=settled, count_exact=self.metrics.exact)
         self.room.let_pass(req)
         return req
-
-    def _named(self, plan: Plan, fields: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
-        """The plan and the prompt of a request that names its context. Raises RequestError."""
-        known = self.cache.by_capability(plan.context_id or "")
-        if known is None or known[0].namespace != namespace_of(fields):
-            raise ContextNotFound(
-                "This context_id is unknown under this cache_salt, extra_key and LoRA adapter. The context was forgotten or deleted, or it "
-                "belongs to another server. Send the text again, with the marker at its end, or POST /obcache/compress."
-            )
-        context, tail = known
-        before = array("q", plan.before)
-        if context.tokens[: len(before)] != before:
-            raise RequestError(
-                f"The {len(before)} tokens before the marker are not the ones that the context of this context_id begins with. Send the "
-                "same system message as when the context was compressed, or put the marker at the very start of a prompt of its own."
-            )
-        prompt = context.tokens + tail + array("q", fields["origin_input_ids"])
-        plan = replace(plan, context_len=context.num_tokens, settings=context.settings, judges=context.judges)
-        return plan, {**fields, "origin_input_ids": prompt}
 
     # --- a scheduling pass ------------------------------------------------------------------------------------------
 
