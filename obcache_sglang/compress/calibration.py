@@ -139,6 +139,10 @@ class Findings:
         if self.made_with is not None:
             self.equations(left_out=left_out).add(keys_values, scores, self.lanes)
 
+    def forget_equations(self) -> None:
+        """They are by far the largest part, and of no use once they are solved."""
+        self.made_with = self.left_out = None
+
     def profile(self, made: dict[str, Any]) -> HeadProfile:
         """made: how, for people."""
         return HeadProfile(self.model, self.ratios, (self.shares / self.num_texts).tolist(), made)
@@ -155,5 +159,5 @@ class Findings:
         return made_with.solve(), r_squared
 
     def gate_file(self, gates: Gates, r_squared: torch.Tensor, made: dict[str, Any]) -> GateFile:
-        """gates, r_squared: of all layers and heads of the model. Raises ValueError for what is not finite."""
+        """gates, r_squared [layers, kv_heads] float32: of all layers and heads of the model. Raises ValueError for what is not finite."""
         return GateFile(gates, r_squared, self.profile(made), made)

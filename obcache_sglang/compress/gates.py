@@ -223,7 +223,7 @@ class NormalEquations:
         found = features(k[NUM_SKIPPED:].transpose(0, 1), v[NUM_SKIPPED:].transpose(0, 1))
         means = found.mean(1, keepdim=True)
         found -= means
-        centred = text.centred[layer]
+        centred = text.centred[layer].to(k.device)
         self.means[layer] += means[:, 0].double().cpu()
         self.products[layer] += torch.bmm(found.transpose(1, 2), found).double().cpu()
         self.projections[layer] += torch.bmm(found.transpose(1, 2), centred[..., None].float())[..., 0].double().cpu()

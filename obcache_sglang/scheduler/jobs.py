@@ -9,10 +9,11 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from obcache_sglang.compress.measurement import Measurement
 from obcache_sglang.compress.replay import ReplayPass, ReplayPrompts
 from obcache_sglang.kv.context import Context, ContextState
 from obcache_sglang.scheduler.context_cache import ContextCache
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
+    from obcache_sglang.compress.compression import Compression
     from obcache_sglang.kv.cells import KeptTokens
 
 logger = logging.getLogger(__name__)
@@ -114,18 +116,39 @@ class Jobs:
             )  # fmt: skip
         return job, ""
 
+    def make_measuring(self, like: Any, measurement: Measurement) -> tuple[CompressionJob | None, str]:
+        """A job that only scores a context, or None and why it cannot be. No request waits for it. like: as a request has these fields."""
+        context = measurement.context
+        passes = self._replay_passes(context)
+        if not passes:
+            return None, "no_room_to_replay"
+        longest = max(len(each.tokens) for each in passes)
+        if not self.room.can_hold(context.num_tokens + longest):
+            return None, "pool_too_small"
+        job = self._make(context, like, passes, compression=measurement)
+        job.unattended = True
+        return job, ""
+
+    def give_up(self, job: CompressionJob, reason: str) -> None:
+        """Ends a job that nobody wants any more: at once, or with the prefill that is under way."""
+        job.error = reason
+        if not job.kv.holds_kv:
+            self._dequeue(job)
+            self.end(job, completed=False)
+
     def _make(
         self,
         context: Context,
-        like: ContextReq | CompressionJob,
+        like: Any,
         passes: Sequence[ReplayPass] = (),
         *,
         base: Context | None = None,
         target: Context | None = None,
+        compression: Compression | None = None,
     ) -> CompressionJob:
         self._num_jobs += 1
         rid = hashlib.blake2b(str(self._num_jobs).encode(), digest_size=16, key=self._secret, person=b"job").hexdigest()
-        job = CompressionJob(context, like, rid=rid, passes=passes, base=base, target=target)
+        job = CompressionJob(context, like, rid=rid, passes=passes, base=base, target=target, compression=compression)
         self._by_context[job.target.id] = job
         context.is_queued = job.target.is_queued = True
         if base is not None:
@@ -336,8 +359,11 @@ class Jobs:
             if not self.is_awaited(job):  # its client left while this pass ran
                 return False
             if self.agree(job.error is None):
-                # First in the queue: the next pass finds the context's exact KV still there.
-                self.engine.queue.insert(0, self._make(context, job))
+                if isinstance(job.compression, Measurement) and not job.passes:
+                    job.compression.scored()
+                else:
+                    # First in the queue: the next pass finds the context's exact KV still there.
+                    self.engine.queue.insert(0, self._make(context, job))
                 return True
             job.error = job.error or "error"
         kept = job.compression.kept

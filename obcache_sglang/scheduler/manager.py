@@ -21,6 +21,8 @@ from obcache_sglang.errors import RequestError
 from obcache_sglang.host import use
 from obcache_sglang.kv.context import Context, ContextState
 from obcache_sglang.messages import Plan
+from obcache_sglang.scheduler.calibration import Calibration
+from obcache_sglang.scheduler.calibration_run import settings_with
 from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.idle import WhenIdle
@@ -37,6 +39,8 @@ from obcache_sglang.settings import ServerSettings
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+    from obcache_sglang.scheduler.rank_gates import RankGates
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ class CompressionManager:
     clock: seconds since the epoch; None with several ranks, whose clocks differ: then the stamps that requests carry tell the time.
     secret: as in ContextCache.
     layers, compress_layer: as in InPlace.
+    rank_gates: where gates that this server makes are made and take effect; None where there is no model.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class CompressionManager:
         secret: bytes = b"",
         layers: Sequence[Any] = (),
         compress_layer: Callable[..., None] | None = None,
+        rank_gates: RankGates | None = None,
     ) -> None:
         self.engine = engine
         self.settings = settings
@@ -81,6 +87,7 @@ class CompressionManager:
         self.in_place = InPlace(self.jobs, layers, compress_layer)
         self.when_idle = WhenIdle(self.in_place)
         self.under_pressure = UnderPressure(self.in_place, settings)
+        self.calibration = Calibration(self.in_place, rank_gates, self._use_gates)
         self._prefixes = SharedPrefixes(secret)
         self._now = 0.0
 
@@ -102,6 +109,7 @@ class CompressionManager:
             raise RequestError(
                 f"budget={settled.settings.budget!r} cannot be served here: {self.uneven_refusal}. Set budget=uniform."
             )
+        self.calibration.offer(settled, namespace_of(fields), fields["origin_input_ids"])
         req = ContextReq(**fields, plan=settled, count_exact=self.metrics.exact)
         self.room.let_pass(req)
         return req
@@ -123,6 +131,7 @@ class CompressionManager:
                 self.jobs.make_room_for_segments()
                 self.room.make(self.room.tight_slots)
             self.in_place.advance()
+            self.calibration.advance()
             if not engine.admits_nobody():
                 order, admitted = self._decide()
                 admitted = self.under_pressure.relieve(admitted)
@@ -178,7 +187,7 @@ class CompressionManager:
                     continue
                 if verdict is Verdict.ADMIT:
                     admitted.append(req)
-            elif not (isinstance(req, CompressionJob) and req.unattended and unattended_wait):
+            elif not (isinstance(req, CompressionJob) and req.unattended and not req.in_turn and unattended_wait):
                 admitted.append(req)
             order.append(req)
         self.metrics.waiting(num_held)
@@ -381,14 +390,27 @@ class CompressionManager:
                 assert req.context is not None
                 self.cache.remember_suffix(req.context, req.suffix_ids(), instead_of=req.prompt_suffix_ids())
 
+    def before_flush(self) -> None:
+        """What nobody waits for makes way."""
+        self.calibration.before_flush()
+        self.jobs.give_engine_back()
+
     def after_flush(self) -> None:
         """The tree was reset: every context is gone."""
         self.in_place.forget()
+        self.calibration.forget()
         self.cache.clear()
         self.jobs.forget_bases()
         self.when_idle.forget()
         self.under_pressure.forget()
         self.metrics.set_gauges(self.cache)
+
+    def _use_gates(self, name: str) -> bool:
+        """This server has gates from now on. Whether requests that give no method use them."""
+        on_cpu, refusal = self.engine.on_cpu, self.uneven_refusal
+        settings, follows = settings_with(self.settings, name, uneven_refusal=refusal, on_cpu=on_cpu)
+        self.settings = self.under_pressure.settings = settings
+        return follows
 
     def forget_adapter(self, lora_id: str) -> None:
         """A LoRA adapter was unloaded: its contexts are deleted, since another one may be loaded under the same name."""

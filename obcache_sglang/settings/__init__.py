@@ -22,6 +22,7 @@ from obcache_sglang.settings.sources import (
     server_secret,
     settings_from_cli,
     settings_from_python,
+    with_gates,
 )
 from obcache_sglang.settings.values import CompressionSettings, ServerSettings
 
@@ -52,4 +53,5 @@ __all__ = [
     "server_secret",
     "settings_from_cli",
     "settings_from_python",
+    "with_gates",
 ]

@@ -14,6 +14,7 @@ HEADS = ("per-head", "shared")
 NORMALIZATIONS = ("layer", "none")
 MODES = ("marked", "auto", "prompt")
 WHENS = ("first", "idle", "pressure")
+CALIBRATES = ("off", "serve")
 HEAD_ATTENTIONS = ("triton", "flashinfer")
 DECODE_GRAPHS = ("auto", "on", "off")
 
@@ -292,6 +293,16 @@ SERVER_OPTIONS = (
             "--gates, or the name of gates in the package."
         ),
         metavar="auto|FILE",
+        per_request=False,
+    ),
+    Option(
+        "calibrate",
+        _one_of(CALIBRATES),
+        (
+            "serve: a server without gates makes them when it is idle, from the first contexts that clients ask about outside of any "
+            "namespace, and uses them from then on; the next start finds their file. Default: off."
+        ),
+        metavar="|".join(CALIBRATES),
         per_request=False,
     ),
     Option(
