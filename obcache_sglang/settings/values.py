@@ -399,7 +399,7 @@ class ServerSettings:
             raise InvalidValue(
                 "method",
                 "gate",
-                f"needs a server started with --obcache-gates. Choose {', '.join(name for name in METHODS if name != compression.method)}.",
+                f"needs a server started with --obcache-gates, or one that has made its own (POST /obcache/calibrate). Choose {', '.join(name for name in METHODS if name != compression.method)}.",
             )
         return compression
 
