@@ -35,6 +35,7 @@ from obcache_sglang.scheduler.calibration import MAX_ATTEMPTS, SHARED, Calibrati
 from obcache_sglang.scheduler.calibration_run import settings_with
 from obcache_sglang.scheduler.rank_gates import RankGates
 from obcache_sglang.scheduler.requests import CompressionJob
+from obcache_sglang.scheduler.wiring import _agreement
 from obcache_sglang.settings import CompressionSettings, ServerSettings, with_gates
 from tests.unit.engine import KEPT, Driven
 from tests.unit.test_profile import attention_inputs, model_config
@@ -124,13 +125,16 @@ def cache_exactly(drive: Driven, tokens: array[int]) -> None:
     drive.engine.tree.insert(InsertParams(key=RadixKey(tokens, None), value=slots))
 
 
-def forward(drive: Driven, job: CompressionJob) -> CompressionJob | None:
-    """One prefill of a text's job, to its end. What follows it in the queue."""
+ANY = torch.empty(0)
+
+
+def forward(drive: Driven, job: CompressionJob, scores: torch.Tensor | None = ANY) -> CompressionJob | None:
+    """One prefill of a text's job, to its end. What follows it in the queue. scores: [kv_heads, tokens] of its layer; None if scoring fails."""
     drive.engine.take(job)
     assert not job.is_final
     assert drive.manager.jobs.slots_to_admit(job) == 0
-    if job.replay is not None:
-        job.compression._scores[0] = torch.rand(1, job.context.num_tokens)
+    if job.replay is not None and scores is not None:
+        job.compression._scores[0] = torch.rand(1, job.context.num_tokens) if scores is ANY else scores
         job.compression._squares[0] = torch.tensor(1.0)
     is_first = job.replay is None
     drive.end(job)
@@ -566,6 +570,70 @@ def test_ranks_find_what_one_process_with_all_heads_finds() -> None:
     torch.testing.assert_close(bias, gates.bias)
     torch.testing.assert_close(torch.cat([torch.cat([part[1] for part in rank]) for rank in parts], 1), r_squared)
     assert ranks[0].profile({}).shares == ranks[1].profile({}).shares == whole.profile({}).shares
+
+
+class OneOfTwo(Rank):
+    """A rank with one of two heads, which talks to the other one as in a server."""
+
+    def __init__(self, rank: int, num_ranks: int = 2) -> None:
+        super().__init__()
+        self.lanes, self.is_first = (rank, rank + 1) if num_ranks == 2 else (0, 2), rank == 0
+        self._num_ranks, self._group = num_ranks, None
+        self.file: GateFile | None = None
+
+    def identity(self) -> ModelIdentity:
+        return replace(MODEL, num_key_value_heads=2, num_attention_heads=2)
+
+    def keys_values(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.read.append(len(slots))
+        drawn = torch.randn(2, len(slots), 2, 8, generator=torch.Generator().manual_seed(len(self.read)))
+        return drawn[0][:, slice(*self.lanes)], drawn[1][:, slice(*self.lanes)]
+
+    def of_all_ranks(self, own: torch.Tensor) -> torch.Tensor:
+        """As of a real rank: [layers, kv_heads, ...]."""
+        return RankGates.of_all_ranks(self, own)  # type: ignore[arg-type]
+
+    def own(self, file: GateFile) -> Gates:
+        self.file = file
+        return file.gates
+
+
+def calibrate_on(rank: int, num_ranks: int, folder: str) -> None:
+    """What one process of a group does: five texts, one of which this rank alone fails to score. Leaves the gates in folder."""
+    if num_ranks > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
+    mine = OneOfTwo(rank, num_ranks)
+    drive = Driven(3000, rank_gates=mine, agree=_agreement(None, num_ranks))
+    drive.engine.tokenizer = Words()
+    begin_texts(drive, 6)
+    for number in range(1, 7):
+        (job,) = jobs(drive.step())
+        following = forward(drive, job)
+        while following is not None:
+            scores = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(number))[slice(*mine.lanes)]
+            fails = number == 3 and rank == num_ranks - 1
+            following = forward(drive, following, scores=None if fails else scores)
+    for _ in range(3):
+        drive.step()
+    state = call(drive, "state")
+    assert (state["state"], state["scored"], state["skipped"]) == ("done", 5, {"error": 1}), state
+    assert mine.file is not None
+    torch.save([mine.file.gates.weights, mine.file.gates.bias, mine.file.r_squared, mine.written], f"{folder}/{num_ranks}-{rank}")
+    if num_ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_two_ranks_in_step_make_the_gates_of_one(tmp_path: Path) -> None:
+    """In processes of their own, with real collectives: one that is not met by both would never return."""
+    calibrate_on(0, 1, str(tmp_path))
+    context = torch.multiprocessing.spawn(calibrate_on, (2, str(tmp_path)), nprocs=2, join=False)
+    while not context.join(timeout=240):
+        assert not all(each.is_alive() for each in context.processes), "a collective hangs"
+    one, first, second = (torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1"))
+    for each in (first, second):
+        torch.testing.assert_close(each[:3], one[:3])
+    assert (one[3], first[3], second[3]) == ([None], [None], [])  # the first rank writes
 
 
 # --- scores -------------------------------------------------------------------------------------------------------------
