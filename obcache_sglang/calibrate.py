@@ -40,9 +40,20 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from obcache_sglang import __version__
-from obcache_sglang.compress.gates import GateFile, NormalEquations
+from obcache_sglang.compress.calibration import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_RATIOS,
+    GATE_TOKENS,
+    HELD_OUT,
+    MIN_TOKENS,
+    Findings,
+    is_left_out,
+    normalised,
+    scoring_settings,
+    text_parts,
+)
+from obcache_sglang.compress.gates import GateFile
 from obcache_sglang.compress.head_profile import HeadProfile, ModelIdentity
-from obcache_sglang.compress.ranking import keep_across_heads, rank_positions
 from obcache_sglang.compress.replay import ReplayPrompts
 from obcache_sglang.compress.rotary import rotated_back
 from obcache_sglang.compress.scores import ScoringQueries, accumulate_scores
@@ -55,21 +66,8 @@ SCORES = ("obcache-v", "attention")
 DEFAULT_TOPICS = ("compound", "typesseq", "specialnames")
 """The default texts: chapters of Python's documentation, from `pydoc_data`."""
 
-DEFAULT_MAX_TOKENS = 4096
-
-GATE_TOKENS = 1024
-"""Tokens of one text for gates, by default: many short texts teach more than a few long ones in the same time."""
-
 _GATE_CHARACTERS = 4500
 _GATE_TEXTS = 48
-_HELD_OUT = 5
-"""Every so many texts one is left out to say how good the gates are."""
-
-MIN_TOKENS = 128
-"""Of a text. Shorter ones say little about a head: most of what it keeps would be sinks."""
-
-# A profile has four digits of a share.
-_SMALL_SHARE = 5e-5
 _ATTENTION = "obcache_calibrate"
 
 
@@ -99,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FILE",
         help="make gates too, and write them with the profile to this file; five texts or more",
     )
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8, 0.9], help="default: 0.3 0.5 0.7 0.8 0.9")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(DEFAULT_RATIOS), help="default: 0.3 0.5 0.7 0.8 0.9")
     parser.add_argument(
         "--max-tokens",
         type=int,
@@ -179,13 +177,13 @@ def calibrate(
     parts = [
         (number, each)
         for number, text in enumerate(texts, 1)
-        for each in _contexts(tokenizer, prompts, text, max_tokens, whole=with_gates)
+        for each in text_parts(tokenizer, prompts, text, max_tokens, whole=with_gates)
     ]
     contexts = [context for _, context in parts]
     _check_lengths([len(context) for context in contexts], prompts, AutoConfig.from_pretrained(model_name))
-    if with_gates and len(contexts) < _HELD_OUT:
+    if with_gates and len(contexts) < HELD_OUT:
         raise ConfigError(
-            f"--gates has {len(contexts)} texts of up to {max_tokens} tokens. Give {_HELD_OUT} or more, or longer ones."
+            f"--gates has {len(contexts)} texts of up to {max_tokens} tokens. Give {HELD_OUT} or more, or longer ones."
         )
     on_gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto" if on_gpu else torch.float32)
@@ -193,32 +191,25 @@ def calibrate(
     if with_gates:
         replay.check_rotation()
 
-    identity = ModelIdentity.of(model.config)
-    shares = torch.zeros(len(ratios), *replay.heads, dtype=torch.float64)
-    made_with, left_out = (NormalEquations(*replay.heads, identity.head_dim) if with_gates else None for _ in range(2))
+    findings = Findings(ModelIdentity.of(model.config), ratios=ratios, with_gates=with_gates)
     for number, (of_text, context) in enumerate(parts, 1):
         started_at = time.perf_counter()
         print(f"calibrate: text {number} of {len(contexts)}, {len(context)} tokens", flush=True)
         scores = replay.score(context, prompts)
-        equations = left_out if (of_text if len(texts) >= _HELD_OUT else number) % _HELD_OUT == 0 else made_with
-        if equations is not None:
-            equations.add(replay.keys_values(), scores)
-        shares += torch.stack([_kept_shares(scores, ratio) for ratio in ratios]) / len(contexts)
+        findings.add(scores, replay.keys_values(), left_out=is_left_out(of_text, number, len(texts)))
         print(f"calibrate: text {number} took {time.perf_counter() - started_at:.1f} s", flush=True)
     made = {
         "command": command,
         "method": "replay",
         "score": score,
-        "texts": len(contexts),
-        "tokens": sum(map(len, contexts)),
+        "texts": findings.num_texts,
+        "tokens": findings.num_tokens,
         "versions": {"obcache_sglang": __version__} | {name: version(name) for name in ("torch", "transformers")},
     }
-    profile = HeadProfile(identity, ratios, shares.tolist(), made)
-    if made_with is None or left_out is None:
-        return profile, None
-    r_squared = left_out.r_squared(made_with.solve())
-    made_with += left_out
-    return profile, GateFile(made_with.solve(), r_squared, profile, made)
+    if not with_gates:
+        return findings.profile(made), None
+    file = findings.gate_file(*findings.solve(), made)
+    return file.profile, file
 
 
 class Replay:
@@ -231,7 +222,7 @@ class Replay:
         self.model = model
         text = model.config.get_text_config()
         self.heads = (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-        self._settings = CompressionSettings.resolve({"method": "replay", "score": score})
+        self._settings = scoring_settings(score)
         # Sums over the passes after the current context: its scores [layers, kv_heads, tokens], None while the context itself is
         # read, and the squared norms of each layer's attention outputs [layers].
         self._scores: torch.Tensor | None = None
@@ -262,7 +253,7 @@ class Replay:
         finally:
             self._scores = None
         if self._settings.score != "attention":
-            scores /= self._output_sq.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
+            normalised(scores, self._output_sq)
         return scores
 
     def check_rotation(self) -> None:
@@ -320,42 +311,6 @@ class Replay:
             accumulate_scores(mine, queries, k, v, score=settings.score, reduce=settings.reduce)
             self._output_sq[module.layer_idx] += output.float().square().sum()
         return output, None
-
-
-def _kept_shares(scores: torch.Tensor, ratio: float) -> torch.Tensor:
-    """The share [layers, kv_heads] float64 of the tokens that each head keeps, if 1 - ratio of them is kept across all heads.
-
-    scores: [layers, kv_heads, tokens], comparable across layers.
-    """
-    heads, num_tokens = scores.shape[:2], scores.shape[2]
-    settings = CompressionSettings.resolve({"method": "replay"})
-    ranked = rank_positions(
-        scores.flatten(0, 1),
-        max(1, int(num_tokens * (1 - ratio))),
-        window=0,
-        sink_tokens=settings.sink_tokens,
-        pooling=settings.pooling,
-        kernel_size=settings.kernel_size,
-        shrink_window=False,
-    )
-    # Counted in cells, not in whole slots: then the mean of the shares is 1 - ratio for any length, but for the rounding of one cell.
-    _, offsets = keep_across_heads(ranked, round(scores.numel() * (1 - ratio)))
-    shares = offsets.diff().double() / num_tokens
-    mean, wanted = float(shares.mean()), 1 - ratio
-    if abs(mean - wanted) > _SMALL_SHARE:
-        # A few heads and a short text have so few cells that it shows. All heads move alike, towards 0 or towards 1.
-        shares = shares * wanted / mean if mean > wanted else 1 - (1 - shares) * ratio / (1 - mean)
-    return shares.view(heads).cpu()
-
-
-def _contexts(tokenizer: Any, prompts: ReplayPrompts, text: str, max_tokens: int, *, whole: bool) -> list[array[int]]:
-    """A text as in a prompt: after what the chat template puts before a user's turn, if there is a template.
-
-    whole: all parts of max_tokens that it has, but for a short rest; else the first.
-    """
-    ids = tokenizer.encode(text, add_special_tokens=not prompts.before)
-    last = len(ids) - MIN_TOKENS if whole else 1
-    return [prompts.before + array("q", ids[first : first + max_tokens]) for first in range(0, max(1, last), max_tokens)]
 
 
 def max_positions(config: Any) -> float:

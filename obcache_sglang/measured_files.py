@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from obcache_sglang.calibrate import DEFAULT_MAX_TOKENS, GATE_TOKENS, MIN_TOKENS, max_positions
+from obcache_sglang.calibrate import max_positions
+from obcache_sglang.compress.calibration import DEFAULT_MAX_TOKENS, GATE_TOKENS, MIN_TOKENS
 from obcache_sglang.compress.gates import SUFFIX, GateFile
 from obcache_sglang.compress.head_profile import PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.errors import ConfigError, HostError
@@ -54,7 +55,7 @@ _GATES = _Kind("gates", f"*{SUFFIX}", SUFFIX, "--gates", GATE_TOKENS, GateFile.l
 
 
 def profile_for(model_name: str) -> Path:
-    """The file of a model's head profile: from the package, or made here before. If there is none, makes it, which takes minutes.
+    """The file of a model's head profile: made here before, or from the package. If there is none, makes it, which takes minutes.
 
     model_name: directory or Hugging Face name. Profiles are kept in `$XDG_CACHE_HOME/obcache_sglang`, by default ~/.cache, one for each
     model and its weights. Raises HostError if it cannot be made, and OSError if transformers cannot load the model's configuration.
@@ -67,21 +68,53 @@ def gates_for(model_name: str) -> Path:
     return _file_for(model_name, _GATES)
 
 
+def made_gates_path(model_name: str, name: str | None = None) -> Path:
+    """Where gates lie that were made here for a model, and where `gates_for` looks first. name: of other ones beside them.
+
+    Raises OSError and ValueError if transformers cannot load the model's configuration.
+    """
+    if name is not None:
+        return _folder() / f"{name}{_GATES.suffix}"
+    return _made_file(model_name, AutoConfig.from_pretrained(model_name), _GATES)
+
+
+def made_gates(model_name: str) -> Path | None:
+    """The gates that were made here before for a model; None where there are none. Raises as `made_gates_path`."""
+    file = made_gates_path(model_name)
+    return file if _is_readable(file, _GATES) else None
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "obcache_sglang"
+
+
+def _made_file(model_name: str, config: Any, kind: _Kind) -> Path:
+    digest = ModelIdentity.of(config).digest
+    return _folder() / f"{Path(model_name).name}-{digest}-{_weights_digest(model_name, config)}{kind.suffix}"
+
+
+def _is_readable(file: Path, kind: _Kind) -> bool:
+    """Whether there is such a file, of this release's format."""
+    if not file.exists():
+        return False
+    try:
+        kind.load(file)
+    except ConfigError as error:
+        print(f"obcache: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def _file_for(model_name: str, kind: _Kind) -> Path:
     config = AutoConfig.from_pretrained(model_name)
+    file = _made_file(model_name, config, kind)
+    if _is_readable(file, kind):
+        return file
     digest = ModelIdentity.of(config).digest
     for known in sorted(PACKAGED.glob(kind.packaged)):
         if kind.digest(kind.load(known)) == digest:
             return known
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "obcache_sglang"
-    file = folder / f"{Path(model_name).name}-{digest}-{_weights_digest(model_name, config)}{kind.suffix}"
-    if file.exists():
-        try:
-            kind.load(file)
-            return file
-        except ConfigError as error:
-            print(f"obcache: {error}", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     # The file is complete or absent, even if two servers start at once.
     partial = file.with_suffix(f".{os.getpid()}")
     max_tokens = int(min(kind.max_tokens, max_positions(config) // 2 - MIN_TOKENS))

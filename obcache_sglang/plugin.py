@@ -37,6 +37,7 @@ from obcache_sglang.settings import (
     publish,
     published_settings,
     settings_from_cli,
+    with_gates,
 )
 from obcache_sglang.support import check_supported
 
@@ -94,7 +95,27 @@ def with_measured_files(settings: ServerSettings, model: str) -> ServerSettings:
     """
     head_profile = _measured_file("head_profile", settings.head_profile, HeadProfile.load, model)
     gates = _measured_file("gates", settings.gates, GateFile.load, model)
-    return replace(settings, head_profile=head_profile, gates=gates)
+    settings = replace(settings, head_profile=head_profile, gates=gates)
+    if gates is None and settings.calibrate == "serve":
+        return _with_gates_made_before(settings, model)
+    return settings
+
+
+def _with_gates_made_before(settings: ServerSettings, model: str) -> ServerSettings:
+    """The settings with the gates that a server made of itself at an earlier start, if there are any."""
+    from obcache_sglang import measured_files
+
+    try:
+        file = measured_files.made_gates(model)
+    except (OSError, ValueError) as error:
+        raise HostError(f"--obcache-calibrate serve: {error}") from error
+    later = with_gates(settings, "made by this server" if file is None else str(file))
+    if later is None:
+        raise ConfigError(
+            "--obcache-calibrate serve makes method gate the default, which other flags exclude (see --obcache-gates). Remove them, "
+            "or give --obcache-method too."
+        )
+    return settings if file is None else later
 
 
 def _measured_file(name: str, file: str | None, load: Callable[[str], Any], model: str) -> str | None:

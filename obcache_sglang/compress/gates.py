@@ -166,6 +166,26 @@ class GateFile:
             raise OSError(f"gates {path} cannot be written: {error}") from error
 
 
+@dataclass(frozen=True)
+class ScoredText:
+    """The logarithms of one text's scores, of some KV heads of a model.
+
+    centred: [layers, kv_heads, tokens] float64, of its tokens but the first. levels: [layers, kv_heads] float64, what was subtracted, relative to
+    all heads of the model.
+    """
+
+    centred: torch.Tensor
+    levels: torch.Tensor
+
+    @classmethod
+    def of(cls, scores: torch.Tensor, lanes: slice) -> ScoredText:
+        """scores, lanes: as in `NormalEquations.add`."""
+        logs = scores[..., NUM_SKIPPED:].double()
+        logs = logs.clamp_min(float(logs[logs > 0].min())).log()
+        levels = logs.mean(-1)
+        return cls((logs - levels[..., None])[:, lanes], (levels - levels.mean())[:, lanes])
+
+
 class NormalEquations:
     """Sums over texts from which the gates of all heads follow: ridge regression in closed form.
 
@@ -184,26 +204,43 @@ class NormalEquations:
         self.levels = torch.zeros(heads, dtype=torch.float64)
         self.num_texts = 0
 
-    def add(self, keys_values: Iterator[tuple[torch.Tensor, torch.Tensor]], scores: torch.Tensor) -> None:
+    def add(
+        self, keys_values: Iterator[tuple[torch.Tensor, torch.Tensor]], scores: torch.Tensor, lanes: slice = slice(None)
+    ) -> None:
         """One text more.
 
         keys_values: of each layer, K before RoPE and V [tokens, num_kv_heads, head_dim], any float dtype.
-        scores: [layers, num_kv_heads, tokens], positive, comparable across heads and layers; a score of 0 counts as the smallest there is.
+        scores: [layers, all KV heads of the model, tokens], positive, comparable across heads and layers; a score of 0 counts as the smallest there is.
+        lanes: the KV heads of a layer that these equations are of.
         """
-        logs = scores[..., NUM_SKIPPED:].double()
-        logs = logs.clamp_min(float(logs[logs > 0].min())).log()
-        levels = logs.mean(-1)
-        self.levels += (levels - levels.mean()).cpu()
+        text = ScoredText.of(scores, lanes)
         for layer, (k, v) in enumerate(keys_values):
-            found = features(k[NUM_SKIPPED:].transpose(0, 1), v[NUM_SKIPPED:].transpose(0, 1))
-            means = found.mean(1, keepdim=True)
-            found -= means
-            centred = logs[layer] - levels[layer, :, None]
-            self.means[layer] += means[:, 0].double().cpu()
-            self.products[layer] += torch.bmm(found.transpose(1, 2), found).double().cpu()
-            self.projections[layer] += torch.bmm(found.transpose(1, 2), centred[..., None].float())[..., 0].double().cpu()
-            self.squares[layer] += centred.square().sum(-1).cpu()
+            self.add_layer(text, layer, k, v)
+        self.end_text(text)
+
+    def add_layer(self, text: ScoredText, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """One layer of a text. k, v: as in `add`."""
+        found = features(k[NUM_SKIPPED:].transpose(0, 1), v[NUM_SKIPPED:].transpose(0, 1))
+        means = found.mean(1, keepdim=True)
+        found -= means
+        centred = text.centred[layer].to(k.device)
+        self.means[layer] += means[:, 0].double().cpu()
+        self.products[layer] += torch.bmm(found.transpose(1, 2), found).double().cpu()
+        self.projections[layer] += torch.bmm(found.transpose(1, 2), centred[..., None].float())[..., 0].double().cpu()
+        self.squares[layer] += centred.square().sum(-1).cpu()
+
+    def end_text(self, text: ScoredText) -> None:
+        """All layers of a text were added."""
+        self.levels += text.levels.cpu()
         self.num_texts += 1
+
+    def layers(self, layers: slice) -> NormalEquations:
+        """Those of some layers, which share their memory with these."""
+        part = NormalEquations.__new__(NormalEquations)
+        for name in ("products", "projections", "squares", "means", "levels"):
+            setattr(part, name, getattr(self, name)[layers])
+        part.num_texts = self.num_texts
+        return part
 
     def __iadd__(self, other: NormalEquations) -> NormalEquations:
         for name in ("products", "projections", "squares", "means", "levels"):

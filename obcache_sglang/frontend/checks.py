@@ -119,3 +119,24 @@ def check_unicode(name: str, text: str) -> None:
         raise RequestError(
             f"{name} is not valid Unicode: it has half of a surrogate pair at position {error.start}. Remove it."
         ) from error
+
+
+def exact_reason(request: Any) -> str | None:
+    """Why a request cannot use a compressed context: it would read tokens that the context no longer has."""
+    params = request.sampling_params or {}
+    if request.session_params:
+        return "session"
+    if request.custom_logit_processor:
+        return "custom_logit_processor"
+    if request.watermark is not None or params.get("watermark") is not None:
+        return "watermark"
+    beam_width = params.get("beam_width")
+    if isinstance(beam_width, int | float) and beam_width > 1:  # SGLang refuses other values
+        return "beam_search"
+    if request.positional_embed_overrides is not None:
+        return "embedding_overrides"
+    if request.multi_item_delimiter_indices is not None or request.token_indices_to_pool is not None:
+        return "multi_item_scoring"
+    if request.return_routed_experts or request.return_indexer_topk:
+        return "routed_experts"
+    return None

@@ -6,6 +6,7 @@ for the time of the exchange (`current`), where the hooks of the tokenizer manag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -74,9 +75,9 @@ def note_report(report: dict[str, Any]) -> None:
 
 
 class ExchangeMiddleware:
-    """ASGI. marker: its text; None on a server without a tokenizer. several: whether all breakpoints of a request end segments."""
+    """ASGI. marker: its text; None on a server without a tokenizer. several: asked whether all breakpoints of a request end segments."""
 
-    def __init__(self, app: Any, marker: str | None, *, several: bool = False) -> None:
+    def __init__(self, app: Any, marker: str | None, *, several: Callable[[], bool] = bool) -> None:
         self.app = app
         self.marker = marker
         self.several = several
@@ -151,7 +152,7 @@ class ExchangeMiddleware:
             return None
         try:
             # With another method a context may have no segments.
-            several = self.several and not _says(read, "method", "preset", "boundaries", "context_id")
+            several = self.several() and not _says(read, "method", "preset", "boundaries", "context_id")
             more = breakpoints.place_markers(read, self.marker, several=several)
             if (several or more is None) and not _says(read, "context_len", "context_id", "boundaries"):
                 of_tools = breakpoints.mark_tools(read, self.marker)

@@ -17,7 +17,16 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from obcache_sglang.errors import HostError, RequestError, shown
 from obcache_sglang.frontend.breakpoints import combined
-from obcache_sglang.frontend.checks import check_choices, check_embeddings, check_ids, check_sampling, check_scalars, check_texts
+from obcache_sglang.frontend.calibration_watch import CalibrationWatch
+from obcache_sglang.frontend.checks import (
+    check_choices,
+    check_embeddings,
+    check_ids,
+    check_sampling,
+    check_scalars,
+    check_texts,
+    exact_reason,
+)
 from obcache_sglang.frontend.control import ExpiryTimer
 from obcache_sglang.frontend.exchange import NAMESPACE_FIELDS, dropped_names, marks_tools, note_report, params_with
 from obcache_sglang.frontend.marker import Marker
@@ -60,6 +69,7 @@ class Frontend:
         self.marker = marker
         self.vocab_size = vocab_size
         self.expiry = ExpiryTimer()
+        self.calibration = CalibrationWatch(self)
         self._prepared: _Prepared | None = None
 
     @staticmethod
@@ -124,7 +134,7 @@ class Frontend:
             marker_positions=positions,
             server=self.settings,
             action=action,
-            exact="excluded" if self._is_excluded(request) else _exact_reason(request),
+            exact="excluded" if self._is_excluded(request) else exact_reason(request),
             before=before,
         )
         if plan is not None:
@@ -155,27 +165,6 @@ def _own_params(request: Any) -> Any:
     if custom_params and not isinstance(custom_params, dict):
         raise RequestError(f"custom_params={shown(custom_params)} is not an object.")
     return params_with(custom_params.get(KEY) if isinstance(custom_params, dict) else None)
-
-
-def _exact_reason(request: Any) -> str | None:
-    """Why a request cannot use a compressed context: it would read tokens that the context no longer has."""
-    params = request.sampling_params or {}
-    if request.session_params:
-        return "session"
-    if request.custom_logit_processor:
-        return "custom_logit_processor"
-    if request.watermark is not None or params.get("watermark") is not None:
-        return "watermark"
-    beam_width = params.get("beam_width")
-    if isinstance(beam_width, int | float) and beam_width > 1:  # SGLang refuses other values
-        return "beam_search"
-    if request.positional_embed_overrides is not None:
-        return "embedding_overrides"
-    if request.multi_item_delimiter_indices is not None or request.token_indices_to_pool is not None:
-        return "multi_item_scoring"
-    if request.return_routed_experts or request.return_indexer_topk:
-        return "routed_experts"
-    return None
 
 
 def _with_logprobs(request: Any, plan: Plan, *, asked: bool) -> Plan:
@@ -292,6 +281,7 @@ def _create(
     frontend = Frontend.of(tokenizer_manager)
     if frontend is None or input_ids is None or not isinstance(obj, GenerateReqInput) or obj.input_embeds is not None:
         return original(tokenizer_manager, obj, input_text, input_ids, *args, **kwargs)
+    frontend.calibration.begin_if_asked(tokenizer_manager)
     prepared = frontend.take(obj, input_ids)
     tokenized = original(tokenizer_manager, obj, input_text, prepared.sent_ids, *args, **kwargs)
     if prepared.sent_ids is not input_ids:

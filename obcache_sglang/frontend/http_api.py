@@ -24,7 +24,7 @@ from fastapi.routing import APIRoute
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from obcache_sglang.errors import InvalidValue, ObcacheError, RequestError, shown
-from obcache_sglang.frontend import service
+from obcache_sglang.frontend import calibrate_api, service
 from obcache_sglang.frontend.exchange import ExchangeMiddleware
 from obcache_sglang.frontend.hooks import Frontend
 from obcache_sglang.host import Touch
@@ -108,6 +108,21 @@ def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
     async def delete_context(context_id: str, request: Request, wait_seconds: float = service.DELETE_WAIT_SECONDS) -> Response:
         return await _deleted({"context_id": context_id}, _caller(request), wait_seconds)
 
+    @router.post("/calibrate")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def begin_calibration(request: Request) -> dict[str, Any]:
+        return await calibrate_api.begin(tokenizer_manager, await _json_object(request, calibrate_api.BODY_KEYS))
+
+    @router.get("/calibrate")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def calibration() -> dict[str, Any]:
+        return await calibrate_api.state(tokenizer_manager)
+
+    @router.delete("/calibrate")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def cancel_calibration() -> dict[str, Any]:
+        return await calibrate_api.cancel(tokenizer_manager)
+
     @router.get("/status")
     async def status() -> dict[str, Any]:
         return await service.status(tokenizer_manager)
@@ -143,13 +158,13 @@ async def _events(first: dict[str, Any], others: AsyncIterator[dict[str, Any]]) 
     yield "data: [DONE]\n\n"
 
 
-async def _json_object(request: Request) -> dict[str, Any]:
+async def _json_object(request: Request, allowed: tuple[str, ...] = service.COMPRESS_KEYS) -> dict[str, Any]:
     try:
         body = await request.json()
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The body is not JSON: {error}.") from error
     if not isinstance(body, dict):
-        raise RequestError(f"The body is not a JSON object. Allowed keys: {', '.join(service.COMPRESS_KEYS)}.")
+        raise RequestError(f"The body is not a JSON object. Allowed keys: {', '.join(allowed)}.")
     return body
 
 
@@ -190,7 +205,7 @@ def _add_routes(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: 
         app.add_middleware(
             ExchangeMiddleware,
             marker=None if frontend.marker is None else frontend.marker.text,
-            several=frontend.settings.compression.uses_gates,
+            several=lambda: frontend.settings.compression.uses_gates,
         )
         # Not as a separate router: SGLang's middleware reads who may call a route from the app's own routes.
         app.router.routes.extend(make_router(tokenizer_manager, has_admin_key=bool(server_args.admin_api_key)).routes)

@@ -299,6 +299,13 @@ class ContextCache:
         self.drop_node(context)
         self._mark_absent(context)
 
+    def retire(self, context: Context) -> None:
+        """What a resident context keeps is out of date: it goes as if it were evicted, and whoever asks about it next has it made anew."""
+        pinned, ttl_seconds, expires_at = context.pinned, context.ttl_seconds, context.expires_at
+        self.withdraw(context)
+        context.is_wanted_pinned |= pinned
+        context.ttl_seconds, context.expires_at = ttl_seconds, expires_at
+
     def pin(self, context: Context) -> None:
         """Keeps a resident context from being evicted."""
         context.pinned = True

@@ -16,7 +16,7 @@ Answer = dict[str, Any]
 
 
 def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
-    """Answers one control call; op is status, list, get, positions, delete, gone, progress or expire.
+    """Answers one control call; op is status, list, get, positions, delete, gone, progress, expire or calibrate.
 
     namespace: {"extra_key", "cache_salt", "lora_id"} of whoever asks, None for an operator who sees all. A context is asked for by
     its `context_id`, or by the `name` that lists show.
@@ -26,6 +26,8 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
     match call.get("op"):
         case "status":
             return {"ok": True, **_status(manager)}
+        case "calibrate":
+            return manager.calibration.answer(call)
         case "expire":
             due = [context.expires_at for context in cache if context.expires_at is not None]
             return {"ok": True, "next": min(due) if due else None}
@@ -93,6 +95,7 @@ def _status(manager: CompressionManager) -> Answer:
         "version": __version__,
         "settings": manager.settings.to_dict(),
         "counters": manager.metrics.to_dict(),
+        "calibration": manager.calibration.state(),
         "pool": {
             "slots": manager.engine.pool_slots,
             "page_size": manager.cache.page_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,23 @@ class EngineView:
         """Whether somebody waits for the engine to become idle (flush, weight update)."""
         return self._scheduler.flush_wrapper._pending is not None
 
+    @property
+    def eos_token_ids(self) -> Any:
+        """Of the model."""
+        return self._scheduler.model_config.hf_eos_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return int(self._scheduler.model_config.vocab_size)
+
+    @property
+    def lowest_priority(self) -> int | None:
+        """Of a request that all others go before; None where requests have no priorities."""
+        if not self._scheduler.enable_priority_scheduling:
+            return None
+        return sys.maxsize if self._scheduler.schedule_low_priority_values_first else -sys.maxsize - 1
+
     def answer(self, req: Req) -> None:
         """Sends a finished request's answer to its client."""
         self._scheduler.output_streamer.stream_output([req], req.return_logprob)
@@ -134,7 +152,8 @@ TOUCHES = (
     use(
         _SCHEDULER,
         "read",
-        "device, device_module, forward_stream: what copies between two forwards waits for the first; chunked_prefill_size",
+        "device, device_module, forward_stream: what copies between two forwards waits for the first; chunked_prefill_size; "
+        "enable_priority_scheduling, schedule_low_priority_values_first: calibration goes last",
     ),
     use(
         f"{_SCHEDULER}.init_req_max_new_tokens",

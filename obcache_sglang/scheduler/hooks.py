@@ -239,7 +239,7 @@ def around_flush_cache(flush: Any, scheduler: Any, *args: Any, **kwargs: Any) ->
     if manager is None:
         return bool(flush(scheduler, *args, **kwargs))
     try:
-        manager.jobs.give_engine_back()
+        manager.before_flush()
     except Exception:
         logger.exception("obcache: preparing a cache flush failed")
     flushed = bool(flush(scheduler, *args, **kwargs))

@@ -121,7 +121,7 @@ class InPlace:
         slots_read = self._slots(context, base)
         # What it is compressed from may be all that there is of its exact tokens.
         may_own_exact = base is not None and base.owns_exact
-        slots = self.jobs.reserve_on_all_ranks(context, is_able=slots_read is not None, may_own_exact=may_own_exact)
+        slots = self.jobs.reservation.on_all_ranks(context, is_able=slots_read is not None, may_own_exact=may_own_exact)
         if slots is None or slots_read is None:
             context.failed_in_place = True
             return None
@@ -200,7 +200,7 @@ class InPlace:
         self.jobs.ask_again(context, job.base)
         try:  # as in `Jobs`: whatever fails here on one rank changes no decision
             self.metrics.compressed_in_place()
-            self.jobs.record(context, job.started_at, job.scoring_seconds, context.num_tokens)
+            self.metrics.published(context, job.started_at, job.scoring_seconds, context.num_tokens, self.cache)
         except Exception:
             logger.exception("obcache: updating the metrics for context %s failed", context.id)
 
@@ -211,7 +211,7 @@ class InPlace:
         if self._under_way is job:
             self._under_way, job.context.is_queued = None, False
             self.cache.tree.unlock(job.lock)
-        self.jobs.discard(job.context)
+        self.jobs.reservation.give_back(job.context)
 
     def cancel(self, lora_id: str) -> None:
         """Gives back the context under way, if it is of this LoRA adapter: nobody may read it any more."""

@@ -9,10 +9,11 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from obcache_sglang.compress.measurement import Measurement
 from obcache_sglang.compress.replay import ReplayPass, ReplayPrompts
 from obcache_sglang.kv.context import Context, ContextState
 from obcache_sglang.scheduler import tree
@@ -20,12 +21,14 @@ from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
+from obcache_sglang.scheduler.reservation import Reservation
 from obcache_sglang.scheduler.room import Room, most_slots, segment_slots
 
 if TYPE_CHECKING:
     import torch
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
+    from obcache_sglang.compress.compression import Compression
     from obcache_sglang.kv.cells import KeptTokens
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class Jobs:
         self.room = room
         self.metrics = metrics
         self.agree = agree
+        self.reservation = Reservation(engine, cache, agree)
         self._secret = secret
         self._num_jobs = 0
         self._by_context: dict[str, CompressionJob] = {}
@@ -119,20 +123,43 @@ class Jobs:
             )  # fmt: skip
         return job, ""
 
+    def make_measuring(self, like: Any, measurement: Measurement) -> tuple[CompressionJob | None, str]:
+        """A job that only scores a context, or None and why it cannot be. No request waits for it. like: as a request has these fields."""
+        context = measurement.context
+        passes = self._replay_passes(context)
+        if not passes:
+            return None, "no_room_to_replay"
+        longest = max(len(each.tokens) for each in passes)
+        if not self.room.can_hold(context.num_tokens + longest):
+            return None, "pool_too_small"
+        job = self._make(context, like, passes, compression=measurement)
+        job.unattended = True
+        return job, ""
+
+    def give_up(self, job: CompressionJob, reason: str) -> None:
+        """Ends a job that nobody wants any more: at once, or with the prefill that is under way."""
+        job.error = reason
+        if not job.kv.holds_kv:
+            self._dequeue(job)
+            self.end(job, completed=False)
+
     def _make(
         self,
         context: Context,
-        like: ContextReq | CompressionJob,
+        like: Any,
         passes: Sequence[ReplayPass] = (),
         *,
         base: Context | None = None,
         target: Context | None = None,
+        compression: Compression | None = None,
     ) -> CompressionJob:
         self._num_jobs += 1
         rid = hashlib.blake2b(str(self._num_jobs).encode(), digest_size=16, key=self._secret, person=b"job").hexdigest()
         has_read = isinstance(like, CompressionJob) and like.reads_exact  # SGLang caches it when that has given its KV back
         is_missing = base is None and not has_read and tree.exact_beginning(self.cache.tree, context) is None
-        job = CompressionJob(context, like, rid=rid, passes=passes, base=base, target=target, reads_exact=is_missing)
+        job = CompressionJob(
+            context, like, rid=rid, passes=passes, base=base, target=target, compression=compression, reads_exact=is_missing
+        )
         self._hold_exact(job)
         self._by_context[job.target.id] = job
         context.is_queued = job.target.is_queued = True
@@ -241,37 +268,11 @@ class Jobs:
                 req.error = "replaced"  # a second node of the same context would free the first one's slots
                 continue
             if is_first:
-                req.slots = self.reserve_on_all_ranks(req.context)
+                req.slots = self.reservation.on_all_ranks(req.context)
                 req.error = None if req.slots is not None else "no_slots"
             elif not self.agree(req.slots is not None and req.error is None):
                 req.error, req.slots = req.error or "no_slots", None
-                self._discard_contained(req.context)
-
-    def reserve_on_all_ranks(self, context: Context, *, is_able: bool = True, may_own_exact: bool = False) -> torch.Tensor | None:
-        """The slots [num_slots] int64 reserved for a context; None where a rank has no room or has failed. All ranks come to the vote.
-
-        is_able: whether this rank could do its part so far. may_own_exact: as in `ContextCache.reserve`.
-        """
-        slots = None
-        try:
-            slots = self.cache.reserve(context, may_own_exact=may_own_exact) if is_able else None
-        except Exception:
-            logger.exception("obcache: reserving slots for context %s failed", context.id)
-        if self.agree(slots is not None):
-            return slots
-        self._discard_contained(context)
-        try:
-            # Where another rank has evicted for it and this one has not: their trees must stay equal.
-            self.engine.evict(context.own_slots)
-        except Exception:
-            logger.exception("obcache: evicting for context %s as other ranks did failed", context.id)
-        return None
-
-    def _discard_contained(self, context: Context) -> None:
-        try:
-            self.discard(context)
-        except Exception:
-            logger.exception("obcache: releasing the slots reserved for context %s failed", context.id)
+                self.reservation.give_back_contained(req.context)
 
     def release(self, job: CompressionJob, *, checkpoint: bool) -> None:
         """It gives its KV back: it ends, or starts over after retraction."""
@@ -279,7 +280,7 @@ class Jobs:
             self.end(job, completed=checkpoint and not isinstance(job.finished_reason, FINISH_ABORT))
             return
         if self.get(job.target) is job:
-            self.discard(job.context)
+            self.reservation.give_back(job.context)
         job.reset()
 
     # --- ending -----------------------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ class Jobs:
             job.skip_radix_cache_insert = job.replay is not None or job.base is not None
             self.refuse(job.target, job.error)
         if not done:
-            self.discard(context)
+            self.reservation.give_back(context)
         self._release_base(job)
         if completed:
             self._count(job, published=done and job.is_final and context is job.target)
@@ -352,8 +353,11 @@ class Jobs:
             if not self.is_awaited(job):  # its client left while this pass ran
                 return False
             if self.agree(job.error is None):
-                # First in the queue: the next pass finds the context's exact KV still there.
-                self.engine.queue.insert(0, self._make(context, job))
+                if isinstance(job.compression, Measurement) and not job.passes:
+                    job.compression.scored()
+                else:
+                    # First in the queue: the next pass finds the context's exact KV still there.
+                    self.engine.queue.insert(0, self._make(context, job))
                 return True
             job.error = job.error or "error"
         kept = job.compression.kept
@@ -419,35 +423,14 @@ class Jobs:
                 logger.warning("obcache: context %s is not compressed and is served exactly: %s", context.id, job.error)
             if not published:
                 return
-            self.record(context, job.started_at, job.scoring_seconds, job.context_cached_tokens)
+            self.metrics.published(context, job.started_at, job.scoring_seconds, job.context_cached_tokens, self.cache)
         except Exception:
             logger.exception("obcache: updating the metrics for context %s failed", context.id)
-
-    def record(self, context: Context, started_at: float, scoring_seconds: float, cached_tokens: int) -> None:
-        """What a published compression took, in its context, the metrics and the log.
-
-        started_at: of `time.perf_counter`. cached_tokens: of the context, found cached.
-        """
-        context.seconds = time.perf_counter() - started_at
-        context.scoring_seconds = scoring_seconds
-        context.job_cached_tokens = cached_tokens
-        self.metrics.compressed(context.seconds, context.num_tokens, context.num_slots)
-        self.metrics.set_gauges(self.cache)
-        logger.info(
-            "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
-            context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
-            context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
-        )  # fmt: skip
-
-    def discard(self, context: Context) -> None:
-        """Takes the slots back that were reserved for a context."""
-        if context.state is ContextState.COMPRESSING:
-            self.cache.withdraw(context)
 
     def discard_orphans(self) -> None:
         """Takes back what jobs have left that failed to end."""
         for context in [each for each in self.cache if not each.is_queued]:
-            self.discard(context)
+            self.reservation.give_back(context)
 
     def _dequeue(self, job: CompressionJob) -> None:
         self.engine.queue = [req for req in self.engine.queue if req is not job]

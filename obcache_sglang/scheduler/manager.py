@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from http import HTTPStatus
@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
-from obcache_sglang.errors import ContextNotFound, RequestError
+from obcache_sglang.errors import RequestError
 from obcache_sglang.host import use
-from obcache_sglang.kv.context import Context, ContextState, Namespace
+from obcache_sglang.kv.context import Context, ContextState
 from obcache_sglang.messages import Plan
+from obcache_sglang.scheduler.calibration import Calibration
+from obcache_sglang.scheduler.calibration_run import settings_with
 from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.idle import WhenIdle
@@ -28,6 +30,7 @@ from obcache_sglang.scheduler.in_place import InPlace
 from obcache_sglang.scheduler.jobs import Jobs
 from obcache_sglang.scheduler.lineage import known_settings
 from obcache_sglang.scheduler.metrics import Metrics
+from obcache_sglang.scheduler.named import named, namespace_of
 from obcache_sglang.scheduler.pressure import UnderPressure
 from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq
 from obcache_sglang.scheduler.room import Room
@@ -36,6 +39,8 @@ from obcache_sglang.settings import ServerSettings
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+    from obcache_sglang.scheduler.rank_gates import RankGates
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +51,6 @@ class Verdict(Enum):
     DONE = "done"
 
 
-def namespace_of(fields: Mapping[str, Any]) -> Namespace:
-    """Of a request that is to be made. fields: the arguments of SGLang's Req, by name."""
-    return Namespace.of(**{name: fields.get(name) for name in ("extra_key", "cache_salt", "lora_id")})
-
-
 class CompressionManager:
     """Compresses contexts for one SGLang scheduler.
 
@@ -59,6 +59,7 @@ class CompressionManager:
     clock: seconds since the epoch; None with several ranks, whose clocks differ: then the stamps that requests carry tell the time.
     secret: as in ContextCache.
     layers, compress_layer: as in InPlace.
+    rank_gates: where gates that this server makes are made and take effect; None where there is no model.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class CompressionManager:
         secret: bytes = b"",
         layers: Sequence[Any] = (),
         compress_layer: Callable[..., None] | None = None,
+        rank_gates: RankGates | None = None,
     ) -> None:
         self.engine = engine
         self.settings = settings
@@ -85,6 +87,7 @@ class CompressionManager:
         self.in_place = InPlace(self.jobs, layers, compress_layer)
         self.when_idle = WhenIdle(self.in_place)
         self.under_pressure = UnderPressure(self.in_place, settings)
+        self.calibration = Calibration(self.in_place, rank_gates, self._use_gates)
         self._prefixes = SharedPrefixes(secret)
         self._now = 0.0
 
@@ -100,33 +103,15 @@ class CompressionManager:
         if settled.finds_boundary and settled.exact is None:
             settled = self._prefixes.plan(settled, namespace_of(fields), fields["origin_input_ids"], self.settings.min_tokens)
         if settled.context_id is not None:
-            settled, fields = self._named(settled, fields)
+            settled, fields = named(self.cache, settled, fields)
         elif settled.settings.budget != "uniform" and self.uneven_refusal is not None:
             raise RequestError(
                 f"budget={settled.settings.budget!r} cannot be served here: {self.uneven_refusal}. Set budget=uniform."
             )
+        self.calibration.offer(settled, namespace_of(fields), fields["origin_input_ids"])
         req = ContextReq(**fields, plan=settled, count_exact=self.metrics.exact)
         self.room.let_pass(req)
         return req
-
-    def _named(self, plan: Plan, fields: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
-        """The plan and the prompt of a request that names its context. Raises RequestError."""
-        known = self.cache.by_capability(plan.context_id or "")
-        if known is None or known[0].namespace != namespace_of(fields):
-            raise ContextNotFound(
-                "This context_id is unknown under this cache_salt, extra_key and LoRA adapter. The context was forgotten or deleted, or it "
-                "belongs to another server. Send the text again, with the marker at its end, or POST /obcache/compress."
-            )
-        context, tail = known
-        before = array("q", plan.before)
-        if context.tokens[: len(before)] != before:
-            raise RequestError(
-                f"The {len(before)} tokens before the marker are not the ones that the context of this context_id begins with. Send the "
-                "same system message as when the context was compressed, or put the marker at the very start of a prompt of its own."
-            )
-        prompt = context.tokens + tail + array("q", fields["origin_input_ids"])
-        plan = replace(plan, context_len=context.num_tokens, settings=context.settings, judges=context.judges)
-        return plan, {**fields, "origin_input_ids": prompt}
 
     # --- a scheduling pass ------------------------------------------------------------------------------------------
 
@@ -145,6 +130,7 @@ class CompressionManager:
                 self.jobs.make_room_for_segments()
                 self.room.make(self.room.tight_slots)
             self.in_place.advance()
+            self.calibration.advance()
             if not engine.admits_nobody():
                 order, admitted = self._decide()
                 admitted = self.under_pressure.relieve(admitted)
@@ -200,7 +186,7 @@ class CompressionManager:
                     continue
                 if verdict is Verdict.ADMIT:
                     admitted.append(req)
-            elif not (isinstance(req, CompressionJob) and req.unattended and unattended_wait):
+            elif not (isinstance(req, CompressionJob) and req.unattended and not req.in_turn and unattended_wait):
                 admitted.append(req)
             order.append(req)
         self.metrics.waiting(num_held)
@@ -289,7 +275,7 @@ class CompressionManager:
             return self._serve_exact(req, "deferred"), None
         if self.jobs.await_another(context) or self.room.must_wait(context, self.jobs.all()):
             return Verdict.HOLD, None
-        self.jobs.discard(context)  # what a job has left that failed to end
+        self.jobs.reservation.give_back(context)  # what a job has left that failed to end
         if req.compressions_started < MAX_COMPRESSIONS_PER_REQUEST and self.in_place.start(context):
             req.compressions_started += 1
             self.in_place.advance()
@@ -404,14 +390,27 @@ class CompressionManager:
                 assert req.context is not None
                 self.cache.remember_suffix(req.context, req.suffix_ids(), instead_of=req.prompt_suffix_ids())
 
+    def before_flush(self) -> None:
+        """What nobody waits for makes way."""
+        self.calibration.before_flush()
+        self.jobs.give_engine_back()
+
     def after_flush(self) -> None:
         """The tree was reset: every context is gone."""
         self.in_place.forget()
+        self.calibration.forget()
         self.cache.clear()
         self.jobs.forget_bases()
         self.when_idle.forget()
         self.under_pressure.forget()
         self.metrics.set_gauges(self.cache)
+
+    def _use_gates(self, name: str) -> bool:
+        """This server has gates from now on. Whether requests that give no method use them."""
+        on_cpu, refusal = self.engine.on_cpu, self.uneven_refusal
+        settings, follows = settings_with(self.settings, name, uneven_refusal=refusal, on_cpu=on_cpu)
+        self.settings = self.under_pressure.settings = settings
+        return follows
 
     def forget_adapter(self, lora_id: str) -> None:
         """A LoRA adapter was unloaded: its contexts are deleted, since another one may be loaded under the same name."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from obcache_sglang.kv.context import Context, ContextState
+
+logger = logging.getLogger(__name__)
 
 GAUGE_PASSES = 64
 """Scheduling passes between two looks at what is resident."""
@@ -48,6 +52,24 @@ class Metrics:
             self._prometheus.compressions.inc()
             self._prometheus.seconds.observe(seconds)
             self._prometheus.slots_saved.inc(context_tokens - kept_slots)
+
+    def published(
+        self, context: Context, started_at: float, scoring_seconds: float, cached_tokens: int, contexts: Iterable[Context]
+    ) -> None:
+        """What a compression took, in its context, the counters and the log.
+
+        started_at: of `time.perf_counter`. cached_tokens: of the context, found cached. contexts: all of the scheduler.
+        """
+        context.seconds = time.perf_counter() - started_at
+        context.scoring_seconds = scoring_seconds
+        context.job_cached_tokens = cached_tokens
+        self.compressed(context.seconds, context.num_tokens, context.num_slots)
+        self.set_gauges(contexts)
+        logger.info(
+            "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
+            context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
+            context.settings.method, context.settings.score, context.settings.budget, context.settings.compression_ratio,
+        )  # fmt: skip
 
     def compressed_in_place(self) -> None:
         """That compression took its context from the cache and read no token of it."""

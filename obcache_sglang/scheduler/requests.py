@@ -14,6 +14,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from obcache_sglang.compress.compression import Compression
+from obcache_sglang.compress.measurement import Measurement
 from obcache_sglang.compress.ranking import effective_window
 from obcache_sglang.compress.replay import ReplayPass
 from obcache_sglang.host import use
@@ -221,8 +222,8 @@ class CompressionJob(Req):
     has_room: whether room was made for it.
     starved_passes: of the scheduler, in which it waited, nothing ran and nothing was admitted.
     target: the whole context, which questions wait for.
-    compression: what the forward does for it; carried on from pass to pass.
-    unattended: no request waits for it.
+    compression: what the forward does for it; carried on from pass to pass. Of one that only scores, a `Measurement`.
+    unattended: no request waits for it. in_turn: it runs in its turn all the same, and not only when nobody waits for anything.
     replay: the pass after the context, None for the context alone.
     passes: those still to come.
     error: why nothing will be published.
@@ -247,10 +248,11 @@ class CompressionJob(Req):
         base: Context | None = None,
         target: Context | None = None,
         reads_exact: bool = False,
+        compression: Compression | None = None,
     ) -> None:
         """like: whose LoRA adapter, priority and namespace it has; the prefill that came before it, if one did.
 
-        rid: the same on every rank, and not to be guessed by clients.
+        rid: the same on every rank, and not to be guessed by clients. compression: a new one if not given.
         """
         sampling_params = SamplingParams(max_new_tokens=0, temperature=0)
         sampling_params.normalize(None)
@@ -261,14 +263,14 @@ class CompressionJob(Req):
         self.exact_lock: Any = None
         self.starved_passes = 0
         self.target = target or context
-        self.compression = Compression(context, base)
-        self.unattended = False
+        self.compression = compression or Compression(context, base)
+        self.unattended = self.in_turn = False
         self.started_at = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_cached_tokens: int | None = None
         self.earlier_tokens = 0
         if isinstance(like, CompressionJob):
-            self.unattended = like.unattended
+            self.unattended, self.in_turn = like.unattended, like.in_turn
             self.started_at, self.earlier_seconds = like.started_at, like.scoring_seconds
             self.first_cached_tokens = like.context_cached_tokens
             if like.context is context:
@@ -329,7 +331,7 @@ class CompressionJob(Req):
     @property
     def is_final(self) -> bool:
         """Whether its last chunk selects and copies."""
-        return not self.passes and not self.reads_exact
+        return not self.passes and not self.reads_exact and not isinstance(self.compression, Measurement)
 
     @property
     def position_offset(self) -> int:

@@ -22,10 +22,8 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_parallel
 
-from obcache_sglang.compress.gates import GateFile
 from obcache_sglang.compress.head_gains import head_gains
-from obcache_sglang.compress.head_profile import HeadProfile
-from obcache_sglang.compress.rotary import attention_layers, inverse_rotaries
+from obcache_sglang.compress.rotary import attention_layers
 from obcache_sglang.compress.scores import accumulate_scores_in_slots
 from obcache_sglang.cpu.attention import CpuAttentionBackend
 from obcache_sglang.errors import HostError
@@ -35,6 +33,7 @@ from obcache_sglang.scheduler.forward import ForwardPlan, score_after
 from obcache_sglang.scheduler.kv_events import VisibleEvents
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.metrics import Metrics
+from obcache_sglang.scheduler.rank_gates import RankGates, read_back_keys
 from obcache_sglang.settings import ServerSettings, server_secret
 
 if TYPE_CHECKING:
@@ -81,11 +80,7 @@ class Wiring:
             head_gains(model_runner.model, model_runner.dtype),
         )
         if settings.gates is not None:
-            plan.compressor.rotaries = inverse_rotaries(model_runner.model, model_runner.token_to_kv_pool.layer_num)
-            if torch.device(model_runner.device).type == "cuda":
-                from obcache_sglang.gpu.gate_kernel import gate_scores_paged
-
-                plan.compressor.gate_scores = gate_scores_paged
+            read_back_keys(plan.compressor, model_runner)
         overlay = _head_overlay(plan, model_runner, settings)
         backends = {id(b): b for b in (model_runner.attn_backend, model_runner.decode_attn_backend) if b is not None}.values()
         for backend in backends:
@@ -166,23 +161,13 @@ class Wiring:
             raise HostError(
                 f"--obcache-budget={settings.compression.budget} cannot be served here: {refusal}. Set --obcache-budget uniform."
             )
-        compressor, config = self.plan.compressor, scheduler.model_config.hf_config
+        compressor = self.plan.compressor
         num_heads = scheduler.model_config.get_total_num_kv_heads()
         # As SGLang divides them; where there are fewer heads than ranks, several ranks have the same one.
         first = get_parallel().attn_tp_rank * num_heads // get_parallel().attn_tp_size
         compressor.lanes = (first, first + pool.head_num)
-        if settings.gates is not None:
-            if pool.store_dtype.itemsize < 2:
-                raise HostError(
-                    f"--obcache-gates cannot read a KV cache of {pool.dtype}. Set --kv-cache-dtype auto, or serve without gates."
-                )
-            file = GateFile.load(settings.gates)
-            file.check_model(config)
-            compressor.head_profile = file.profile
-            compressor.gates = file.gates.lanes(*compressor.lanes).to(pool.device)
-        if settings.head_profile is not None:
-            compressor.head_profile = HeadProfile.load(settings.head_profile)
-            compressor.head_profile.check_model(config)
+        rank_gates = RankGates(scheduler, compressor)
+        rank_gates.load(settings)
         group_size = scheduler.attn_tp_group.world_size
         self.plan.agree = _agreement(scheduler.attn_tp_cpu_group, group_size)
         if group_size > 1:
@@ -199,7 +184,9 @@ class Wiring:
             secret=server_secret(),
             layers=attention_layers(scheduler.tp_worker.model_runner.model),
             compress_layer=self.plan.compress_layer,
+            rank_gates=rank_gates,
         )
+        self.manager.calibration.begin_if_asked(settings)
 
 
 def _agreement(cpu_group: Any, group_size: int) -> Callable[[bool], bool]:

@@ -1,5 +1,6 @@
 """Settings: `values` (what they are), `methods` (what each method decides), `options` (flags, checks, help), `sources`."""
 
+from obcache_sglang.settings.checks import number_or_text
 from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, POOLINGS, PRESETS, SCORES
 from obcache_sglang.settings.options import (
     BOUNDS,
@@ -10,7 +11,6 @@ from obcache_sglang.settings.options import (
     Option,
     check_number,
     check_whole_number,
-    number_or_text,
 )
 from obcache_sglang.settings.sources import (
     SETTINGS_ENV,
@@ -22,6 +22,7 @@ from obcache_sglang.settings.sources import (
     server_secret,
     settings_from_cli,
     settings_from_python,
+    with_gates,
 )
 from obcache_sglang.settings.values import CompressionSettings, ServerSettings
 
@@ -52,4 +53,5 @@ __all__ = [
     "server_secret",
     "settings_from_cli",
     "settings_from_python",
+    "with_gates",
 ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from obcache_sglang.errors import InvalidValue
+from obcache_sglang.settings.checks import ladder, marker, names, number_or_text, ratio, share, text
 from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, POOLINGS, PRESETS, REPLAY_RECENT_TOKENS, SCORES
 
 HEADS = ("per-head", "shared")
 NORMALIZATIONS = ("layer", "none")
 MODES = ("marked", "auto", "prompt")
 WHENS = ("first", "idle", "pressure")
+CALIBRATES = ("off", "serve")
 HEAD_ATTENTIONS = ("triton", "flashinfer")
 DECODE_GRAPHS = ("auto", "on", "off")
 
@@ -103,73 +105,16 @@ def check_number(name: str, value: Any, what: str) -> float:
     return float(value)
 
 
-def _ratio(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise InvalidValue(name, value, "is outside [0, 1). It is the fraction of KV pairs that is removed: 0.7 keeps 30 %.")
-    return float(value)
-
-
-def _share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InvalidValue(name, value, "is outside [0, 1]. It is the part of an equal share that every head keeps.")
-    return float(value)
-
-
-def _marker(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value or value != value.strip():
-        raise InvalidValue(name, value, "is not a non-empty string without spaces around it. The default is <|obcache|>.")
-    return value
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise InvalidValue(name, value, "is not a non-empty string.")
-    return value
-
-
-def _ladder(name: str, value: Any) -> tuple[float, ...]:
-    """Ascending ratios, given as "0.7,0.85" or as a list."""
-    given = value.split(",") if isinstance(value, str) else value
-    if not isinstance(given, Sequence):
-        raise InvalidValue(name, value, "is not a list of ratios; give for example 0.7,0.85.")
-    ratios = tuple(number_or_text(each.strip()) if isinstance(each, str) else each for each in given)
-    for ratio in ratios:
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
-            raise InvalidValue(name, value, f"has {ratio!r}, which is not a number between 0 and 1.")
-    if list(ratios) != sorted(set(ratios)):
-        raise InvalidValue(name, value, "does not ascend; give each ratio once, the lowest first.")
-    return tuple(map(float, ratios))
-
-
-def _names(name: str, value: Any) -> tuple[str, ...]:
-    """Names, given as "a,b" or as a list."""
-    given = value.split(",") if isinstance(value, str) else value
-    names = tuple(each.strip() if isinstance(each, str) else "" for each in given) if isinstance(given, Sequence) else ()
-    if not names or not all(names):
-        raise InvalidValue(name, "...", "is not a list of names; give for example tenant-a,tenant-b.")  # they may be secret
-    return names
-
-
 def _switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InvalidValue(name, value, "is not true or false.")
     return value
 
 
-def number_or_text(text: str) -> int | float | str:
-    """A number that was written as text. Anything else stays text, and the option's check refuses it by name."""
-    for parse in (int, float):
-        try:
-            return parse(text)
-        except ValueError:
-            continue
-    return text
-
-
 COMPRESSION_OPTIONS = (
     Option(
         "compression_ratio",
-        _ratio,
+        ratio,
         "Fraction of a context's KV pairs that is removed, in [0, 1). 0.7 keeps 30 %%. Default: 0.7.",
         number_or_text,
         "RATIO",
@@ -290,7 +235,7 @@ COMPRESSION_OPTIONS = (
     ),
     Option(
         "adakv_safeguard",
-        _share,
+        share,
         (
             "For budget adakv: part of an equal share that each head keeps whatever the other heads score, in [0, 1]. "
             "Default: 0.2."
@@ -330,7 +275,7 @@ SERVER_OPTIONS = (
     ),
     Option(
         "head_profile",
-        _text,
+        text,
         (
             "Shares kept tokens between heads as a replay would, without one (budget profile becomes the default). auto: "
             "measure the served model before its first start; takes minutes. FILE: made by python -m "
@@ -341,13 +286,23 @@ SERVER_OPTIONS = (
     ),
     Option(
         "gates",
-        _text,
+        text,
         (
             "Gates score a token from its own K and V (method gate becomes the default), and bring a head profile. auto: make "
             "them for the served model before its first start; takes minutes. FILE: made by python -m obcache_sglang.calibrate "
             "--gates, or the name of gates in the package."
         ),
         metavar="auto|FILE",
+        per_request=False,
+    ),
+    Option(
+        "calibrate",
+        _one_of(CALIBRATES),
+        (
+            "serve: a server without gates makes them when it is idle, from the first contexts that clients ask about outside of any "
+            "namespace, and uses them from then on; the next start finds their file. Default: off."
+        ),
+        metavar="|".join(CALIBRATES),
         per_request=False,
     ),
     Option(
@@ -364,7 +319,7 @@ SERVER_OPTIONS = (
     ),
     Option(
         "ladder",
-        _ladder,
+        ladder,
         (
             "Higher ratios, such as 0.7,0.85: with when=pressure, contexts that are compressed already are compressed again, from "
             "what they kept, before one is evicted. Default: none."
@@ -382,7 +337,7 @@ SERVER_OPTIONS = (
     ),
     Option(
         "exclude",
-        _names,
+        names,
         (
             "Namespaces that are never compressed: requests with one of these as cache_salt, extra_key or LoRA adapter are served "
             "exactly. Default: none."
@@ -392,7 +347,7 @@ SERVER_OPTIONS = (
     ),
     Option(
         "marker",
-        _marker,
+        marker,
         "Text that ends a context in a prompt. The model never reads it. Default: <|obcache|>.",
         metavar="TEXT",
         per_request=False,

@@ -81,15 +81,31 @@ def settings_from_python(obcache: bool | Mapping[str, Any]) -> ServerSettings | 
         raise ConfigError(f"obcache={{{error.name!r}: {error.value!r}}} {error.reason}") from error
 
 
-def publish(settings: ServerSettings) -> None:
-    """Hands the settings to every process started from this one, in the environment variable `SETTINGS_ENV`."""
+def _given(settings: ServerSettings) -> dict[str, Any]:
+    """The values from which these settings resolve."""
     defaults = ServerSettings()
     server = {
         option.name: getattr(settings, option.name)
         for option in SERVER_OPTIONS
         if getattr(settings, option.name) != getattr(defaults, option.name)
     }
-    os.environ[SETTINGS_ENV] = json.dumps(server | dict(settings.given), sort_keys=True)
+    return server | dict(settings.given)
+
+
+def with_gates(settings: ServerSettings, gates: str) -> ServerSettings | None:
+    """A server's settings once it has gates, which then are its default where no method was given.
+
+    gates: their file, or what they are called. None where that and what was given exclude each other.
+    """
+    try:
+        return ServerSettings.resolve({**_given(settings), "gates": gates})
+    except InvalidValue:
+        return None
+
+
+def publish(settings: ServerSettings) -> None:
+    """Hands the settings to every process started from this one, in the environment variable `SETTINGS_ENV`."""
+    os.environ[SETTINGS_ENV] = json.dumps(_given(settings), sort_keys=True)
     os.environ[_SECRET_ENV] = secrets.token_hex(32)
 
 

@@ -309,6 +309,7 @@ class ServerSettings:
     mode: `marked`: prompts say where their context ends; `auto`: prefixes that prompts share are contexts; `prompt`: the context is all of a prompt but its last token, which scores it.
     head_profile: file of a head profile, or the name of one in the package. Then the default budget is `profile`, except for replay.
     gates: file of gates, or the name of those in the package; they bring a head profile. Then the default method is `gate`.
+    calibrate: `serve`: a server without gates makes them of the first contexts that are asked about.
     when: `first`: a context's first question compresses it; `idle`: questions are served exactly until the engine has nothing
         else to do or its pool gets tight; then their contexts are compressed; `pressure`: until the pool needs a context's room.
     ladder: ratios to which a context is compressed again, one after the other, where the pool would evict it; with when=pressure.
@@ -329,6 +330,7 @@ class ServerSettings:
     when: str = "first"
     head_profile: str | None = None
     gates: str | None = None
+    calibrate: str = "off"
     ladder: tuple[float, ...] = ()
     min_tokens: int = 256
     exclude: tuple[str, ...] = ()
@@ -381,9 +383,9 @@ class ServerSettings:
 
     @property
     def captures_decode_graphs(self) -> bool:
-        """Whether decode graphs for per-head budgets are wanted."""
+        """Whether decode graphs for per-head budgets are wanted, now or once the server has made gates."""
         if self.decode_graphs == "auto":
-            return self.compression.budget != "uniform" and self.head_attention == "triton"
+            return (self.compression.budget != "uniform" or self.calibrate == "serve") and self.head_attention == "triton"
         return self.decode_graphs == "on"
 
     def _check_files(self, compression: CompressionSettings) -> CompressionSettings:
@@ -398,7 +400,7 @@ class ServerSettings:
             raise InvalidValue(
                 "method",
                 "gate",
-                f"needs a server started with --obcache-gates. Choose {', '.join(name for name in METHODS if name != compression.method)}.",
+                f"needs a server started with --obcache-gates, or one that has made its own (POST /obcache/calibrate). Choose {', '.join(name for name in METHODS if name != compression.method)}.",
             )
         return compression
 

@@ -84,7 +84,7 @@ class Engine(EngineView):
                 chunked_prefill_size=chunk,
                 max_req_input_len=min(size, context_len) - 6,
                 server_args=SimpleNamespace(allow_auto_truncate=False),
-                model_config=SimpleNamespace(context_len=context_len),
+                model_config=SimpleNamespace(context_len=context_len, hf_eos_token_id=None, vocab_size=1000),
                 tokenizer=None,
                 waiting_queue=[],
                 grammar_manager=SimpleNamespace(grammar_queue=[]),
@@ -93,6 +93,7 @@ class Engine(EngineView):
                 flush_wrapper=SimpleNamespace(_pending=None),
                 output_streamer=SimpleNamespace(stream_output=lambda reqs, return_logprob: self.answered.extend(reqs)),
                 enable_priority_preemption=False,
+                enable_priority_scheduling=False,
                 enable_overlap=False,
                 device="cpu",
             )
@@ -138,9 +139,10 @@ class Driven:
         compress_layer: Any = None,
         context_len: int | None = None,
         chunk: int | None = None,
+        rank_gates: Any = None,
         **settings: Any,
     ) -> None:
-        """layers, compress_layer: as in CompressionManager. chunk: as in Engine. settings: of the server."""
+        """layers, compress_layer, rank_gates: as in CompressionManager. chunk: as in Engine. settings: of the server."""
         self.engine = Engine(size, context_len, chunk)
         self.now = 1000.0
         given = {"min_tokens": 4, "compression_ratio": 0.5, "method": "tova", **settings}
@@ -154,6 +156,7 @@ class Driven:
             secret=b"of the test",
             layers=layers,
             compress_layer=compress_layer,
+            rank_gates=rank_gates,
         )
 
     def ask(

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from obcache_sglang import calibrate, measured_files, plugin
 from obcache_sglang.compress import reference
+from obcache_sglang.compress.calibration import kept_shares
 from obcache_sglang.compress.head_profile import AUTO, PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.compress.ranking import keep_across_heads, rank_positions
 from obcache_sglang.compress.replay import ReplayPrompts
@@ -292,7 +293,7 @@ def attention_inputs(model: LlamaForCausalLM, tokens: array[int]) -> list[tuple[
 def test_shares_of_few_cells_have_the_mean_that_a_profile_needs(ratio: float) -> None:
     for num_tokens in (137, 196, 197):
         scores = torch.rand(2, 3, num_tokens, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 6).view(2, 3, 1)
-        shares = calibrate._kept_shares(scores, ratio)
+        shares = kept_shares(scores, ratio)
         assert shares.mean() == pytest.approx(1 - ratio, abs=5e-5)
         assert ((shares >= 0) & (shares <= 1)).all()
 
@@ -300,7 +301,7 @@ def test_shares_of_few_cells_have_the_mean_that_a_profile_needs(ratio: float) ->
 def test_shares_are_what_a_global_selection_keeps() -> None:
     scores = torch.rand(3, 2, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 6).view(3, 2, 1)
     for ratio in (0.3, 0.655, 0.9):
-        shares = calibrate._kept_shares(scores, ratio)
+        shares = kept_shares(scores, ratio)
         assert shares.shape == (3, 2) and shares.dtype == torch.float64
         assert shares.mean() == pytest.approx(1 - ratio, abs=1 / 1200)
         assert (shares >= 4 / 200).all()  # sinks
