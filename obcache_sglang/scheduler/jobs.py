@@ -25,7 +25,6 @@ from obcache_sglang.scheduler.reservation import Reservation
 from obcache_sglang.scheduler.room import Room, most_slots, segment_slots
 
 if TYPE_CHECKING:
-    import torch
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from obcache_sglang.compress.compression import Compression

@@ -44,7 +44,7 @@ FAULTY = (
     "scheduler.in_place.InPlace.advance",
     "scheduler.in_place.InPlace.start",
     "scheduler.jobs.Jobs._make",
-    "scheduler.jobs.Jobs.discard",
+    "scheduler.reservation.Reservation.give_back",
     "scheduler.jobs.Jobs.discard_orphans",
     "scheduler.jobs.Jobs.end",
     "scheduler.jobs.Jobs.end_dead",

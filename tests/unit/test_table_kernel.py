@@ -16,7 +16,7 @@ def test_the_table_kernel_compiles(capability: int) -> None:
 
     tables = {"indices": "*i64", "req_pool_indices": "*i64", "offsets": "*i64"}
     constants = {"NUM_KV_HEADS": 3, "BLOCK": 512}
-    others = ["indptr", "req_to_token", "num_slots"]
+    others = ["indptr", "req_to_token", "num_slots", "num_exact"]
     types = {name: tables.get(name, "*i32" if name in others else "i32") for name in _write_indices.arg_names}
     source = ASTSource(_write_indices, {**types, **dict.fromkeys(constants, "constexpr")}, constexprs=constants)
     compiled = compile(source, target=GPUTarget("cuda", capability, 32))
