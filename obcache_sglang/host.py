@@ -35,6 +35,7 @@ _DECLARED_IN = (
     "frontend.http_api",
     "scheduler.hooks",
     "scheduler.wiring",
+    "scheduler.served_model",
     "scheduler.engine_view",
     "scheduler.manager",
     "scheduler.requests",

@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from fastapi.routing import APIRoute
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from obcache_sglang.errors import InvalidValue, ObcacheError, RequestError, shown
-from obcache_sglang.frontend import service
+from obcache_sglang.frontend import files, service
 from obcache_sglang.frontend.exchange import ExchangeMiddleware
 from obcache_sglang.frontend.hooks import Frontend
 from obcache_sglang.host import Touch
@@ -90,6 +90,32 @@ def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
     async def list_contexts(request: Request) -> dict[str, Any]:
         return {"contexts": await service.list_contexts(tokenizer_manager, operator(request))}
 
+    @router.post("/contexts/{name}/save")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def save_context(name: str, request: Request) -> dict[str, Any]:
+        return await files.save_context(tokenizer_manager, name, operator(request))
+
+    @router.post("/contexts/load")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def load_context(request: Request) -> dict[str, Any]:
+        keys = ("file", *_NAMESPACE_HEADERS)
+        body = _in_namespace(await _json_object(request, keys), request)
+        unknown = [key for key in body if key not in keys]
+        if unknown:
+            raise RequestError(f"Unknown keys: {', '.join(map(shown, unknown[:5]))}. Allowed keys: {', '.join(keys)}.")
+        return await files.load_context(tokenizer_manager, body.get("file"), _named_caller(body))
+
+    @router.get("/files")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def list_files(request: Request) -> dict[str, Any]:
+        return {"files": await files.list_files(tokenizer_manager, operator(request))}
+
+    @router.delete("/files/{file}")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def delete_file(file: str, request: Request) -> dict[str, Any]:
+        await files.delete_file(tokenizer_manager, file, operator(request))
+        return {"file": file, "state": "deleted"}
+
     @router.get("/contexts/by-name/{name}")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def get_named(name: str, request: Request, positions: bool = False) -> Response:
@@ -143,13 +169,13 @@ async def _events(first: dict[str, Any], others: AsyncIterator[dict[str, Any]]) 
     yield "data: [DONE]\n\n"
 
 
-async def _json_object(request: Request) -> dict[str, Any]:
+async def _json_object(request: Request, keys: Sequence[str] = service.COMPRESS_KEYS) -> dict[str, Any]:
     try:
         body = await request.json()
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The body is not JSON: {error}.") from error
     if not isinstance(body, dict):
-        raise RequestError(f"The body is not a JSON object. Allowed keys: {', '.join(service.COMPRESS_KEYS)}.")
+        raise RequestError(f"The body is not a JSON object. Allowed keys: {', '.join(keys)}.")
     return body
 
 
@@ -159,6 +185,14 @@ _NAMESPACE_HEADERS = {"extra_key": EXTRA_KEY_HEADER, "cache_salt": SALT_HEADER, 
 def _caller(request: Request) -> service.Caller:
     extra_key, cache_salt, lora_path = (request.headers.get(header) or None for header in _NAMESPACE_HEADERS.values())
     return service.Caller(extra_key, cache_salt, lora_path)
+
+
+def _named_caller(body: dict[str, Any]) -> service.Caller:
+    """Of a body that names the namespace. Raises RequestError."""
+    for name in _NAMESPACE_HEADERS:
+        if not isinstance(body.get(name), str | None):
+            raise RequestError(f"{name}={shown(body[name])} is not a string.")
+    return service.Caller(body.get("extra_key") or None, body.get("cache_salt") or None, body.get("lora_path") or None)
 
 
 def _in_namespace(body: dict[str, Any], request: Request) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from http import HTTPStatus
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
-from obcache_sglang.errors import ContextNotFound, RequestError
+from obcache_sglang.errors import RequestError
 from obcache_sglang.host import use
-from obcache_sglang.kv.context import Context, ContextState, Namespace
+from obcache_sglang.kv.context import Context, ContextState
 from obcache_sglang.messages import Plan
+from obcache_sglang.scheduler.arrival import named_context, namespace_of
 from obcache_sglang.scheduler.context_cache import ContextCache
+from obcache_sglang.scheduler.context_files import ContextFiles
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.idle import WhenIdle
 from obcache_sglang.scheduler.in_place import InPlace
@@ -32,6 +34,7 @@ from obcache_sglang.scheduler.pressure import UnderPressure
 from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq
 from obcache_sglang.scheduler.room import Room
 from obcache_sglang.scheduler.shared_prefixes import SharedPrefixes
+from obcache_sglang.scheduler.stored import StoredContexts
 from obcache_sglang.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -46,11 +49,6 @@ class Verdict(Enum):
     DONE = "done"
 
 
-def namespace_of(fields: Mapping[str, Any]) -> Namespace:
-    """Of a request that is to be made. fields: the arguments of SGLang's Req, by name."""
-    return Namespace.of(**{name: fields.get(name) for name in ("extra_key", "cache_salt", "lora_id")})
-
-
 class CompressionManager:
     """Compresses contexts for one SGLang scheduler.
 
@@ -58,7 +56,7 @@ class CompressionManager:
     agree: whether all ranks of this scheduler's tensor-parallel group say True; called by all of them at the same point.
     clock: seconds since the epoch; None with several ranks, whose clocks differ: then the stamps that requests carry tell the time.
     secret: as in ContextCache.
-    layers, compress_layer: as in InPlace.
+    layers, compress_layer: as in InPlace. files: of the contexts that last, with --obcache-folder.
     """
 
     def __init__(
@@ -73,6 +71,7 @@ class CompressionManager:
         secret: bytes = b"",
         layers: Sequence[Any] = (),
         compress_layer: Callable[..., None] | None = None,
+        files: ContextFiles | None = None,
     ) -> None:
         self.engine = engine
         self.settings = settings
@@ -83,6 +82,7 @@ class CompressionManager:
         self.room = Room(engine, self.cache, settings.max_pinned_slots)
         self.jobs = Jobs(engine, self.cache, self.room, metrics, agree=agree, secret=secret)
         self.in_place = InPlace(self.jobs, layers, compress_layer)
+        self.stored = StoredContexts(self.jobs, files)
         self.when_idle = WhenIdle(self.in_place)
         self.under_pressure = UnderPressure(self.in_place, settings)
         self._prefixes = SharedPrefixes(secret)
@@ -101,7 +101,7 @@ class CompressionManager:
             shared = self._prefixes.boundary(namespace_of(fields), fields["origin_input_ids"], self.settings.min_tokens)
             settled = replace(settled, context_len=shared)
         if settled.context_id is not None:
-            settled, fields = self._named(settled, fields)
+            settled, fields = named_context(self.cache, settled, fields)
         elif settled.settings.budget != "uniform" and self.uneven_refusal is not None:
             raise RequestError(
                 f"budget={settled.settings.budget!r} cannot be served here: {self.uneven_refusal}. Set budget=uniform."
@@ -109,25 +109,6 @@ class CompressionManager:
         req = ContextReq(**fields, plan=settled, count_exact=self.metrics.exact)
         self.room.let_pass(req)
         return req
-
-    def _named(self, plan: Plan, fields: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
-        """The plan and the prompt of a request that names its context. Raises RequestError."""
-        known = self.cache.by_capability(plan.context_id or "")
-        if known is None or known[0].namespace != namespace_of(fields):
-            raise ContextNotFound(
-                "This context_id is unknown under this cache_salt, extra_key and LoRA adapter. The context was forgotten or deleted, or it "
-                "belongs to another server. Send the text again, with the marker at its end, or POST /obcache/compress."
-            )
-        context, tail = known
-        before = array("q", plan.before)
-        if context.tokens[: len(before)] != before:
-            raise RequestError(
-                f"The {len(before)} tokens before the marker are not the ones that the context of this context_id begins with. Send the "
-                "same system message as when the context was compressed, or put the marker at the very start of a prompt of its own."
-            )
-        prompt = context.tokens + tail + array("q", fields["origin_input_ids"])
-        plan = replace(plan, context_len=context.num_tokens, settings=context.settings, judges=context.judges)
-        return plan, {**fields, "origin_input_ids": prompt}
 
     # --- a scheduling pass ------------------------------------------------------------------------------------------
 
@@ -146,6 +127,7 @@ class CompressionManager:
                 self.jobs.make_room_for_segments()
                 self.room.make(self.room.tight_slots)
             self.in_place.advance()
+            self.stored.advance()
             if not engine.admits_nobody():
                 order, admitted = self._decide()
                 admitted = self.under_pressure.relieve(admitted)
@@ -279,7 +261,10 @@ class CompressionManager:
                 return Verdict.ADMIT, None
             return self._serve_resident(req, context), None
         req.use_real_ids()
-        if self._may_defer(req, context):
+        defers = self._may_defer(req, context)
+        if not (defers and self.settings.when == "pressure") and self.stored.awaits(req, context):
+            return Verdict.HOLD, None
+        if defers:
             if self.settings.when == "idle":
                 self.when_idle.add(context, req)
             else:
@@ -353,6 +338,7 @@ class CompressionManager:
             if not compressed_now:
                 context.reuses += 1
                 self.metrics.reused(context.num_tokens)
+            req.tier = self.stored.tier(context)
             req.report("compressed" if compressed_now else "reused")
             if req.plan.action == "compress":
                 return self._finish_without_forward(req)
@@ -407,6 +393,7 @@ class CompressionManager:
     def after_flush(self) -> None:
         """The tree was reset: every context is gone."""
         self.in_place.forget()
+        self.stored.forget()
         self.cache.clear()
         self.jobs.forget_bases()
         self.when_idle.forget()

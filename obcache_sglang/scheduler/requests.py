@@ -51,6 +51,10 @@ class ContextReq(Req):
         """Whether the manager has decided on it since it was queued."""
         self.held_since: float | None = None
         """When it began to wait for a compression, of `time.perf_counter`; None while it does not."""
+        self.looked_for: str | None = None
+        """The context whose file was last looked for on its behalf."""
+        self.tier: str | None = None
+        """Where the context came from that it reuses: "device" or "disk"."""
         self.position_offset = 0
         self.real_ids: array[int] | None = None
         self.compressions_started = 0
@@ -174,6 +178,7 @@ class ContextReq(Req):
                     "score": settings.score,
                     "budget": settings.budget,
                     "pinned": context is not None and context.pinned,
+                    "tier": self.tier if status == "reused" else None,
                     "seconds": context.seconds if context is not None and status == "compressed" else None,
                 }
             ]

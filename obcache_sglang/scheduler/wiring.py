@@ -30,11 +30,14 @@ from obcache_sglang.compress.scores import accumulate_scores_in_slots
 from obcache_sglang.cpu.attention import CpuAttentionBackend
 from obcache_sglang.errors import HostError
 from obcache_sglang.host import use
+from obcache_sglang.kv.folder import Folder
+from obcache_sglang.scheduler.context_files import ContextFiles
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.forward import ForwardPlan, score_after
 from obcache_sglang.scheduler.kv_events import VisibleEvents
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.metrics import Metrics
+from obcache_sglang.scheduler.served_model import choosers, served_model
 from obcache_sglang.settings import ServerSettings, server_secret
 
 if TYPE_CHECKING:
@@ -199,7 +202,17 @@ class Wiring:
             secret=server_secret(),
             layers=attention_layers(scheduler.tp_worker.model_runner.model),
             compress_layer=self.plan.compress_layer,
+            files=self._files(scheduler, settings, pool),
         )
+        if settings.preload:
+            self.manager.stored.preload()
+
+    def _files(self, scheduler: Any, settings: ServerSettings, pool: MHATokenToKVPool) -> ContextFiles | None:
+        """Where this rank's files of contexts lie. Raises ConfigError where they cannot."""
+        if settings.folder is None:
+            return None
+        served = served_model(scheduler, pool)
+        return ContextFiles(Folder.opened(settings.folder), served, choosers(settings), pool, self.plan.space)
 
 
 def _agreement(cpu_group: Any, group_size: int) -> Callable[[bool], bool]:
