@@ -17,7 +17,7 @@ import requests
 
 from obcache_sglang.errors import ObcacheError
 from obcache_sglang.kv.files import BadFile, Reader, empty_layer
-from obcache_sglang.kv.folder import KEY_FILE, Folder, listed
+from obcache_sglang.kv.folder import Folder, listed
 
 KEY_VARIABLE = "OBCACHE_ADMIN_KEY"
 _URL = "http://127.0.0.1:30000"
@@ -146,9 +146,7 @@ def _delete(args: argparse.Namespace) -> int:
 def _opened(path: Path | None) -> Folder:
     if path is None:
         raise ObcacheError("Give --folder DIR, or --url of a server.")
-    if not (path / KEY_FILE).is_file():  # not to make one of a folder that was misspelt
-        raise ObcacheError(f"{path} is no folder of contexts: it has no {KEY_FILE}.")
-    return Folder.opened(path)
+    return Folder.opened(path, make=False)  # not to make one of a folder that was misspelt
 
 
 def _ask(args: argparse.Namespace, method: str, path: str, body: Any = None) -> Any:

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from obcache_sglang.errors import ObcacheError, RequestError, shown
+from obcache_sglang.errors import ConfigError, ObcacheError, RequestError, shown
 from obcache_sglang.frontend import control
 from obcache_sglang.frontend.hooks import Frontend
 from obcache_sglang.frontend.service import Caller, checked
@@ -30,7 +30,6 @@ async def save_context(tokenizer_manager: Any, name: str, caller: Caller) -> dic
 
     The answer has `file`, the name under which it can be loaded, `bytes` and `seconds`. Raises RequestError and ContextNotFound.
     """
-    _folder(tokenizer_manager)
     asked = uuid.uuid4().hex
     operation = {"op": "save", "name": name, "context_id": None, "namespace": caller.namespace(tokenizer_manager), "asked": asked}
     answers = await control.call(tokenizer_manager, operation)
@@ -45,7 +44,6 @@ async def load_context(tokenizer_manager: Any, file: Any, caller: Caller) -> dic
 
     The answer has the context's `name`. Raises RequestError.
     """
-    _folder(tokenizer_manager)
     _check_name(file)
     asked = uuid.uuid4().hex
     operation = {"op": "load", "file": file, "namespace": caller.namespace(tokenizer_manager), "asked": asked}
@@ -107,10 +105,14 @@ def _of(results: list[dict[str, Any] | None]) -> dict[str, Any]:
 
 
 def _folder(tokenizer_manager: Any) -> Folder:
+    """The server's. Raises RequestError where it has none, and ObcacheError where it cannot be read."""
     frontend = Frontend.of(tokenizer_manager)
     if frontend is None or frontend.settings.folder is None:
         raise RequestError("This server keeps no files of contexts: start it with --obcache-folder.")
-    return Folder.opened(Path(frontend.settings.folder))
+    try:
+        return Folder.opened(Path(frontend.settings.folder), make=False)
+    except ConfigError as error:  # it was there when the server started
+        raise ObcacheError(str(error)) from error
 
 
 def _check_name(file: Any) -> None:

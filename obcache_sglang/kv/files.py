@@ -39,7 +39,9 @@ FORMAT = 1
 
 _LONGEST_HEADER = 1 << 20
 _NO_CHECKSUM = "0" * 64
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+"""Of KV caches that files can hold: torch's name, and safetensors'."""
+
 _COUNTS = ("num_layers", "num_kv_heads", "head_dim", "v_head_dim", "page_size", "num_ranks")
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4}
 
@@ -107,7 +109,7 @@ class Head:
             if (
                 not all(type(each) is int and each > 0 for each in counts)
                 or head.num_judges < 0
-                or head.served.dtype not in _DTYPES
+                or head.served.dtype not in DTYPES
             ):
                 raise BadFile("has metadata that means nothing")
             return head
@@ -119,7 +121,7 @@ class Head:
     def tensors(self) -> dict[str, tuple[str, list[int]]]:
         """The file's tensors in their order: safetensors' name of the dtype, and the shape."""
         served, slots = self.served, self.num_slots
-        dtype = _DTYPES[served.dtype]
+        dtype = DTYPES[served.dtype]
         return {
             "offsets": ("I64", [served.num_heads + 1]),
             "tokens": ("I64", [self.num_tokens]),

@@ -58,11 +58,16 @@ class Folder:
         self.path, self.key = path, key
 
     @classmethod
-    def opened(cls, path: str | Path) -> Folder:
-        """The folder, which is made where it is missing, and so is its key. Raises ConfigError where that cannot be."""
+    def opened(cls, path: str | Path, *, make: bool = True) -> Folder:
+        """The folder, which is made where it is missing, and so is its key. Raises ConfigError where that cannot be.
+
+        make: False for a folder that must be there.
+        """
         folder = Path(path).absolute()
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            if make:
+                folder.mkdir(mode=0o700, exist_ok=True)
+                _make_key(folder)
             return cls(folder, _key_of(folder))
         except OSError as error:
             raise ConfigError(
@@ -191,21 +196,27 @@ def _is_in(folder: Folder, name: str, reader: Reader, namespace: Namespace) -> b
     return file_name(folder.key, reader.head, namespace, table.tokens, table.judges) == name
 
 
-def _key_of(folder: Path) -> bytes:
-    """The folder's key, made where there is none. Raises OSError, and ConfigError for one that is none."""
+def _make_key(folder: Path) -> None:
+    """The folder's key, where there is none. Raises OSError."""
     path = folder / KEY_FILE
-    if not path.exists():
-        partial = folder / f".{KEY_FILE}.{secrets.token_hex(8)}{_PARTIAL}"
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOT_FOLLOWED, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(_KEY_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):  # two servers at once: the first one's counts
-                os.link(partial, path)
-        finally:
-            os.unlink(partial)
+    if path.exists():
+        return
+    partial = folder / f".{KEY_FILE}.{secrets.token_hex(8)}{_PARTIAL}"
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOT_FOLLOWED, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):  # two servers at once: the first one's counts
+            os.link(partial, path)
+    finally:
+        os.unlink(partial)
+
+
+def _key_of(folder: Path) -> bytes:
+    """The folder's key. Raises OSError, and ConfigError for one that is none."""
+    path = folder / KEY_FILE
     descriptor = os.open(path, os.O_RDONLY | _NOT_FOLLOWED)
     with os.fdopen(descriptor, "rb") as file:
         key = file.read(_KEY_BYTES + 1)

@@ -84,11 +84,16 @@ class ContextFiles:
             logger.exception("obcache: naming the file of context %s failed", context.id)
             return ""
 
-    def check(self, name: str, namespace: Namespace, head: Head, table: Table) -> None:
-        """Raises BadFile for a file that is not what its name says, in this namespace and on this server."""
+    def check(self, name: str, namespace: Namespace, is_named: bool, head: Head, table: Table) -> None:
+        """Raises BadFile for a file that is not what its name says, in this namespace and on this server.
+
+        is_named: whether somebody asked for it by name. For whoever does so in another namespace it is not there: FileNotFoundError.
+        """
         head.check(self.served, self.chooser(head.settings))
         if file_name(self.folder.key, head, namespace, table.tokens, table.judges) != name:
-            raise BadFile("is not of this namespace, or not of the text that its name stands for")
+            if is_named:
+                raise FileNotFoundError
+            raise BadFile("is not of the text that its name stands for")
         if head.num_slots != head.settings.kept_slots(head.num_tokens, self.served.page_size):
             raise BadFile("has another number of slots than its settings give")
 

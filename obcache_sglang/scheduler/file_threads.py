@@ -35,6 +35,8 @@ class _Transfer:
     num_bytes: of the file, once known.
     """
 
+    nothing_there = "there is no such file"
+
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._layers: deque[Layer] = deque()
@@ -90,7 +92,7 @@ class _Transfer:
         try:
             self._run()
         except FileNotFoundError:
-            self._fail("there is no such file", is_missing=True)
+            self._fail(self.nothing_there, is_missing=True)
         except BadFile as error:
             self._fail(f"the file {error}")
         except OSError as error:
@@ -178,7 +180,9 @@ class Reading(_Transfer):
 
 
 class Writing(_Transfer):
-    """Writes one file, in a thread of its own. table: may be on the way from a device."""
+    """Writes one file, in a thread of its own."""
+
+    nothing_there = "the folder is not there any more"
 
     def __init__(self, folder: Folder, name: str, head: Head, table: Table) -> None:
         super().__init__()

@@ -67,7 +67,7 @@ class Loads:
 
     def _read(self, load: Load) -> None:
         files = self.files
-        check = partial(files.check, load.name, load.namespace)
+        check = partial(files.check, load.name, load.namespace, load.asked is not None)
         place = (files.folder, load.name, files.served.rank, files.served.num_ranks)
         load.transfer = load.reading = Reading(*place, check, pinned=not self.engine.on_cpu)
 
@@ -175,7 +175,7 @@ class Loads:
             logger.warning("obcache: file %s is not used: %s", load.name, load.error or why)
             if load.error is not None:
                 self.files.bad.add(load.name)
-        error = f"The file cannot be loaded: {load.error or why}."
+        error = f"The file cannot be loaded: {load.error or why}{' in this namespace' if load.is_missing else ''}."
         self.files.note(load.asked, {"state": "failed", "error": error, "missing": load.is_missing})
         try:
             self.metrics.file_missed()

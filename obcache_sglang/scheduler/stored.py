@@ -198,7 +198,7 @@ class StoredContexts:
             name = each[0].name
             try:
                 with files.folder.reading(name, served.rank, served.num_ranks) as reader:
-                    files.check(name, SHARED, reader.head, reader.table())
+                    files.check(name, SHARED, True, reader.head, reader.table())
             except (ValueError, OSError):  # of another namespace, model or setting
                 continue
             if reader.head.num_slots > free or len(chosen) >= self.cache.max_contexts:

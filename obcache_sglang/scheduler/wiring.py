@@ -30,6 +30,7 @@ from obcache_sglang.compress.scores import accumulate_scores_in_slots
 from obcache_sglang.cpu.attention import CpuAttentionBackend
 from obcache_sglang.errors import HostError
 from obcache_sglang.host import use
+from obcache_sglang.kv.files import DTYPES
 from obcache_sglang.kv.folder import Folder
 from obcache_sglang.scheduler.context_files import ContextFiles
 from obcache_sglang.scheduler.engine_view import EngineView
@@ -212,6 +213,10 @@ class Wiring:
         if settings.folder is None:
             return None
         served = served_model(scheduler, pool)
+        if served.dtype not in DTYPES:
+            raise HostError(
+                f"--obcache-folder cannot write a KV cache of {pool.dtype}. Set --kv-cache-dtype auto, or leave the folder out."
+            )
         return ContextFiles(Folder.opened(settings.folder), served, choosers(settings), pool, self.plan.space)
 
 
