@@ -78,7 +78,10 @@ class Saves:
                 self._done(save)
 
     def _copy(self, save: Save) -> None:
-        if save.writing is None or save.slots is None or save.error is not None:
+        if save.writing is None or save.slots is None or save.error is not None or save.is_copied:
+            return
+        if not self.cache.holds(save.context):  # it was compressed again, from these slots
+            save.error = "it is not resident any more"
             return
         left = step_bytes(self.engine)
         while left > 0 and not save.is_copied and save.writing.has_room:

@@ -553,6 +553,21 @@ def test_a_context_that_is_deleted_while_it_is_saved_leaves_no_file(tmp_path: Pa
     wait_for(lambda: [file.name for file in tmp_path.iterdir()] == [KEY_FILE])
 
 
+def test_a_context_that_is_replaced_while_it_is_saved_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the ladder does: its slots are another one's from then on."""
+    drive = server(tmp_path)
+    context = compressed(drive)
+    with monkeypatch.context() as patched:
+        patched.setattr(file_threads.Writing, "has_room", False)
+        drive.manager.stored.save(context, "a save")
+        drive.step()
+    drive.manager.cache.replaced(context)
+    assert "not resident" in result(drive, "a save")["error"]
+    wait_for(lambda: [file.name for file in tmp_path.iterdir()] == [KEY_FILE])
+    drive.evict_all()
+    assert drive.accounts() == (300, 0, 0)
+
+
 def test_a_flush_ends_loads_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = server(tmp_path), server(tmp_path)
     saved(first, context := compressed(first))
