@@ -108,8 +108,9 @@ class ContextFiles:
 
     def look(self) -> None:
         """Which files there are. Raises OSError."""
+        known = set(self.on_disk)
         mine = {name for name, num_ranks in self.folder.complete() if num_ranks == self.served.num_ranks}
-        self.on_disk = mine - self.going
+        self.on_disk = (mine | self.on_disk - known) - self.going  # what was saved meanwhile is there too
 
     def look_again(self) -> None:
         """As `look`, in a thread, if the last look was some time ago: for the next one who asks."""

@@ -106,7 +106,10 @@ def _asked_for(manager: CompressionManager, call: Mapping[str, Any]) -> Context 
 
 
 def _is_held(manager: CompressionManager, context: Context) -> bool:
-    return manager.cache.is_resident(context) or context.is_queued or context.state is not ContextState.ABSENT
+    """Whether a context is anywhere: among its slots, or in a file."""
+    if manager.cache.is_resident(context) or context.is_queued or context.state is not ContextState.ABSENT:
+        return True
+    return manager.stored.is_on_disk(context)
 
 
 def _is_visible(context: Context, call: Mapping[str, Any]) -> bool:

@@ -525,6 +525,18 @@ def test_deleting_a_context_deletes_its_file(tmp_path: Path) -> None:
     assert decided(drive, drive.ask(CONTEXT)) == "job"
 
 
+def test_one_that_is_only_on_the_disk_is_listed_and_deleted(tmp_path: Path) -> None:
+    drive = server(tmp_path)
+    context = compressed(drive)
+    saved(drive, context)
+    drive.evict_all()
+    (shown,) = control_calls.answer(drive.manager, {"op": "list", "namespace": None})["contexts"]
+    assert (shown["state"], shown["slots"], shown["on_disk"]) == ("absent", 0, True)
+    assert control_calls.answer(drive.manager, {"op": "delete", "name": context.id, "namespace": None})["gone"]
+    wait_for(lambda: not list(tmp_path.glob("*.safetensors")))
+    assert decided(drive, drive.ask(CONTEXT)) == "job"
+
+
 def test_a_context_that_expires_takes_its_file_with_it(tmp_path: Path) -> None:
     drive = server(tmp_path)
     context = compressed(drive, ttl_seconds=10.0)
