@@ -26,14 +26,18 @@ _LONGEST_PAUSE_SECONDS = 0.5
 
 
 async def save_context(tokenizer_manager: Any, name: str, caller: Caller) -> dict[str, Any]:
-    """Saves the context of this name, on every data-parallel rank that has it. Returns when it is on the disk.
+    """Saves a context, on every data-parallel rank that has it. Returns when it is on the disk.
 
+    name: as lists show it, or the context id that `POST /obcache/compress` answered with.
     The answer has `file`, the name under which it can be loaded, `bytes` and `seconds`. Raises RequestError and ContextNotFound.
     """
     asked = uuid.uuid4().hex
-    operation = {"op": "save", "name": name, "context_id": None, "namespace": caller.namespace(tokenizer_manager), "asked": asked}
-    answers = await control.call(tokenizer_manager, operation)
-    known = [(rank, answer) for rank, answer in answers if answer.get("status_code") != 404]
+    operation = {"op": "save", "namespace": caller.namespace(tokenizer_manager), "asked": asked}
+    known: list[tuple[int, dict[str, Any]]] = []
+    for named in ({"name": name}, {"context_id": name}):
+        if not known:
+            answers = await control.call(tokenizer_manager, operation | named)
+            known = [(rank, answer) for rank, answer in answers if answer.get("status_code") != 404]
     for _, answer in known or answers:
         checked(answer)
     return await _result(tokenizer_manager, asked, {rank for rank, _ in known})

@@ -84,6 +84,10 @@ def lasting(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lastin
             made.files[budget] = saved["file"]
             kept = report(answer)["kept_tokens"]
             assert saved["bytes"] < 1.03 * kept * 30 * 2 * 3 * 64 * 4
+        compressed = server.post(
+            "/obcache/compress", {"input_ids": document(model_dir, L, TOPICS["uniform"]), **WISHES["uniform"]}
+        )
+        assert save(server, compressed["id"])["file"] == made.files["uniform"], "its id will do, too"
         made.ask(server, "uniform", cache_salt="one")
         (name,) = names(server, **{"X-Cache-Salt": "one"})
         made.files["salted"] = save(server, name, **{"X-Cache-Salt": "one"})["file"]
