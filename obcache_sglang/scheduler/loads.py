@@ -82,7 +82,9 @@ class Loads:
                 continue
             load.contained(self._copy, load)
             if self.jobs.agree(load.is_done):
-                self._publish(load)
+                load.contained(self._publish, load)
+                if load.error is not None:
+                    self.end(load, "")
 
     def _reserve_when_read(self, load: Load) -> bool:
         """Whether the context has its slots now, as it may once all ranks have read what its file says of it. All come to the votes."""
@@ -91,13 +93,13 @@ class Loads:
         context = load.context or self._context_of(load)
         if context is None:
             return False
-        self.jobs.room.make(context.num_slots)
+        load.contained(self.jobs.room.make, context.num_slots)
         if self.engine.runs_something and not self.jobs.room.has_spare(context.num_slots):
             load.waited_passes += 1
             if load.waited_passes > MOST_WAITING_PASSES:
                 self.end(load, "there is no room beside what runs")
             return False
-        load.slots = self.jobs.reserve_on_all_ranks(context)
+        load.slots = self.jobs.reserve_on_all_ranks(context, is_able=load.error is None)
         if load.slots is None:
             self.end(load, "the KV pool has no room for it")
         return load.slots is not None
@@ -162,13 +164,13 @@ class Loads:
 
     def end(self, load: Load, why: str) -> None:
         """Nothing comes of it: its questions are served as if there were no file. why: where this rank has no reason of its own."""
-        self.under_way.remove(load)
+        self.under_way = [each for each in self.under_way if each is not load]
         if load.reading is not None:
             load.reading.cancel()
             self.files.given_up.append(load.reading)
         if load.context is not None:
             load.context.is_queued = False
-            self.jobs.discard(load.context)
+            load.contained(self.jobs.discard, load.context)  # what that leaves, `Jobs.discard_orphans` takes
         if load.is_missing:
             self.files.on_disk.discard(load.name)
         else:

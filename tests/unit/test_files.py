@@ -618,6 +618,30 @@ def test_where_requests_run_it_goes_on_in_bounded_steps(tmp_path: Path, monkeypa
     assert 1 in done and 2 in done
 
 
+@pytest.mark.parametrize("name", ["publish", "reserve", "withdraw"])
+def test_a_defect_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    first, second = server(tmp_path), server(tmp_path)
+    saved(first, compressed(first))
+    if name == "withdraw":
+        flip(the_file(tmp_path), -1)
+    failed = []
+
+    def defect(*args: Any) -> None:
+        failed.append(name)
+        raise RuntimeError("a defect")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(second.manager.cache, name, defect)
+        req = second.ask(CONTEXT)
+        deadline = time.monotonic() + 20
+        while not failed:
+            second.step()
+            assert time.monotonic() < deadline
+    assert decided(second, req) in ("job", "exact")
+    second.manager.sweep()
+    assert second.accounts() == (300, 0, 0)
+
+
 def test_a_pool_without_room_compresses_or_serves_as_without_a_file(tmp_path: Path) -> None:
     first, second = server(tmp_path), server(tmp_path, size=M - 2)
     saved(first, compressed(first))
