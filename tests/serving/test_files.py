@@ -214,8 +214,9 @@ def test_a_folder_that_cannot_be_written_says_so_and_the_server_goes_on(second: 
 @pytest.mark.long
 def test_three_ranks_save_load_and_preload(model_dir: Path, tmp_path: Path) -> None:
     lasting = Lasting(tmp_path / "folder", model_dir)
+    env = {**STRICT, "SGLANG_CPU_OMP_THREADS_BIND": "0|0|0"}  # all ranks on one core
     flags = (*FLAGS, "--obcache-folder", str(lasting.folder), "--tp-size", "3")
-    with serve(model_dir, tmp_path / "first", flags, STRICT) as server:
+    with serve(model_dir, tmp_path / "first", flags, env) as server:
         for budget in TOPICS:
             before = set(names(server))
             lasting.ask(server, budget)
@@ -226,7 +227,7 @@ def test_three_ranks_save_load_and_preload(model_dir: Path, tmp_path: Path) -> N
             pass
     assert len(list(lasting.folder.glob("*.safetensors"))) == 3 * len(TOPICS)
     (lasting.folder / f"{lasting.files['global']}.1of3.context.safetensors").unlink()
-    with serve(model_dir, tmp_path / "second", (*flags, "--obcache-preload"), STRICT) as server:
+    with serve(model_dir, tmp_path / "second", (*flags, "--obcache-preload"), env) as server:
         assert "3 of 3 contexts are there from the start" in server.log()
         for budget in TOPICS:
             answer = lasting.ask(server, budget)
