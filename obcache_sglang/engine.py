@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
 from obcache_sglang import plugin
-from obcache_sglang.frontend import service
+from obcache_sglang.frontend import files, service
 from obcache_sglang.host import Touch
 from obcache_sglang.settings import settings_from_python
 
@@ -62,6 +62,14 @@ class Engine(SGLangEngine):
     ) -> str:
         """Deletes a context: "deleted", or "deleting" if it still has readers after `wait_seconds`. Raises ContextNotFound."""
         return self._run(service.delete_context(self.tokenizer_manager, context_id, caller=caller, wait_seconds=wait_seconds))
+
+    def save_context(self, name: str, *, caller: service.Caller = service.ANYBODY) -> dict[str, Any]:
+        """Saves a context to the folder (`obcache={"folder": ...}`), by its name or its context id. Returns its `file`, `bytes` and `seconds`."""
+        return self._run(files.save_context(self.tokenizer_manager, name, caller))
+
+    def load_context(self, file: str, *, caller: service.Caller = service.ANYBODY) -> dict[str, Any]:
+        """Loads a file of the folder by its name. Questions find it by themselves; this is for ahead of them. Returns the context's `name`."""
+        return self._run(files.load_context(self.tokenizer_manager, file, caller))
 
     def obcache_status(self) -> dict[str, Any]:
         """What `GET /obcache/status` answers: active or not, settings, hooks, counters."""

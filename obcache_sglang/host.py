@@ -36,6 +36,7 @@ _DECLARED_IN = (
     "scheduler.hooks",
     "scheduler.wiring",
     "scheduler.rank_gates",
+    "scheduler.served_model",
     "scheduler.engine_view",
     "scheduler.manager",
     "scheduler.requests",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import subprocess
@@ -19,10 +18,7 @@ from obcache_sglang.compress.calibration import DEFAULT_MAX_TOKENS, GATE_TOKENS,
 from obcache_sglang.compress.gates import SUFFIX, GateFile
 from obcache_sglang.compress.head_profile import PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.errors import ConfigError, HostError
-
-# Of each file of weights: enough to tell a fine-tuned model from its base, and read in a moment.
-_SAMPLES = 16
-_SAMPLE_BYTES = 64 * 1024
+from obcache_sglang.weights import weights_digest
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def _folder() -> Path:
 
 def _made_file(model_name: str, config: Any, kind: _Kind) -> Path:
     digest = ModelIdentity.of(config).digest
-    return _folder() / f"{Path(model_name).name}-{digest}-{_weights_digest(model_name, config)}{kind.suffix}"
+    return _folder() / f"{Path(model_name).name}-{digest}-{weights_digest(model_name, config)}{kind.suffix}"
 
 
 def _is_readable(file: Path, kind: _Kind) -> bool:
@@ -133,20 +129,3 @@ def _file_for(model_name: str, kind: _Kind) -> Path:
         )
     partial.replace(file)
     return file
-
-
-def _weights_digest(model_name: str, config: Any) -> str:
-    """12 hexadecimal digits that differ for models of one configuration with other weights.
-
-    Of a model from the Hub its commit tells; of a directory, samples of its weights.
-    """
-    folder = Path(model_name)
-    digest = hashlib.sha256((getattr(config, "_commit_hash", None) or "").encode())
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
-            for sample in range(_SAMPLES):
-                opened.seek(size * sample // _SAMPLES)
-                digest.update(opened.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:12]

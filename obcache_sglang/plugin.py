@@ -29,6 +29,7 @@ from obcache_sglang.compress.head_profile import AUTO, HeadProfile
 from obcache_sglang.errors import ConfigError, HostError
 from obcache_sglang.frontend.hooks import GUARD_TOUCHES
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
+from obcache_sglang.kv.folder import Folder
 from obcache_sglang.settings import (
     OPTIONS,
     SETTINGS_ENV,
@@ -93,6 +94,8 @@ def with_measured_files(settings: ServerSettings, model: str) -> ServerSettings:
 
     Raises HostError if that fails, and ConfigError for a file that is not what it should be.
     """
+    if settings.folder is not None:
+        Folder.opened(settings.folder)
     head_profile = _measured_file("head_profile", settings.head_profile, HeadProfile.load, model)
     gates = _measured_file("gates", settings.gates, GateFile.load, model)
     settings = replace(settings, head_profile=head_profile, gates=gates)

@@ -24,7 +24,7 @@ from fastapi.routing import APIRoute
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from obcache_sglang.errors import InvalidValue, ObcacheError, RequestError, shown
-from obcache_sglang.frontend import calibrate_api, service
+from obcache_sglang.frontend import calibrate_api, files, service
 from obcache_sglang.frontend.exchange import ExchangeMiddleware
 from obcache_sglang.frontend.hooks import Frontend
 from obcache_sglang.host import Touch
@@ -89,6 +89,32 @@ def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def list_contexts(request: Request) -> dict[str, Any]:
         return {"contexts": await service.list_contexts(tokenizer_manager, operator(request))}
+
+    @router.post("/contexts/{name}/save")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def save_context(name: str, request: Request) -> dict[str, Any]:
+        return await files.save_context(tokenizer_manager, name, operator(request))
+
+    @router.post("/contexts/load")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def load_context(request: Request) -> dict[str, Any]:
+        keys = ("file", *_NAMESPACE_HEADERS)
+        body = _in_namespace(await _json_object(request, keys), request)
+        unknown = [key for key in body if key not in keys]
+        if unknown:
+            raise RequestError(f"Unknown keys: {', '.join(map(shown, unknown[:5]))}. Allowed keys: {', '.join(keys)}.")
+        return await files.load_context(tokenizer_manager, body.get("file"), _named_caller(body))
+
+    @router.get("/files")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def list_files(request: Request) -> dict[str, Any]:
+        return {"files": await files.list_files(tokenizer_manager, operator(request))}
+
+    @router.delete("/files/{file}")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def delete_file(file: str, request: Request) -> dict[str, Any]:
+        await files.delete_file(tokenizer_manager, file, operator(request))
+        return {"file": file, "state": "deleted"}
 
     @router.get("/contexts/by-name/{name}")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
@@ -174,6 +200,14 @@ _NAMESPACE_HEADERS = {"extra_key": EXTRA_KEY_HEADER, "cache_salt": SALT_HEADER, 
 def _caller(request: Request) -> service.Caller:
     extra_key, cache_salt, lora_path = (request.headers.get(header) or None for header in _NAMESPACE_HEADERS.values())
     return service.Caller(extra_key, cache_salt, lora_path)
+
+
+def _named_caller(body: dict[str, Any]) -> service.Caller:
+    """Of a body that names the namespace. Raises RequestError."""
+    for name in _NAMESPACE_HEADERS:
+        if not isinstance(body.get(name), str | None):
+            raise RequestError(f"{name}={shown(body[name])} is not a string.")
+    return service.Caller(body.get("extra_key") or None, body.get("cache_salt") or None, body.get("lora_path") or None)
 
 
 def _in_namespace(body: dict[str, Any], request: Request) -> dict[str, Any]:

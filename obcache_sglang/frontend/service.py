@@ -75,7 +75,7 @@ async def compress_progress(
                 return
             answers = await control.call(tokenizer_manager, {"op": "progress", "rid": rid})
             for rank, answer in answers:
-                now = _checked(answer)
+                now = checked(answer)
                 # A rank stops counting when its job ends, shortly before its answer arrives: what it had reached stays.
                 if rank not in reached or now["of"] > 0:
                     reached[rank] = now
@@ -142,7 +142,7 @@ ANYBODY = Caller()
 async def list_contexts(tokenizer_manager: Any, caller: Caller = ANYBODY) -> list[dict[str, Any]]:
     """The contexts that the caller sees, each with its `dp_rank` and its `name`. A name is not the id that opens a context."""
     answers = await control.call(tokenizer_manager, {"op": "list", "namespace": caller.namespace(tokenizer_manager)})
-    return [context | {"dp_rank": rank} for rank, answer in answers for context in _checked(answer)["contexts"]]
+    return [context | {"dp_rank": rank} for rank, answer in answers for context in checked(answer)["contexts"]]
 
 
 async def get_context(
@@ -203,7 +203,7 @@ async def delete_context(
         await asyncio.sleep(pause)
         pause = min(2 * pause, 1.0)
         answers = await control.call(tokenizer_manager, {"op": "gone", "name": found[0][1]["name"]})
-        gone = all(_checked(answer)["gone"] for _, answer in answers)
+        gone = all(checked(answer)["gone"] for _, answer in answers)
     return "deleted" if gone else "deleting"
 
 
@@ -221,7 +221,7 @@ async def status(tokenizer_manager: Any) -> dict[str, Any]:
     frontend = Frontend.of(tokenizer_manager)
     if frontend is None:
         raise RequestError("This engine was started without compression: start it with obcache=True.")
-    ranks = [{"dp_rank": rank} | _checked(answer) for rank, answer in await control.call(tokenizer_manager, {"op": "status"})]
+    ranks = [{"dp_rank": rank} | checked(answer) for rank, answer in await control.call(tokenizer_manager, {"op": "status"})]
     states = [state for state in check_host() if state.touch.is_hook]
     hooks = [
         {"target": touch.target, "kind": touch.kind, "process": touch.process, "in_place": in_place, "why": touch.why}
@@ -249,7 +249,7 @@ def _num_ranks() -> int:
     return int(get_parallel().num_dp_ranks)
 
 
-def _checked(answer: Mapping[str, Any]) -> dict[str, Any]:
+def checked(answer: Mapping[str, Any]) -> dict[str, Any]:
     """An answer without its envelope. Raises the error it carries."""
     if not answer.get("ok"):
         message = str(answer.get("error") or "The scheduler does not know this operation, since it runs without compression.")
@@ -259,7 +259,7 @@ def _checked(answer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _found(answers: list[tuple[int, dict[str, Any]]], asked: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    found = [(rank, _checked(answer)) for rank, answer in answers if answer.get("status_code") != 404]
+    found = [(rank, checked(answer)) for rank, answer in answers if answer.get("status_code") != 404]
     if not found:
         what = shown(asked["context_id"] or asked["name"])
         raise ContextNotFound(f"There is no context {what} in this namespace (cache salt, extra key, LoRA adapter).")

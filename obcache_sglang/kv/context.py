@@ -81,6 +81,7 @@ class Context:
     beginnings: the tokens and ids of the shorter contexts that it is compressed after, segment by segment, ascending; None until asked for.
     slots_needed: about so many a compression of it takes at once; None until asked for.
     rungs: ids of the same tokens on the steps of the ladder (`ServerSettings.rungs`); None until asked for.
+    file_name: what its files are called (`kv.files.file_name`); None until asked for.
     tails: by context id, the tokens between the last whole page and the end that a client gave it.
     suffixes: what requests left in the tree after it, as token ids.
     suffixes_complete: whether that is all of it.
@@ -115,6 +116,7 @@ class Context:
     beginnings: list[tuple[int, str]] | None = None
     slots_needed: int | None = None
     rungs: list[str] | None = None
+    file_name: str | None = None
     tails: OrderedDict[str, array[int]] = field(default_factory=OrderedDict)
     suffixes: dict[bytes, None] = field(default_factory=dict)
     suffixes_complete: bool = True

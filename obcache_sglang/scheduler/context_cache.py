@@ -50,7 +50,7 @@ class ContextCache:
     """The contexts of one scheduler, least recently used first, and their nodes in its radix tree.
 
     secret: of this server, 0 to 64 bytes, the same on every rank; context ids and virtual ids cannot be guessed without it.
-    on_evicted: called when a resident context is found gone.
+    on_evicted: called when a resident context is found gone. on_deleted: with each context that is deleted.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class ContextCache:
         self.page_size: int = tree_cache.page_size
         self.max_contexts = max_contexts
         self.on_evicted = on_evicted
+        self.on_deleted: Callable[[Context], None] = lambda context: None
         self._secret = secret
         self._contexts: OrderedDict[str, Context] = OrderedDict()
         self._deleting: dict[str, Context] = {}
@@ -357,6 +358,7 @@ class ContextCache:
             self._drop_record(each)
             each.state = ContextState.DELETING
             self._deleting[each.id] = each
+            self.on_deleted(each)
 
     def drop_segment(self, context: Context) -> None:
         """Forgets a beginning that only a longer context has asked for."""
@@ -409,8 +411,7 @@ class ContextCache:
         self._deleting.clear()
 
     def _mark_absent(self, context: Context) -> None:
-        context.state = ContextState.ABSENT
-        context.kept = None
+        context.state, context.kept = ContextState.ABSENT, None
         context.suffixes.clear()
         context.suffixes_complete = True
         context.node, context.engine_ids, context.owns_exact = None, array("q"), False

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from obcache_sglang import __version__
+from obcache_sglang.errors import RequestError
 from obcache_sglang.kv.context import Context, ContextState, Namespace
-from obcache_sglang.scheduler.requests import ContextReq
+from obcache_sglang.scheduler.in_place import CachedCompression
+from obcache_sglang.scheduler.loads import Load
+from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 
 if TYPE_CHECKING:
     from obcache_sglang.scheduler.manager import CompressionManager
@@ -16,10 +20,11 @@ Answer = dict[str, Any]
 
 
 def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
-    """Answers one control call; op is status, list, get, positions, delete, gone, progress, expire or calibrate.
+    """Answers one control call; op is status, list, get, positions, delete, gone, progress, expire, save, load, file_result, file_deleted or
+    calibrate.
 
     namespace: {"extra_key", "cache_salt", "lora_id"} of whoever asks, None for an operator who sees all. A context is asked for by
-    its `context_id`, or by the `name` that lists show.
+    its `context_id`, or by the `name` that lists show. asked: the name that a save or load is given, under which its result is asked for.
     """
     manager.advance_clock(float(call.get("now", 0.0)))
     cache = manager.cache
@@ -34,15 +39,22 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
         case "progress":
             asked = [req for req in manager.engine.waiting() if isinstance(req, ContextReq) and req.rid.startswith(call["rid"])]
             contexts = [req.context for req in asked if req.context is not None]
-            jobs = [job for each in contexts if (job := manager.jobs.get(each) or manager.in_place.get(each)) is not None]
+            jobs = [job for each in contexts if (job := _under_way(manager, each)) is not None]
             done, total = jobs[0].progress if jobs else (0, 0)
             return {"ok": True, "tokens": done, "of": total}
+        case "file_result":
+            return {"ok": True, "result": manager.stored.result(call["asked"])}
+        case "file_deleted":
+            manager.stored.file_deleted(call["file"])
+            return {"ok": True}
+        case "load":
+            return _begun(partial(manager.stored.load, call["file"], Namespace.of(**call["namespace"]), call["asked"]))
         case "gone":
             return {"ok": True, "gone": cache.get(call["name"]) is None}
         case "list":
             readers = manager.room.readers()
             held = [each for each in cache if _is_visible(each, call) and _is_held(manager, each)]
-            return {"ok": True, "contexts": [each.describe() | {"readers": readers[each.id]} for each in held]}
+            return {"ok": True, "contexts": [_described(manager, each) | {"readers": readers[each.id]} for each in held]}
     context = _asked_for(manager, call)
     if context is None:
         wanted = call.get("context_id") or call.get("name")
@@ -53,12 +65,14 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
         }
     match call.get("op"):
         case "get":
-            described = context.describe() | {"readers": manager.room.readers()[context.id]}
+            described = _described(manager, context) | {"readers": manager.room.readers()[context.id]}
             described["kept_per_head"] = None if context.kept is None else context.kept.counts(manager.engine.num_kv_heads)
             return {"ok": True, "context": described}
         case "positions":
             kept, layer = context.kept, int(call["layer"])
             return {"ok": True, "positions": None if kept is None else kept.packed_layer(layer, manager.engine.num_kv_heads)}
+        case "save":
+            return _begun(partial(manager.stored.save, context, call["asked"]))
         case "delete":
             if context.is_queued:
                 return {"ok": False, "status_code": 409, "error": "The context is being compressed. Delete it afterwards."}
@@ -67,6 +81,22 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
             manager.sweep()
             return {"ok": True, "name": context.id, "gone": cache.get(context.id) is None}
     return {"ok": False, "status_code": 400, "error": f"op={call.get('op')!r} is not a known operation."}
+
+
+def _begun(begin: Callable[[], None]) -> Answer:
+    try:
+        begin()
+    except RequestError as error:
+        return {"ok": False, "status_code": error.status_code, "error": str(error)}
+    return {"ok": True}
+
+
+def _described(manager: CompressionManager, context: Context) -> dict[str, Any]:
+    return context.describe() | {"on_disk": manager.stored.is_on_disk(context)}
+
+
+def _under_way(manager: CompressionManager, context: Context) -> CompressionJob | CachedCompression | Load | None:
+    return manager.jobs.get(context) or manager.in_place.get(context) or manager.stored.get(context)
 
 
 def _asked_for(manager: CompressionManager, call: Mapping[str, Any]) -> Context | None:
@@ -79,7 +109,10 @@ def _asked_for(manager: CompressionManager, call: Mapping[str, Any]) -> Context 
 
 
 def _is_held(manager: CompressionManager, context: Context) -> bool:
-    return manager.cache.is_resident(context) or context.is_queued or context.state is not ContextState.ABSENT
+    """Whether a context is anywhere: among its slots, or in a file."""
+    if manager.cache.is_resident(context) or context.is_queued or context.state is not ContextState.ABSENT:
+        return True
+    return manager.stored.is_on_disk(context)
 
 
 def _is_visible(context: Context, call: Mapping[str, Any]) -> bool:

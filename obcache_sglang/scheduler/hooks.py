@@ -258,6 +258,14 @@ def after_unload_lora_adapter(result: Any, scheduler: Any, recv_req: Any) -> Any
     return result
 
 
+def before_weight_update(updater: Any, *args: Any, **kwargs: Any) -> None:
+    try:
+        if (manager := _manager(updater.scheduler)) is not None:
+            manager.stored.turn_off("the model's weights were updated")
+    except Exception:
+        logger.exception("obcache: turning the files of contexts off failed")
+
+
 @_contained("filtering KV events")
 def after_take_events(events: list[Any], tree_cache: Any) -> list[Any]:
     """KV events without virtual tokens, and with the real ones of the contexts that are held."""
@@ -334,6 +342,20 @@ TOUCHES: tuple[Touch, ...] = (
         after_unload_lora_adapter,
         "an adapter's contexts go with it",
         ("recv_req",),
+    ),
+    *(
+        _hook(
+            f"sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.{name}",
+            "before",
+            before_weight_update,
+            "files of contexts are of the weights that the server began with",
+        )
+        for name in (
+            "update_weights_from_disk",
+            "update_weights_from_distributed",
+            "update_weights_from_tensor",
+            "update_weights_from_ipc",
+        )
     ),
     _hook(
         f"{_SCHEDULER}.get_internal_state", "around", around_get_internal_state, "control calls of the endpoints", ("recv_req",)

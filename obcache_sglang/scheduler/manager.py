@@ -11,7 +11,6 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from enum import Enum
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from obcache_sglang.messages import Plan
 from obcache_sglang.scheduler.calibration import Calibration
 from obcache_sglang.scheduler.calibration_run import settings_with
 from obcache_sglang.scheduler.context_cache import ContextCache
+from obcache_sglang.scheduler.context_files import ContextFiles
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.idle import WhenIdle
 from obcache_sglang.scheduler.in_place import InPlace
@@ -32,9 +32,10 @@ from obcache_sglang.scheduler.lineage import known_settings
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.named import named, namespace_of
 from obcache_sglang.scheduler.pressure import UnderPressure
-from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq
+from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq, Verdict
 from obcache_sglang.scheduler.room import Room
 from obcache_sglang.scheduler.shared_prefixes import SharedPrefixes
+from obcache_sglang.scheduler.stored import StoredContexts
 from obcache_sglang.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -45,12 +46,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Verdict(Enum):
-    ADMIT = "admit"
-    HOLD = "hold"
-    DONE = "done"
-
-
 class CompressionManager:
     """Compresses contexts for one SGLang scheduler.
 
@@ -58,7 +53,7 @@ class CompressionManager:
     agree: whether all ranks of this scheduler's tensor-parallel group say True; called by all of them at the same point.
     clock: seconds since the epoch; None with several ranks, whose clocks differ: then the stamps that requests carry tell the time.
     secret: as in ContextCache.
-    layers, compress_layer: as in InPlace.
+    layers, compress_layer: as in InPlace. files: of the contexts that last, with --obcache-folder.
     rank_gates: where gates that this server makes are made and take effect; None where there is no model.
     """
 
@@ -75,16 +70,15 @@ class CompressionManager:
         layers: Sequence[Any] = (),
         compress_layer: Callable[..., None] | None = None,
         rank_gates: RankGates | None = None,
+        files: ContextFiles | None = None,
     ) -> None:
-        self.engine = engine
-        self.settings = settings
-        self.metrics = metrics
-        self.uneven_refusal = uneven_refusal
-        self.clock = clock
+        self.engine, self.settings, self.metrics = engine, settings, metrics
+        self.uneven_refusal, self.clock = uneven_refusal, clock
         self.cache = ContextCache(engine.tree, settings.max_contexts, secret, on_evicted=metrics.evicted)
         self.room = Room(engine, self.cache, settings.max_pinned_slots)
         self.jobs = Jobs(engine, self.cache, self.room, metrics, agree=agree, secret=secret)
         self.in_place = InPlace(self.jobs, layers, compress_layer)
+        self.stored = StoredContexts(self.jobs, files)
         self.when_idle = WhenIdle(self.in_place)
         self.under_pressure = UnderPressure(self.in_place, settings)
         self.calibration = Calibration(self.in_place, rank_gates, self._use_gates)
@@ -131,6 +125,7 @@ class CompressionManager:
                 self.room.make(self.room.tight_slots)
             self.in_place.advance()
             self.calibration.advance()
+            self.stored.advance()
             if not engine.admits_nobody():
                 order, admitted = self._decide()
                 admitted = self.under_pressure.relieve(admitted)
@@ -264,7 +259,10 @@ class CompressionManager:
                 return Verdict.ADMIT, None
             return self._serve_resident(req, context), None
         req.use_real_ids()
-        if self._may_defer(req, context):
+        defers = self._may_defer(req, context)
+        if not (defers and self.settings.when == "pressure") and self.stored.awaits(req, context):
+            return Verdict.HOLD, None
+        if defers:
             if self.settings.when == "idle":
                 self.when_idle.add(context, req)
             else:
@@ -339,6 +337,7 @@ class CompressionManager:
             if not compressed_now:
                 context.reuses += 1
                 self.metrics.reused(context.num_tokens)
+            req.tier = self.stored.tier(context)
             req.report("compressed" if compressed_now else "reused")
             if req.plan.action == "compress":
                 return self._finish_without_forward(req)
@@ -399,6 +398,7 @@ class CompressionManager:
         """The tree was reset: every context is gone."""
         self.in_place.forget()
         self.calibration.forget()
+        self.stored.forget()
         self.cache.clear()
         self.jobs.forget_bases()
         self.when_idle.forget()
@@ -406,10 +406,11 @@ class CompressionManager:
         self.metrics.set_gauges(self.cache)
 
     def _use_gates(self, name: str) -> bool:
-        """This server has gates from now on. Whether requests that give no method use them."""
+        """This server has gates from now on, and files of contexts say of none that they are theirs. Whether requests that give no method use them."""
         on_cpu, refusal = self.engine.on_cpu, self.uneven_refusal
         settings, follows = settings_with(self.settings, name, uneven_refusal=refusal, on_cpu=on_cpu)
         self.settings = self.under_pressure.settings = settings
+        self.stored.turn_off("this server has made gates of its own")
         return follows
 
     def forget_adapter(self, lora_id: str) -> None:

@@ -30,6 +30,8 @@ class Metrics:
         self._seconds = 0.0
         self._replay_seconds = 0.0
         self._schedule_seconds = 0.0
+        self._load_seconds = 0.0
+        self._save_seconds = 0.0
         self._contexts = 0
         self._pinned = 0
         self._waiting = 0
@@ -76,6 +78,32 @@ class Metrics:
         self._totals["in_place"] += 1
         if self._prometheus:
             self._prometheus.in_place.inc()
+
+    def loaded(self, seconds: float, num_bytes: int) -> None:
+        """A context was loaded from its file of so many bytes, in `seconds` from the look for it to publication."""
+        self._totals["file_loads"] += 1
+        self._totals["file_bytes_read"] += num_bytes
+        self._load_seconds += seconds
+        if self._prometheus:
+            self._prometheus.file_loads.inc()
+            self._prometheus.file_bytes_read.inc(num_bytes)
+            self._prometheus.file_load_seconds.observe(seconds)
+
+    def saved(self, seconds: float, num_bytes: int) -> None:
+        """A context was saved to its file of so many bytes, in `seconds` until it was on the disk."""
+        self._totals["file_saves"] += 1
+        self._totals["file_bytes_written"] += num_bytes
+        self._save_seconds += seconds
+        if self._prometheus:
+            self._prometheus.file_saves.inc()
+            self._prometheus.file_bytes_written.inc(num_bytes)
+            self._prometheus.file_save_seconds.observe(seconds)
+
+    def file_missed(self) -> None:
+        """A file was looked for, and there was none that could be used."""
+        self._totals["file_misses"] += 1
+        if self._prometheus:
+            self._prometheus.file_misses.inc()
 
     def replayed(self, tokens: int, seconds: float) -> None:
         """A pass of method replay has read `tokens` tokens after its context, in `seconds` from its start."""
@@ -156,11 +184,18 @@ class Metrics:
             "replayed_tokens",
             "schedule_passes",
             "evictions",
+            "file_loads",
+            "file_saves",
+            "file_misses",
+            "file_bytes_read",
+            "file_bytes_written",
         )
         return {name: self._totals[name] for name in names} | {
             "compression_seconds": self._seconds,
             "replay_seconds": self._replay_seconds,
             "schedule_seconds": self._schedule_seconds,
+            "file_load_seconds": self._load_seconds,
+            "file_save_seconds": self._save_seconds,
             "exact": dict(self._exact),
             "contexts": self._contexts,
             "pinned": self._pinned,
@@ -198,6 +233,13 @@ class _Prometheus:
         self.pinned = gauge("pinned_contexts", "Compressed contexts that are pinned now.")
         self.waiting = gauge("waiting_requests", "Requests that wait for a compression now.")
         self.evictions = counter("evictions_total", "Compressed contexts that were evicted to make room.")
+        self.file_loads = counter("file_loads_total", "Contexts loaded from their files.")
+        self.file_saves = counter("file_saves_total", "Contexts saved to files.")
+        self.file_misses = counter(
+            "file_misses_total", "Files of contexts that were looked for, and were not there or not usable."
+        )
+        self.file_bytes_read = counter("file_read_bytes_total", "Bytes of the files of contexts that were loaded.")
+        self.file_bytes_written = counter("file_written_bytes_total", "Bytes of the files of contexts that were saved.")
         self.slots_saved_now = gauge(
             "resident_slots_saved", "KV slots that the resident contexts hold less than their exact caches would."
         )
@@ -211,6 +253,8 @@ class _Prometheus:
             return Histogram(f"sglang:obcache_{name}", text, labelnames=names, buckets=buckets).labels(**labels)
 
         self.seconds = histogram("compression_seconds", "Seconds from the start of a compression job to its publication.")
+        self.file_load_seconds = histogram("file_load_seconds", "Seconds from the look for a context's file to its publication.")
+        self.file_save_seconds = histogram("file_save_seconds", "Seconds until a context that was to be saved was on the disk.")
         self.waiting_seconds = histogram("waiting_seconds", "Seconds that requests waited for a compression.")
         exact = PrometheusCounter(
             "sglang:obcache_exact_total",

@@ -6,6 +6,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,14 @@ MAX_COMPRESSIONS_PER_REQUEST = 2
 """Compressions one request may start: beyond it, a pool that evicts a context before its first reader would loop."""
 
 
+class Verdict(Enum):
+    """What a scheduling pass does with a request that waits."""
+
+    ADMIT = "admit"
+    HOLD = "hold"
+    DONE = "done"
+
+
 class ContextReq(Req):
     """A request that asks for compression.
 
@@ -52,6 +61,10 @@ class ContextReq(Req):
         """Whether the manager has decided on it since it was queued."""
         self.held_since: float | None = None
         """When it began to wait for a compression, of `time.perf_counter`; None while it does not."""
+        self.looked_for: str | None = None
+        """The context whose file was last looked for on its behalf."""
+        self.tier: str | None = None
+        """Where the context came from that it reuses: "device" or "disk"."""
         self.position_offset = 0
         self.real_ids: array[int] | None = None
         self.compressions_started = 0
@@ -175,6 +188,7 @@ class ContextReq(Req):
                     "score": settings.score,
                     "budget": settings.budget,
                     "pinned": context is not None and context.pinned,
+                    "tier": self.tier if status == "reused" else None,
                     "seconds": context.seconds if context is not None and status == "compressed" else None,
                 }
             ]

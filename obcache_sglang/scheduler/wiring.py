@@ -28,12 +28,16 @@ from obcache_sglang.compress.scores import accumulate_scores_in_slots
 from obcache_sglang.cpu.attention import CpuAttentionBackend
 from obcache_sglang.errors import HostError
 from obcache_sglang.host import use
+from obcache_sglang.kv.files import DTYPES
+from obcache_sglang.kv.folder import Folder
+from obcache_sglang.scheduler.context_files import ContextFiles
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.forward import ForwardPlan, score_after
 from obcache_sglang.scheduler.kv_events import VisibleEvents
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.rank_gates import RankGates, read_back_keys
+from obcache_sglang.scheduler.served_model import choosers, served_model
 from obcache_sglang.settings import ServerSettings, server_secret
 
 if TYPE_CHECKING:
@@ -185,8 +189,22 @@ class Wiring:
             layers=attention_layers(scheduler.tp_worker.model_runner.model),
             compress_layer=self.plan.compress_layer,
             rank_gates=rank_gates,
+            files=self._files(scheduler, settings, pool),
         )
         self.manager.calibration.begin_if_asked(settings)
+        if settings.preload:
+            self.manager.stored.preload()
+
+    def _files(self, scheduler: Any, settings: ServerSettings, pool: MHATokenToKVPool) -> ContextFiles | None:
+        """Where this rank's files of contexts lie. Raises ConfigError where they cannot."""
+        if settings.folder is None:
+            return None
+        served = served_model(scheduler, pool)
+        if served.dtype not in DTYPES:
+            raise HostError(
+                f"--obcache-folder cannot write a KV cache of {pool.dtype}. Set --kv-cache-dtype auto, or leave the folder out."
+            )
+        return ContextFiles(Folder.opened(settings.folder), served, choosers(settings), pool, self.plan.space)
 
 
 def _agreement(cpu_group: Any, group_size: int) -> Callable[[bool], bool]:

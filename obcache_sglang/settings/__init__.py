@@ -1,9 +1,9 @@
 """Settings: `values` (what they are), `methods` (what each method decides), `options` (flags, checks, help), `sources`."""
 
+from obcache_sglang.settings.bounds import BOUNDS
 from obcache_sglang.settings.checks import number_or_text
 from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, POOLINGS, PRESETS, SCORES
 from obcache_sglang.settings.options import (
-    BOUNDS,
     COMPRESSION_OPTIONS,
     MODES,
     OPTIONS,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from obcache_sglang.errors import InvalidValue
+from obcache_sglang.settings.bounds import BOUNDS
 from obcache_sglang.settings.checks import ladder, marker, names, number_or_text, ratio, share, text
 from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, POOLINGS, PRESETS, REPLAY_RECENT_TOKENS, SCORES
 
@@ -17,27 +18,6 @@ WHENS = ("first", "idle", "pressure")
 CALIBRATES = ("off", "serve")
 HEAD_ATTENTIONS = ("triton", "flashinfer")
 DECODE_GRAPHS = ("auto", "on", "off")
-
-# Clients may send any number: none may overflow, or cost other clients much. Numbers of tokens are bounded by the longest
-# contexts that models serve today.
-_LONGEST_CONTEXT = 1 << 24
-BOUNDS: dict[str, tuple[float, float, str]] = {
-    "window": (1, 8192, "every further query reads the whole context again"),
-    "kernel_size": (1, 127, "wider smoothing would keep whatever is near"),
-    "sink_tokens": (0, _LONGEST_CONTEXT, "no context is longer"),
-    "recent_tokens": (0, _LONGEST_CONTEXT, "no context is longer"),
-    "max_kept_tokens": (1, _LONGEST_CONTEXT, "no context is longer"),
-    "segment_tokens": (128, _LONGEST_CONTEXT, "each segment is a compression of its own, which shorter ones would not be worth"),
-    "exact_segments": (0, 256, "a context that stays exact for longer needs no compression"),
-    "replay_chunk": (32, 1 << 20, "each pass also reads a prompt of its own, which would outweigh shorter chunks"),
-    "context_len": (1, _LONGEST_CONTEXT, "no context is longer"),
-    "ttl_seconds": (1, 366 * 86400, "at most a year"),
-    "wait_seconds": (0, 600, "at most ten minutes"),
-    "min_tokens": (1, _LONGEST_CONTEXT, "no context is longer"),
-    "max_contexts": (1, 1 << 20, "the tokens of each stay in memory"),
-    "max_pinned_slots": (0, 1 << 40, "no KV pool is larger"),
-}
-"""Lowest and highest value of every number that is not a fraction, and the reason for the bound."""
 
 Check = Callable[[str, Any], Any]
 
@@ -366,6 +346,22 @@ SERVER_OPTIONS = (
         "KV slots that all pinned contexts may hold together. Default: half of the pool.",
         number_or_text,
         "SLOTS",
+        per_request=False,
+    ),
+    Option(
+        "folder",
+        text,
+        (
+            "The one folder in which contexts last: they are saved there on request, and a question whose context lies there has it loaded "
+            "instead of compressed. Servers of one model may share it. Default: none."
+        ),
+        metavar="DIR",
+        per_request=False,
+    ),
+    Option(
+        "preload",
+        _switch,
+        "Load contexts of --obcache-folder before serving, those used last, as far as they fit. Only those without a namespace.",
         per_request=False,
     ),
     Option(

@@ -15,8 +15,9 @@ from typing import Any
 
 from obcache_sglang.errors import InvalidValue
 from obcache_sglang.settings import methods
+from obcache_sglang.settings.bounds import BOUNDS
 from obcache_sglang.settings.methods import EVERY_QUERY, METHODS, PRESETS
-from obcache_sglang.settings.options import BOUNDS, COMPRESSION_OPTIONS, OPTIONS
+from obcache_sglang.settings.options import COMPRESSION_OPTIONS, OPTIONS
 
 MAX_SEGMENTS = 64
 """Segments of one length. More would cost a long context more than its prefill: with each, all that is kept is scored and copied again."""
@@ -316,11 +317,10 @@ class ServerSettings:
     min_tokens: shorter contexts are served exactly.
     exclude: values of cache_salt and extra_key, and names of LoRA adapters, whose requests are served exactly.
     marker: the text that ends a context.
-    max_contexts: contexts remembered at once.
-    max_pinned_slots: KV slots that pinned contexts may hold together; None for half of the pool.
-    head_attention: the kernels that attend to contexts with per-head budgets on GPUs.
-    decode_graphs: `on`: decode batches with per-head budgets run in CUDA graphs, a second set of which is captured at start-up;
-        `auto`: on if the server's own budget is not uniform.
+    max_contexts: remembered at once. max_pinned_slots: that pinned contexts may hold together; None for half of the pool.
+    folder: in which contexts last; None for none. preload: whether they are loaded from there before the server serves.
+    head_attention: the kernels that attend to contexts with per-head budgets on GPUs. decode_graphs: `on`: decode batches with such budgets
+        run in CUDA graphs, a second set of which is captured at start-up; `auto`: on if the server's own budget is not uniform.
     allow_untested_sglang: start on another SGLang release than the tested one.
     given: the compression settings that were given explicitly, from which a request's overrides are resolved.
     """
@@ -337,6 +337,8 @@ class ServerSettings:
     marker: str = "<|obcache|>"
     max_contexts: int = 1024
     max_pinned_slots: int | None = None
+    folder: str | None = None
+    preload: bool = False
     head_attention: str = "triton"
     decode_graphs: str = "auto"
     allow_untested_sglang: bool = False
@@ -370,6 +372,8 @@ class ServerSettings:
                 "on",
                 f"cannot be used with head_attention={self.head_attention}, which plans each step on the host. Set head_attention=triton.",
             )
+        if self.preload and self.folder is None:
+            raise InvalidValue("preload", True, "needs a folder to load from. Give the folder too.")
         self._check_files(self.compression)
 
     @property

@@ -23,6 +23,7 @@ from sglang.srt.server_args import ServerArgs, set_global_server_args_for_schedu
 from obcache_sglang.kv.cells import KeptTokens, create_one_space
 from obcache_sglang.kv.context import Context
 from obcache_sglang.messages import Plan
+from obcache_sglang.scheduler.context_files import ContextFiles
 from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.metrics import Metrics
@@ -47,11 +48,12 @@ class OneSpacePool(MHATokenToKVPool):
         assert create_one_space(self)
 
 
-def make_tree(size: int) -> UnifiedRadixCache:
-    """SGLang's tree over a pool of `size` slots, one layer of one head."""
+def make_tree(size: int, layers: int = 1, heads: int = 1, dtype: torch.dtype = torch.float32) -> UnifiedRadixCache:
+    """SGLang's tree over a pool of `size` slots, by default one layer of one head; several lie in one space."""
     set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device="cpu"))
     pools = {"device": "cpu", "enable_memory_saver": False}
-    kv_pool = MHATokenToKVPool(size=size, page_size=1, dtype=torch.float32, head_num=1, head_dim=8, layer_num=1, **pools)
+    kind = OneSpacePool if layers * heads > 1 else MHATokenToKVPool
+    kv_pool = kind(size=size, page_size=1, dtype=dtype, head_num=heads, head_dim=8, layer_num=layers, **pools)
     return UnifiedRadixCache(
         params=CacheInitParams(
             req_to_token_pool=ReqToTokenPool(size=4, max_context_len=size, **pools),
@@ -69,10 +71,16 @@ def make_tree(size: int) -> UnifiedRadixCache:
 class Engine(EngineView):
     """The view of a scheduler that has no model: a test makes its forwards."""
 
-    def __init__(self, size: int = 200, context_len: int | None = None, chunk: int | None = None) -> None:
-        """context_len: of the model; as long as the pool if not given. chunk: tokens that one forward reads of prompts."""
+    def __init__(
+        self,
+        size: int = 200,
+        context_len: int | None = None,
+        chunk: int | None = None,
+        tree: UnifiedRadixCache | None = None,
+    ) -> None:
+        """tree: of `make_tree`, over so many slots. context_len: of the model; as long as the pool if not given. chunk: tokens that one forward reads of prompts."""
         context_len = context_len or size
-        tree = make_tree(size)
+        tree = tree or make_tree(size)
         self._held: dict[Req, torch.Tensor] = {}
         self.running: list[Req] = []
         self.answered: list[Req] = []
@@ -140,10 +148,12 @@ class Driven:
         context_len: int | None = None,
         chunk: int | None = None,
         rank_gates: Any = None,
+        tree: UnifiedRadixCache | None = None,
+        files: ContextFiles | None = None,
         **settings: Any,
     ) -> None:
-        """layers, compress_layer, rank_gates: as in CompressionManager. chunk: as in Engine. settings: of the server."""
-        self.engine = Engine(size, context_len, chunk)
+        """layers, compress_layer, rank_gates, files: as in CompressionManager. chunk, tree: as in Engine. settings: of the server."""
+        self.engine = Engine(size, context_len, chunk, tree)
         self.now = 1000.0
         given = {"min_tokens": 4, "compression_ratio": 0.5, "method": "tova", **settings}
         self.manager = CompressionManager(
@@ -157,6 +167,7 @@ class Driven:
             layers=layers,
             compress_layer=compress_layer,
             rank_gates=rank_gates,
+            files=files,
         )
 
     def ask(

@@ -586,9 +586,9 @@ def test_compress_ends_the_context_of_messages_where_their_text_ends():
 
 
 def test_answers_of_the_schedulers_become_results_or_errors():
-    assert service._checked({"ok": True, "dp_rank": 0, "contexts": []}) == {"contexts": []}
+    assert service.checked({"ok": True, "dp_rank": 0, "contexts": []}) == {"contexts": []}
     with pytest.raises(RequestError, match="busy") as conflict:
-        service._checked({"ok": False, "status_code": 409, "error": "busy"})
+        service.checked({"ok": False, "status_code": 409, "error": "busy"})
     assert conflict.value.status_code == 409
     with pytest.raises(ContextNotFound):
         service._found([(0, {"ok": False, "status_code": 404}), (1, {"ok": False, "status_code": 404})], {"context_id": "x"})
@@ -646,6 +646,9 @@ def test_metrics_count_once_for_status_and_prometheus():
     metrics.evicted()
     metrics.waiting(3)
     metrics.waited(1.25)
+    metrics.loaded(0.5, num_bytes=1000)
+    metrics.saved(0.75, num_bytes=2000)
+    metrics.file_missed()
     resident = [
         SimpleNamespace(state=state, position_offset=70, pinned=True) for state in (ContextState.RESIDENT, ContextState.ABSENT)
     ]
@@ -671,7 +674,15 @@ def test_metrics_count_once_for_status_and_prometheus():
         "waiting": 3,
         "waiting_seconds": 1.25,
         "slots_saved_now": 70,
+        "file_loads": 1,
+        "file_saves": 1,
+        "file_misses": 1,
+        "file_bytes_read": 1000,
+        "file_bytes_written": 2000,
+        "file_load_seconds": 0.5,
+        "file_save_seconds": 0.75,
     }
+    assert REGISTRY.get_sample_value("sglang:obcache_file_written_bytes_total", labels) == 2000
     assert REGISTRY.get_sample_value("sglang:obcache_reuses_total", labels) == 2
     assert REGISTRY.get_sample_value("sglang:obcache_exact_total", labels | {"reason": "session"}) == 1
     assert REGISTRY.get_sample_value("sglang:obcache_compression_seconds_count", labels) == 1

@@ -1,0 +1,192 @@
+"""The files of one scheduler's contexts: what they are called, which there are, and what a load and a save have in common."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from obcache_sglang.kv.cells import KVSpace
+from obcache_sglang.kv.context import Context, Namespace
+from obcache_sglang.kv.files import BadFile, Head, Served, Table, file_name
+from obcache_sglang.kv.folder import Folder
+from obcache_sglang.scheduler.file_threads import Errand, Reading, Writing
+from obcache_sglang.settings import CompressionSettings
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    from obcache_sglang.scheduler.engine_view import EngineView
+
+logger = logging.getLogger(__name__)
+
+MOST_AT_ONCE = 4
+"""Loads under way, and as many saves. Further questions wait for a load to end; further calls of operators are refused."""
+
+STEP_BYTES = 16 << 20
+"""Of K and V that a pass copies for one file while requests run: on CPUs some milliseconds."""
+
+GPU_STEP_BYTES = 16 * STEP_BYTES
+"""The same on GPUs. An estimate: not measured on one."""
+
+IDLE_WAIT_SECONDS = 0.005
+"""So long a pass lets a thread work where nothing else runs."""
+
+REFRESH_SECONDS = 2.0
+"""Between two looks at which files there are, for lists."""
+
+MOST_RESULTS = 256
+"""Of loads and saves that operators asked for, so many are remembered."""
+
+
+@dataclass
+class ContextFiles:
+    """Of one scheduler.
+
+    served: what files must agree with. chooser: of `served_model.choosers`. space: as in `Compressor`.
+    on_disk: names of the files that this rank knows of. bad: of those that turned out not to be what they should.
+    going: of those that are being deleted, and of those that could not be.
+    given_up: threads that nobody waits for any more.
+    results: of what control calls asked for, by the name that the call gave it.
+    """
+
+    folder: Folder
+    served: Served
+    chooser: Callable[[CompressionSettings], str]
+    pool: MHATokenToKVPool
+    space: KVSpace | None
+    on_disk: set[str] = field(default_factory=set)
+    bad: set[str] = field(default_factory=set)
+    going: set[str] = field(default_factory=set)
+    given_up: list[Reading | Writing] = field(default_factory=list)
+    results: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
+    _looked_at: float = 0.0
+
+    def head(self, context: Context) -> Head:
+        """What a context's file says of itself."""
+        settings = context.settings
+        sizes = (context.num_tokens, context.num_slots, len(context.judges))
+        return Head(self.served, settings, self.chooser(settings), *sizes)
+
+    def name(self, context: Context) -> str:
+        """What a context's files are called; empty where a defect keeps this rank from knowing."""
+        try:
+            if context.file_name is None:
+                head = self.head(context)
+                context.file_name = file_name(self.folder.key, head, context.namespace, context.tokens, context.judges)
+            return context.file_name
+        except Exception:
+            logger.exception("obcache: naming the file of context %s failed", context.id)
+            return ""
+
+    def check(self, name: str, namespace: Namespace, is_named: bool, head: Head, table: Table) -> None:
+        """Raises BadFile for a file that is not what its name says, in this namespace and on this server.
+
+        is_named: whether somebody asked for it by name. For whoever does so in another namespace it is not there: FileNotFoundError.
+        """
+        head.check(self.served, self.chooser(head.settings))
+        if file_name(self.folder.key, head, namespace, table.tokens, table.judges) != name:
+            if is_named:
+                raise FileNotFoundError
+            raise BadFile("is not of the text that its name stands for")
+        if head.num_slots != head.settings.kept_slots(head.num_tokens, self.served.page_size):
+            raise BadFile("has another number of slots than its settings give")
+
+    def may_read(self, name: str) -> bool:
+        """Whether this rank has no reason not to look for a file."""
+        return name != "" and name not in self.bad and name not in self.going and not self._is_stuck()
+
+    def _is_stuck(self) -> bool:
+        """Whether a disk has not answered for so long that its file was given up, and still does not."""
+        self.given_up = [each for each in self.given_up if each.is_alive]
+        return any(each.is_stalled for each in self.given_up)
+
+    def look(self) -> None:
+        """Which files there are. Raises OSError."""
+        known = set(self.on_disk)
+        mine = {name for name, num_ranks in self.folder.complete() if num_ranks == self.served.num_ranks}
+        self.on_disk = (mine | self.on_disk - known) - self.going  # what was saved meanwhile is there too
+
+    def look_again(self) -> None:
+        """As `look`, in a thread, if the last look was some time ago: for the next one who asks."""
+        if time.monotonic() - self._looked_at > REFRESH_SECONDS and not self._is_stuck():
+            self._looked_at = time.monotonic()
+            Errand(self.look)
+
+    def delete(self, name: str, after: Writing | None = None) -> None:
+        """A thread deletes the files of a context, when what writes one has ended. Until they are gone nobody is given one."""
+        self.going.add(name)
+        self.on_disk.discard(name)
+
+        def delete() -> None:
+            if after is not None:
+                after.join()
+            try:
+                self.folder.delete(name)
+                self.going.discard(name)
+            except OSError as error:
+                logger.warning("obcache: file %s could not be deleted, and is not used any more: %s", name, error)
+
+        Errand(delete)
+
+    def note(self, asked: str | None, result: dict[str, Any]) -> None:
+        """What came of a control call's load or save."""
+        if asked is not None:
+            self.results[asked] = result
+            if len(self.results) > MOST_RESULTS:
+                self.results.popitem(last=False)
+
+
+class FileJob:
+    """A load or a save under way, on this rank.
+
+    asked: by which control call, if by one. transfer: its thread. slots: [M] int64, the context's. error: why nothing comes of it.
+    is_missing: whether that says nothing against its file.
+    """
+
+    def __init__(self, name: str, num_layers: int, asked: str | None) -> None:
+        self.name, self.num_layers, self.asked = name, num_layers, asked
+        self.transfer: Reading | Writing | None = None
+        self.slots: torch.Tensor | None = None
+        self.num_layers_done = 0
+        self.error: str | None = None
+        self.is_missing = False
+        self.started_at = time.perf_counter()
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether all of it is where it should be, but for the disk."""
+        return self.error is None and self.num_layers_done == self.num_layers
+
+    @property
+    def is_done(self) -> bool:
+        """The same, and the disk too."""
+        return self.is_copied and self.transfer is not None and self.transfer.done
+
+    def contained(self, step: Callable[..., None], *args: Any) -> None:
+        """A step that ends this rank's part of it if it raises: the vote that follows is not to be missed."""
+        try:
+            step(*args)
+        except Exception as error:
+            self.error = self.error or f"internal error, {type(error).__name__}"
+            logger.exception("obcache: a step with file %s failed", self.name)
+
+    def look(self, engine: EngineView) -> None:
+        """What its thread has come to; and time for it, where nothing else runs."""
+        if self.transfer is None or self.error is not None:
+            return
+        if not engine.runs_something:
+            self.transfer.wait(IDLE_WAIT_SECONDS)
+        self.error, self.is_missing = self.transfer.failed(), self.transfer.is_missing
+
+
+def step_bytes(engine: EngineView) -> int:
+    """Of K and V that may be copied for one file in the pass under way."""
+    if not engine.runs_something:
+        return 1 << 62
+    return STEP_BYTES if engine.on_cpu else GPU_STEP_BYTES

@@ -1,0 +1,136 @@
+"""Contexts that are saved to files: copied to host memory some layers a pass, written by a thread.
+
+Ranks of one tensor-parallel group run this in step, as in `loads`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from http import HTTPStatus
+
+from obcache_sglang.errors import RequestError
+from obcache_sglang.kv.context import Context
+from obcache_sglang.kv.files import Table
+from obcache_sglang.kv.host import to_host
+from obcache_sglang.scheduler import tree
+from obcache_sglang.scheduler.context_files import MOST_AT_ONCE, ContextFiles, FileJob, step_bytes
+from obcache_sglang.scheduler.file_threads import Writing
+from obcache_sglang.scheduler.jobs import Jobs
+
+logger = logging.getLogger(__name__)
+
+
+class Save(FileJob):
+    """holds: whether the context is held (`ContextCache.hold`), until all of it is copied."""
+
+    def __init__(self, name: str, num_layers: int, context: Context, asked: str) -> None:
+        super().__init__(name, num_layers, asked)
+        self.context = context
+        self.writing: Writing | None = None
+        self.holds = False
+
+
+class Saves:
+    """Of one scheduler."""
+
+    def __init__(self, jobs: Jobs, files: ContextFiles) -> None:
+        self.jobs, self.engine, self.cache, self.metrics, self.files = jobs, jobs.engine, jobs.cache, jobs.metrics, files
+        self.under_way: list[Save] = []
+
+    def begin(self, context: Context, asked: str) -> None:
+        """Raises RequestError. All ranks come here."""
+        if context.namespace.lora_id is not None:
+            raise RequestError(
+                "Contexts of LoRA adapters are not saved: another adapter may be loaded under the same name, and would read them."
+            )
+        if not self.cache.is_resident(context):
+            raise RequestError("The context is not resident. Compress it, then save it.", HTTPStatus.CONFLICT)
+        if any(save.context is context for save in self.under_way):
+            raise RequestError("The context is being saved already.", HTTPStatus.CONFLICT)
+        if len(self.under_way) >= MOST_AT_ONCE:
+            raise RequestError(f"{MOST_AT_ONCE} contexts are being saved. Save it when one of them is done.", HTTPStatus.CONFLICT)
+        save = Save(self.files.name(context), self.files.served.num_layers, context, asked)
+        self.cache.hold(context)
+        save.holds = True
+        self.under_way.append(save)
+        save.contained(self._open, save)
+
+    def _open(self, save: Save) -> None:
+        context = save.context
+        found = tree.compressed_slots(self.cache.tree, context)
+        assert found is not None and context.kept is not None
+        save.slots = found[1]
+        head, table = self.files.head(context), Table.of(context.tokens, context.judges, context.kept)
+        save.transfer = save.writing = Writing(self.files.folder, save.name, head, table)
+
+    def advance(self) -> None:
+        """One step of each."""
+        for save in list(self.under_way):
+            save.contained(self._copy, save)
+            save.contained(save.look, self.engine)
+            if not self.jobs.agree(save.error is None):
+                self.end(save, "another rank cannot write its file")
+                continue
+            if save.holds and self.jobs.agree(save.is_copied):
+                self._let_go(save)
+            if not save.holds and self.jobs.agree(save.is_done):
+                self._done(save)
+
+    def _copy(self, save: Save) -> None:
+        if save.writing is None or save.slots is None or save.error is not None or save.is_copied:
+            return
+        if not self.cache.holds(save.context):  # it was compressed again, from these slots
+            save.error = "it is not resident any more"
+            return
+        left = step_bytes(self.engine)
+        while left > 0 and not save.is_copied and save.writing.has_room:
+            layer = to_host(self.files.pool, save.num_layers_done, save.slots)
+            save.writing.give(layer)
+            save.num_layers_done += 1
+            left -= sum(each.nbytes for each in layer)
+
+    def _let_go(self, save: Save) -> None:
+        if save.holds:
+            save.holds = False
+            self.cache.release(save.context)
+
+    def _done(self, save: Save) -> None:
+        assert save.writing is not None
+        self.under_way.remove(save)
+        self.files.on_disk.add(save.name)
+        self.files.bad.discard(save.name)
+        self.files.going.discard(save.name)
+        seconds, num_bytes = time.perf_counter() - save.started_at, save.writing.num_bytes
+        facts = {"name": save.context.id, "file": save.name, "bytes": num_bytes, "seconds": round(seconds, 3)}
+        self.files.note(save.asked, {"state": "done", **facts})
+        try:  # as in `Jobs`: whatever fails here on one rank changes no decision
+            self.metrics.saved(seconds, num_bytes)
+            logger.info("obcache: saved context %s: %.1f MB in %.3f s", save.context.id, num_bytes / 1e6, seconds)
+        except Exception:
+            logger.exception("obcache: updating the metrics for context %s failed", save.context.id)
+
+    def end(self, save: Save, why: str) -> None:
+        """Nothing comes of it, and what is written of it goes. why: where this rank has no reason of its own."""
+        self.under_way.remove(save)
+        self._let_go(save)
+        error = save.error or why
+        logger.warning("obcache: context %s is not saved: %s", save.context.id, error)
+        self.files.note(save.asked, {"state": "failed", "error": f"The context cannot be saved: {error}.", "missing": False})
+        if save.writing is not None:
+            save.writing.cancel()
+            self.files.given_up.append(save.writing)
+            if save.writing.is_whole:  # where other ranks have failed
+                self.files.delete(save.name, after=save.writing)
+
+    def stop(self, context: Context) -> None:
+        """A context is deleted: its slots may be another one's soon."""
+        for save in [each for each in self.under_way if each.context is context]:
+            save.error = save.error or "it was deleted meanwhile"
+            self.end(save, "")
+
+    def forget(self) -> None:
+        """The tree was reset: nodes, locks and slots are gone. What is copied is written to its end."""
+        for save in [each for each in self.under_way if each.holds]:
+            save.holds, save.error = False, save.error or "the cache was flushed meanwhile"
+            self.end(save, "")

@@ -1,0 +1,220 @@
+"""Contexts that last in files (`--obcache-folder`): what questions and operators ask of them, and what the scheduler tells them.
+
+Each rank has its own file of a context. What ranks of one tensor-parallel group find there is voted on, so that they do the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from obcache_sglang.errors import RequestError
+from obcache_sglang.kv.context import Context, Namespace
+from obcache_sglang.kv.folder import is_name
+from obcache_sglang.scheduler.context_files import MOST_AT_ONCE, ContextFiles
+from obcache_sglang.scheduler.jobs import Jobs
+from obcache_sglang.scheduler.loads import Load, Loads
+from obcache_sglang.scheduler.requests import ContextReq
+from obcache_sglang.scheduler.saves import Saves
+
+logger = logging.getLogger(__name__)
+
+SHARED = Namespace(None, None, None)
+"""Of requests that give no namespace."""
+
+
+class StoredContexts:
+    """Of one scheduler. files: None without a folder."""
+
+    def __init__(self, jobs: Jobs, files: ContextFiles | None) -> None:
+        self.jobs, self.engine, self.cache = jobs, jobs.engine, jobs.cache
+        self._files = files
+        if files is None:
+            return
+        self._loads, self._saves = Loads(jobs, files), Saves(jobs, files)
+        self.cache.on_deleted = self._deleted
+        files.folder.clean()
+        try:
+            files.look()
+        except OSError as error:
+            logger.warning("obcache: folder %s cannot be read: %s", files.folder.path, error)
+
+    # --- what questions ask -------------------------------------------------------------------------------------------------------
+
+    def awaits(self, req: ContextReq, context: Context) -> bool:
+        """Whether a question waits for a file: of its context, or of one that its context begins with. Starts to load it. Each question looks once."""
+        if self._files is None or context.namespace.lora_id is not None:
+            return False
+        loading = {load.context.id for load in self._loads.under_way if load.context is not None}
+        if loading and not loading.isdisjoint((context.id, *(identity for _, identity in self.cache.beginnings(context)))):
+            return True
+        if context.is_queued or req.looked_for == context.id:
+            return False
+        if self._loads.is_full:
+            return True
+        req.looked_for = context.id
+        return self._loads.begin(self._files.name(context), context.namespace, context)
+
+    def get(self, context: Context) -> Load | None:
+        """The load of a context."""
+        loads = () if self._files is None else self._loads.under_way
+        return next((load for load in loads if load.context is context), None)
+
+    def tier(self, context: Context) -> str:
+        """Where a context comes from for the question that reads it now: from the disk for the first one after it was loaded."""
+        if self._files is None or context.id not in self._loads.fresh:
+            return "device"
+        self._loads.fresh.discard(context.id)
+        return "disk"
+
+    # --- what operators ask -------------------------------------------------------------------------------------------------------
+
+    def is_on_disk(self, context: Context) -> bool:
+        """Whether a context is in a file, as far as this server knows."""
+        if self._files is None or context.namespace.lora_id is not None:
+            return False
+        self._files.look_again()
+        return self._files.name(context) in self._files.on_disk
+
+    def save(self, context: Context, asked: str) -> None:
+        """Begins to write a context's file. Raises RequestError. All ranks come here. asked: what `result` is to know it by."""
+        self._required()
+        self._saves.begin(context, asked)
+
+    def load(self, name: str, namespace: Namespace, asked: str) -> None:
+        """Begins to load a file. Raises RequestError. All ranks come here. asked: as in `save`."""
+        files = self._required()
+        if not is_name(name):
+            raise RequestError("This is not the name of a file: 64 hexadecimal digits, as GET /obcache/files lists them.")
+        if namespace.lora_id is not None:
+            raise RequestError("There are no files of contexts of LoRA adapters.")
+        if self._loads.is_full:
+            raise RequestError(
+                f"{MOST_AT_ONCE} contexts are being loaded. Load it when one of them is done.", HTTPStatus.CONFLICT
+            )
+        files.bad.discard(name)  # an operator may have put another one in its place
+        if not self._loads.begin(name, namespace, None, asked):
+            raise RequestError(
+                "The file cannot be loaded now: it is being deleted, or the disk does not answer.", HTTPStatus.SERVICE_UNAVAILABLE
+            )
+
+    def result(self, asked: str) -> dict[str, Any] | None:
+        """How far a load or a save is; at its end with `state` "done" or "failed". None for one that is unknown."""
+        if self._files is None:
+            return None
+        self.advance()  # nothing else may call for a pass
+        for job in (*self._loads.under_way, *self._saves.under_way):
+            if job.asked == asked:
+                return {"state": "under way", "layers": job.num_layers_done, "of": job.num_layers}
+        return self._files.results.get(asked)
+
+    def file_deleted(self, name: str) -> None:
+        """The files of a context were deleted in the folder."""
+        if self._files is not None:
+            self._files.on_disk.discard(name)
+
+    def _required(self) -> ContextFiles:
+        if self._files is None:
+            raise RequestError("This server keeps no files of contexts: start it with --obcache-folder.")
+        return self._files
+
+    # --- what the scheduler tells -------------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """One step of each load and save. Called at the same points on all ranks."""
+        if self._files is not None:
+            self._loads.advance()
+            self._saves.advance()
+
+    def forget(self) -> None:
+        """The tree was reset. Before the cache is told so."""
+        if self._files is not None:
+            self._loads.forget()
+            self._saves.forget()
+
+    def turn_off(self, why: str) -> None:
+        """From now on there are no files: what they hold is not what this server would compute."""
+        if self._files is None:
+            return
+        for load in list(self._loads.under_way):
+            load.is_missing, load.error = True, why
+            self._loads.end(load, why)
+        for save in list(self._saves.under_way):
+            save.error = save.error or why
+            self._saves.end(save, why)
+        self._files = None
+        logger.warning("obcache: contexts are neither saved nor loaded any more: %s. Start the server again.", why)
+
+    def _deleted(self, context: Context) -> None:
+        """The cache has deleted a context: so is its file."""
+        if self._files is None or context.namespace.lora_id is not None:
+            return
+        try:
+            self._saves.stop(context)
+            self._loads.fresh.discard(context.id)
+            self._files.delete(self._files.name(context))
+        except Exception:
+            logger.exception("obcache: deleting the file of context %s failed", context.id)
+
+    # --- at the start -------------------------------------------------------------------------------------------------------------
+
+    def preload(self) -> None:
+        """Loads the files of the shared namespace, those used last first of all that fit; the one used last is evicted last, too."""
+        if self._files is None:
+            return
+        wanted: list[str] = []
+        try:
+            wanted = self._to_preload(self._files)
+        except Exception:
+            logger.exception("obcache: folder %s cannot be read", self._files.folder.path)
+        if not self._is_same_on_all_ranks(wanted):
+            logger.warning("obcache: nothing is preloaded: the ranks do not see the same files")
+            return
+        num_loaded = 0
+        for number, name in enumerate(wanted, start=1):
+            try:
+                asked = f"preload {number}"
+                self.load(name, SHARED, asked)
+                while (result := self.result(asked)) is not None and result["state"] == "under way":
+                    pass  # it gives the thread time, and gives it up in time
+                num_loaded += result is not None and result["state"] == "done"
+                logger.info("obcache: preloaded %d of %d contexts", number, len(wanted))
+            except RequestError as error:
+                logger.warning("obcache: file %s is not preloaded: %s", name, error)
+        self._loads.fresh.clear()
+        logger.info("obcache: %d of %d contexts are there from the start", num_loaded, len(wanted))
+
+    def _to_preload(self, files: ContextFiles) -> list[str]:
+        """Names of the files to load, in order. Raises OSError."""
+        served, free = files.served, self.engine.free_slots() - self.jobs.room.tight_slots
+        found = [each for (_, num_ranks), each in files.folder.complete().items() if num_ranks == served.num_ranks]
+        # By rank 0's, of which all ranks are told the same.
+        found.sort(key=lambda each: (each[0].used_at, each[0].name), reverse=True)
+        chosen: list[str] = []
+        passed_over = 0
+        for each in found:
+            name = each[0].name
+            try:
+                with files.folder.reading(name, served.rank, served.num_ranks) as reader:
+                    files.check(name, SHARED, True, reader.head, reader.table())
+            except (ValueError, OSError):  # of another namespace, model or setting
+                continue
+            if reader.head.num_slots > free or len(chosen) >= self.cache.max_contexts:
+                passed_over += 1
+                continue
+            free -= reader.head.num_slots
+            chosen.append(name)
+        logger.info("obcache: preloading %d contexts of %s; %d more do not fit", len(chosen), files.folder.path, passed_over)
+        return chosen[::-1]
+
+    def _is_same_on_all_ranks(self, names: list[str]) -> bool:
+        """All ranks come to the votes."""
+        assert self._files is not None
+        if self._files.served.num_ranks == 1:
+            return True
+        digest = hashlib.blake2b("".join(names).encode(), digest_size=8).digest()
+        bits = [bool(byte >> bit & 1) for byte in digest for bit in range(8)]
+        votes = [(self.jobs.agree(bit), self.jobs.agree(not bit)) for bit in bits]
+        return all(ones or zeros for ones, zeros in votes)
