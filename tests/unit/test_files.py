@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from obcache_sglang import contexts
 from obcache_sglang.errors import ConfigError, RequestError
@@ -79,13 +81,15 @@ def content(drive: Driven, context: Context) -> tuple[torch.Tensor, torch.Tensor
     return space.k[rows].clone(), space.v[rows].clone()
 
 
-def compressed(drive: Driven, budget: str = "uniform", tokens: array[int] = CONTEXT, **ask: Any) -> Context:
+def compressed(
+    drive: Driven, budget: str = "uniform", tokens: array[int] = CONTEXT, kept: KeptTokens | None = None, **ask: Any
+) -> Context:
     """A context with content of its own."""
     req = drive.ask(tokens, **ask)
     deadline = time.monotonic() + 20
     while not (jobs := [each for each in drive.step() if isinstance(each, CompressionJob)]):
         assert time.monotonic() < deadline
-    drive.forward(jobs[0], kept_by(budget))
+    drive.forward(jobs[0], kept or kept_by(budget))
     drive.end(jobs[0])
     drive.step()
     drive.engine.queue.remove(req)
@@ -161,6 +165,61 @@ def test_a_context_comes_back_cell_by_cell(tmp_path: Path, budget: str) -> None:
     assert report(again)["tier"] == "device"
     counters = second.manager.metrics.to_dict()
     assert (counters["file_loads"], counters["file_misses"], counters["compressions"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "profile"])
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_exact_text_before_a_context_lasts_with_it(tmp_path: Path, budget: str, is_cached: bool) -> None:
+    """Where the tree has it the context shares it as before; else its slots are the context's own, with what the file has."""
+    num_exact, given = 8, {"method": "gate", "gates": "smollm2-135m", "budget": budget}
+    num_slots = num_exact + (len(CONTEXT) - num_exact) // 2
+    counts = [num_slots] * LAYERS * HEADS if budget == "uniform" else [num_slots - 3, num_slots + 3] * LAYERS
+    positions = torch.cat([torch.arange(count, dtype=torch.int32) for count in counts])
+    kept = KeptTokens(positions, torch.tensor([0, *counts]).cumsum(0), num_exact=num_exact)
+
+    def cells(drive: Driven, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of all that it keeps, in order."""
+        space = KVSpace.of(drive.engine.tree.token_to_kv_pool_allocator.get_kvcache())
+        assert space is not None and context.kept is not None
+        rows = context.kept.rows_in(space, slots_of(drive, context))
+        assert context.kept.rows is None or context.kept.rows.tolist() == rows.tolist()
+        return space.k[rows].clone(), space.v[rows].clone()
+
+    def cache_exactly(drive: Driven, value: float) -> torch.Tensor:
+        """The text before the context, and its slots."""
+        slots = drive.engine.tree.token_to_kv_pool_allocator.alloc(num_exact)
+        drive.engine.tree.insert(InsertParams(key=RadixKey(CONTEXT[:num_exact], None), value=slots))
+        pool = drive.engine.tree.token_to_kv_pool_allocator.get_kvcache()
+        for buffer in (*pool.k_buffer, *pool.v_buffer):
+            buffer[slots] = value
+        return slots
+
+    first = server(tmp_path, **given)
+    settings = replace(first.manager.settings.compression, exact_tokens=num_exact)
+    shared = cache_exactly(first, 0.5)
+    context = compressed(first, settings=settings, kept=kept)
+    assert (context.num_slots, context.own_slots) == (num_slots, num_slots - num_exact)
+    assert slots_of(first, context)[:num_exact].tolist() == shared.tolist()
+    saved(first, context)
+    before = cells(first, context)
+
+    second = server(tmp_path, **given)
+    if is_cached:
+        shared = cache_exactly(second, 0.25)  # exact text as this server has computed it
+    req = second.ask(CONTEXT, settings=settings)
+    assert decided(second, req) == "reused"
+    loaded = req.context
+    assert loaded is not None
+    assert (loaded.owns_exact, loaded.own_slots) == (not is_cached, num_slots - num_exact * is_cached)
+    assert second.accounts() == (300 - num_slots, num_slots, 0)
+    after = cells(second, loaded)
+    if is_cached:
+        assert slots_of(second, loaded)[:num_exact].tolist() == shared.tolist()
+        heads = torch.cat([torch.arange(count) for count in counts]) < num_exact
+        assert all((each[heads] == 0.25).all() for each in after), "what others read is not written"
+        assert all(one[~heads].equal(other[~heads]) for one, other in zip(before, after, strict=True))
+    else:
+        assert all(one.equal(other) for one, other in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
