@@ -125,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--documents", type=int, help="default: the case's")
     parser.add_argument("--tokens", type=int, help="of each document (default: the case's)")
+    parser.add_argument(
+        "--system-tokens", type=int, default=0, help="that all prompts begin with, before their documents (default: 0)"
+    )
     parser.add_argument("--questions", type=int, help="about each document (default: the case's)")
     answers = parser.add_mutually_exclusive_group()
     answers.add_argument("--answer-tokens", type=int, metavar="N", help="the most tokens of an answer (default: 16)")
@@ -211,6 +214,7 @@ class Bench:
             seed=self.arguments.seed,
             answer_tokens=output_tokens or self.arguments.answer_tokens,
             ignore_eos=output_tokens is not None,
+            system_tokens=self.arguments.system_tokens,
         )
 
     def run(self) -> None:

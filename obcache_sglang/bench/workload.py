@@ -8,6 +8,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pydoc_data.topics import topics
 from typing import Any
 
 from obcache_sglang.errors import ConfigError
@@ -35,11 +36,15 @@ class Ask:
 
 @dataclass(frozen=True)
 class Workload:
-    """Documents and all questions about them. asks: document by document; they arrive in the order of `order`."""
+    """Documents and all questions about them. asks: document by document; they arrive in the order of `order`.
+
+    system_tokens: that all prompts begin with, before their documents; a part of each context.
+    """
 
     samples: tuple[Sample, ...]
     asks: tuple[Ask, ...]
     seed: int
+    system_tokens: int = 0
 
     def order(self, round_index: int) -> list[Ask]:
         """All questions in the order in which they arrive in a round: another one each round, the same for all arms."""
@@ -49,8 +54,9 @@ class Workload:
 
     @cached_property
     def context_tokens(self) -> int:
-        """KV slots that all documents need exactly."""
-        return sum({ask.document: ask.context_len for ask in self.asks}.values())
+        """KV slots that all documents need exactly; what all share is counted once."""
+        alone = {ask.document: ask.context_len - self.system_tokens for ask in self.asks}
+        return self.system_tokens + sum(alone.values())
 
     @cached_property
     def longest(self) -> int:
@@ -73,17 +79,21 @@ def make_workload(
     seed: int,
     answer_tokens: int | None,
     ignore_eos: bool = False,
+    system_tokens: int = 0,
 ) -> Workload:
     """`documents` documents of `tokens` tokens with `questions` questions each (task facts of the evaluation).
 
     tokenizer: a fast one of transformers. answer_tokens: the most tokens of an answer; None for the task's own number. ignore_eos:
-    answers have so many.
+    answers have so many. system_tokens: of Python's documentation, before each document.
     The same arguments give the same workload. Raises ConfigError for a length or number that cannot be had.
     """
     for name, value in (("documents", documents), ("tokens", tokens), ("questions", questions), ("answer-tokens", answer_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}: give 1 or more.")
     prompts = Prompts(tokenizer)
+    system = tokenizer.encode("".join(topics[name] for name in sorted(topics)), add_special_tokens=False)[:system_tokens]
+    if not 0 <= system_tokens == len(system):
+        raise ConfigError(f"--system-tokens {system_tokens}: give 0 to {len(system)}.")
     samples, asks = [], []
     for index in range(documents):
         sample = generate(_TASK, tokenizer, tokens, seed, index, questions)
@@ -92,8 +102,9 @@ def make_workload(
             sample = replace(sample, questions=shorter)
         samples.append(sample)
         for question, (context, rest) in zip(sample.questions, prompts.split(sample), strict=True):
+            context = system + context
             asks.append(Ask(index, question, len(context), context + rest, ignore_eos))
-    return Workload(tuple(samples), tuple(asks), seed)
+    return Workload(tuple(samples), tuple(asks), seed, system_tokens)
 
 
 def pool_size(workload: Workload, share: float, kept: float = 1.0) -> int:

@@ -498,3 +498,14 @@ def test_a_platform_without_an_fp8_cache_is_named_and_skipped(
     monkeypatch.setattr("obcache_sglang.bench.served.Stock.flags", lambda *args: ["--kv-cache-dtype", "x"])
     with contextlib.ExitStack() as stack, pytest.raises(RuntimeError, match="not supported here"):
         bench._start_servers(stack, tmp_path)
+
+
+def test_documents_may_stand_behind_one_system_prompt(tokenizer: object) -> None:
+    alone = make(tokenizer, documents=2)
+    behind = make_workload(tokenizer, documents=2, tokens=400, questions=3, seed=0, answer_tokens=5, system_tokens=100)
+    system = behind.asks[0].input_ids[:100]
+    assert [ask.input_ids for ask in behind.asks] == [system + ask.input_ids for ask in alone.asks]
+    assert [ask.context_len for ask in behind.asks] == [100 + ask.context_len for ask in alone.asks]
+    assert behind.context_tokens == 100 + alone.context_tokens and behind.digest != alone.digest
+    with pytest.raises(ConfigError, match=r"--system-tokens 99999999: give 0 to \d+"):
+        make_workload(tokenizer, documents=1, tokens=400, questions=1, seed=0, answer_tokens=5, system_tokens=99_999_999)
