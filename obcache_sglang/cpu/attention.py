@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from obcache_sglang.kv.batch import BatchContexts
     from obcache_sglang.kv.cells import KeptTokens
-    from obcache_sglang.kv.context import Context
+    from obcache_sglang.kv.context import KeptContext
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         self._readers = []
         if not forward_batch.forward_mode.is_decode():
             return
-        together: dict[Context, list[int]] = {}
+        together: dict[KeptContext, list[int]] = {}
         for row, context in enumerate(contexts):
             if context is not None:
                 together.setdefault(context, []).append(row)
@@ -104,7 +104,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
                 for row in group:
                     self._sequences[row] = None
 
-    def _sequence(self, slots: torch.Tensor, num_new: int, context: Context | None) -> _Sequence:
+    def _sequence(self, slots: torch.Tensor, num_new: int, context: KeptContext | None) -> _Sequence:
         """One request. slots: [tokens] int64, all that it sees; num_new: the last of them, whose queries attend."""
         if context is None or not context.is_uneven:
             return _Sequence(slots, num_new)
@@ -112,7 +112,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         lanes = torch.arange(self.plan.space.num_kv_heads, dtype=torch.int32)
         return _Sequence(slots, num_new, context.kept, self.plan.space.rows(0, slots[context.num_slots :], lanes[:, None]))
 
-    def _group(self, context: Context, rows: list[int], slots: list[torch.Tensor]) -> _Readers:
+    def _group(self, context: KeptContext, rows: list[int], slots: list[torch.Tensor]) -> _Readers:
         """The readers of one context. rows: theirs in the batch. slots: of each, [tokens] int64, the context's first."""
         suffixes = [each[context.num_slots :] for each in slots]
         longest = max(len(suffix) for suffix in suffixes)

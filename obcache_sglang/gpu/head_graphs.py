@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from obcache_sglang.kv.batch import BatchContexts
     from obcache_sglang.kv.cells import KeptTokens
-    from obcache_sglang.kv.context import Context
+    from obcache_sglang.kv.context import KeptContext
 
 # A graph's index table holds this many times all tokens of the pool: requests that share a context read it several times over.
 # Larger batches run eagerly. At 8 bytes per token and KV head, 1 to 3 % of what the pool itself takes.
@@ -55,7 +55,7 @@ class HeadGraphBackend(AttentionBackend):
         # Each layer reads the page table again.
         return SharedReadEnds.POST_REPLAY
 
-    def load(self, contexts: list[tuple[int, Context]], num_requests: int) -> None:
+    def load(self, contexts: list[tuple[int, KeptContext]], num_requests: int) -> None:
         """For the next replay. contexts: the uneven ones, each with the row of a request after it."""
         kept: list[KeptTokens | None] = [None] * num_requests
         num_slots, num_exact = [0] * num_requests, [0] * num_requests

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from obcache_sglang.kv.cells import KVSpace
 
 if TYPE_CHECKING:
-    from obcache_sglang.kv.context import Context
+    from obcache_sglang.kv.context import KeptContext
 
 # Entries that a program writes at a time, and programs that share a sequence at most; a longer sequence takes them more rounds.
 _BLOCK = 512
@@ -60,7 +60,7 @@ class HeadBatch:
         return self.num_new is not None
 
 
-def count_entries(total_length: int, contexts: Iterable[Context], num_kv_heads: int) -> int:
+def count_entries(total_length: int, contexts: Iterable[KeptContext], num_kv_heads: int) -> int:
     """`HeadBatch.max_entries` of requests whose seq_lens add up to total_length. contexts: those after which they stand."""
     most = num_kv_heads * total_length
     for context in contexts:

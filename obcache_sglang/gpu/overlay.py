@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from obcache_sglang.gpu.head_attention import HeadStep
     from obcache_sglang.kv.batch import BatchContexts
-    from obcache_sglang.kv.context import Context
+    from obcache_sglang.kv.context import KeptContext
 
 
 class HeadOverlay:
@@ -70,7 +70,7 @@ class HeadOverlay:
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         output: torch.Tensor,
-        requests: list[tuple[int, Context]],
+        requests: list[tuple[int, KeptContext]],
     ) -> None:
         """Attends for the requests after contexts with per-head budgets, in place of what the backend made of their rows.
 
@@ -86,7 +86,7 @@ class HeadOverlay:
         self._step.attend(q.view(len(q), -1).index_select(0, self._rows), layer_index, layer.scaling, replaced)
         output.view(len(q), -1).index_copy_(0, self._rows, replaced)
 
-    def _plan_step(self, forward_batch: ForwardBatch, requests: list[tuple[int, Context]], device: torch.device) -> None:
+    def _plan_step(self, forward_batch: ForwardBatch, requests: list[tuple[int, KeptContext]], device: torch.device) -> None:
         """The tables that all layers share, from what the host knows of these requests."""
         rows, contexts = [row for row, _ in requests], [context for _, context in requests]
         decode = forward_batch.forward_mode.is_decode()

@@ -8,7 +8,7 @@ import torch
 
 from obcache_sglang.errors import HostError
 from obcache_sglang.kv.cells import KVSpace
-from obcache_sglang.kv.context import Context
+from obcache_sglang.kv.context import KeptContext
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -29,10 +29,10 @@ class BatchContexts:
         self.serial = 0
         self.row_lse: torch.Tensor | None = None
         self._rids: list[str] | None = None
-        self._contexts: list[Context | None] = []
+        self._contexts: list[KeptContext | None] = []
         self._has_scored_rows = False
 
-    def contexts(self, forward_batch: ForwardBatch) -> list[Context | None] | None:
+    def contexts(self, forward_batch: ForwardBatch) -> list[KeptContext | None] | None:
         """The compressed context before each request of the batch; None where there is none at all.
 
         Raises HostError for a part of the planned batch: nobody could say whose rows it has.
@@ -46,7 +46,7 @@ class BatchContexts:
             )
         return self._contexts
 
-    def uneven_contexts(self, forward_batch: ForwardBatch) -> list[tuple[int, Context]]:
+    def uneven_contexts(self, forward_batch: ForwardBatch) -> list[tuple[int, KeptContext]]:
         """Those of `contexts` with per-head budgets, each with its request's row in the batch."""
         contexts = self.contexts(forward_batch) or ()
         return [(row, context) for row, context in enumerate(contexts) if context is not None and context.is_uneven]

@@ -53,6 +53,25 @@ class Namespace:
         return cls((extra_key or "") + lora_id if lora_id else extra_key, cache_salt or None, lora_id)
 
 
+SHARED = Namespace(None, None, None)
+"""Of requests that give no namespace."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeptContext:
+    """What a compression has left of a context, as its readers know it. They keep it as long as they hold the slots: the context may be compressed
+    anew meanwhile, in other slots.
+
+    num_slots, num_exact, position_offset, is_uneven, kept: as in `Context`.
+    """
+
+    num_slots: int
+    num_exact: int
+    position_offset: int
+    is_uneven: bool
+    kept: KeptTokens
+
+
 @dataclass(eq=False)
 class Context:
     """One compressed context.
@@ -73,7 +92,7 @@ class Context:
     is_wanted_pinned: whether it is to be pinned when it is compressed.
     ttl_seconds: how long it was to live when that was set last; None for as long as the tree holds it.
     expires_at: when it is deleted, in seconds since the epoch; None likewise.
-    kept: which tokens this rank's heads keep, and where; None unless resident.
+    resident: what its readers are given; None unless resident.
     seconds: wall time of its compression.
     scoring_seconds: the part of it spent on scoring, selecting and copying, as the host saw it.
     job_cached_tokens: its tokens that the compression found in the exact cache.
@@ -107,7 +126,7 @@ class Context:
     failed_in_place: bool = False
     ttl_seconds: float | None = None
     expires_at: float | None = None
-    kept: KeptTokens | None = None
+    resident: KeptContext | None = None
     created_at: float = field(default_factory=time.time)
     seconds: float | None = None
     scoring_seconds: float | None = None
@@ -124,6 +143,16 @@ class Context:
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
+
+    @property
+    def kept(self) -> KeptTokens | None:
+        """Which tokens this rank's heads keep, and where; None unless resident."""
+        return None if self.resident is None else self.resident.kept
+
+    @kept.setter
+    def kept(self, kept: KeptTokens | None) -> None:
+        facts = (self.num_slots, self.num_exact, self.position_offset, self.is_uneven)
+        self.resident = None if kept is None else KeptContext(*facts, kept)
 
     @property
     def num_exact(self) -> int:

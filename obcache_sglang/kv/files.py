@@ -38,6 +38,7 @@ FORMAT = 1
 """Version of the file format; files of another one are not read."""
 
 _LONGEST_HEADER = 1 << 20
+_SYNC_BYTES = 64 << 20
 _NO_CHECKSUM = "0" * 64
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 """Of KV caches that files can hold: torch's name, and safetensors'."""
@@ -79,7 +80,8 @@ class Head:
     """What a file says of itself.
 
     chooser: digest of the gates or the head profile that chose its tokens; empty where none did.
-    num_tokens: L. num_slots: M. num_judges: tokens after it that scored it. created: seconds since the epoch.
+    num_tokens: L. num_slots: M. num_judges: tokens after it that scored it. created: seconds since the epoch. expires_at: likewise, when its
+    context was to be deleted, as it was saved; None for never.
     """
 
     served: Served
@@ -89,6 +91,7 @@ class Head:
     num_slots: int
     num_judges: int
     created: float = field(default_factory=lambda: round(time.time(), 3))
+    expires_at: float | None = None
     version: str = __version__
     format: int = FORMAT
 
@@ -105,6 +108,8 @@ class Head:
                 raise BadFile(f"has format {values['format']!r}, and this package reads format {FORMAT}")
             settings = CompressionSettings.from_dict(values["settings"])
             head = cls(**{**values, "served": Served(**values["served"]), "settings": settings})
+            if head.expires_at is not None:
+                float(head.expires_at)
             counts = [head.num_tokens, head.num_slots, *(getattr(head.served, name) for name in _COUNTS)]
             if (
                 not all(type(each) is int and each > 0 for each in counts)
@@ -147,10 +152,15 @@ class Head:
         return tuple((spans[name][1] - spans[name][0]) // self.served.num_layers for name in ("k", "v"))  # type: ignore[return-value]
 
     def check(self, served: Served, chooser: str) -> None:
-        """Raises BadFile, with the reason, for a file that another server wrote. chooser: that the file's settings have here."""
+        """Raises BadFile, with the reason, for a file that another server wrote, and FileNotFoundError for one whose time has passed.
+
+        chooser: that the file's settings have here.
+        """
         for name, mine in asdict(served).items():
             if (its := getattr(self.served, name)) != mine:
                 raise BadFile(f"was written with {name} {its}, and this server has {mine}")
+        if self.expires_at is not None and self.expires_at <= time.time():
+            raise FileNotFoundError
         if self.chooser != chooser:
             raise BadFile("was written with other gates, or another head profile")
 
@@ -216,7 +226,7 @@ class Writer:
     def __init__(self, descriptor: int, head: Head, table: Table) -> None:
         self.head, self._file = head, descriptor
         self._digest = _digest_of(head.to_json())
-        self._layer = 0
+        self._layer = self._unsynced = 0
         header = _header(head, _NO_CHECKSUM)
         self._start = len(header)
         first = b"".join(table.raw())
@@ -231,6 +241,10 @@ class Writer:
             assert len(raw) == size, "the layer is the head's"
             self._digest.update(raw)
             _write(self._file, raw, self._start + self.head.spans()[name][0] + self._layer * size)
+            self._unsynced += size
+        if self._unsynced >= _SYNC_BYTES:  # else the last step would write all of a large file
+            os.fdatasync(self._file)
+            self._unsynced = 0
         self._layer += 1
 
     def finish(self) -> int:

@@ -32,7 +32,7 @@ from obcache_sglang.compress.calibration import (
 from obcache_sglang.compress.gates import Gates, NormalEquations, ScoredText
 from obcache_sglang.compress.measurement import Measurement
 from obcache_sglang.errors import HostError
-from obcache_sglang.kv.context import Context, Namespace
+from obcache_sglang.kv.context import SHARED, Context, Namespace
 from obcache_sglang.messages import Plan
 from obcache_sglang.scheduler import tree
 from obcache_sglang.scheduler.calibration_run import MADE_HERE, Nobody, Phase, Reading, Run, Text, counted
@@ -51,9 +51,6 @@ SERVED_CONTEXTS = 40
 
 MAX_ATTEMPTS = 3
 """Of a text whose job was aborted or flushed away, before it is skipped."""
-
-SHARED = Namespace(None, None, None)
-"""Whose contexts may be read: what a tenant sends stays the tenant's, and gates are everybody's."""
 
 # Of systems of equations, in multiplications: one step while nothing runs, some tenths of a second on a CPU core.
 _SOLVED_AT_ONCE = 1 << 34
@@ -424,6 +421,11 @@ class Calibration:
             logger.warning("obcache: calibration failed: %s", why)
 
     # --- what else SGLang does --------------------------------------------------------------------------------------
+
+    def give_up(self, why: str) -> None:
+        """What it is of is not what this server serves any more."""
+        if self.phase.is_under_way:
+            self._end(Phase.FAILED, why)
 
     def before_flush(self) -> None:
         """The pool may be written over: what is being read of it is read to the end."""

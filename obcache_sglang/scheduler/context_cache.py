@@ -203,8 +203,9 @@ class ContextCache:
                 return found
         return None
 
-    def replaced(self, context: Context) -> None:
-        """Another compression of the same tokens takes a context's place: its node goes, with what follows it."""
+    def replaced(self, context: Context, by: Context) -> None:
+        """Another compression of the same tokens takes a context's place, and lives as long: its node goes, with what follows it."""
+        by.ttl_seconds, by.expires_at = context.ttl_seconds, context.expires_at
         if context.node is not None:
             tree.drop_branch(self.tree, context.node)
         self._mark_absent(context)
@@ -412,8 +413,7 @@ class ContextCache:
 
     def _mark_absent(self, context: Context) -> None:
         context.state, context.kept = ContextState.ABSENT, None
-        context.suffixes.clear()
-        context.suffixes_complete = True
+        context.suffixes, context.suffixes_complete = {}, True
         context.node, context.engine_ids, context.owns_exact = None, array("q"), False
         context.pinned = False
         for each in self._forsaken(context):

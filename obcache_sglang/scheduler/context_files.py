@@ -52,6 +52,7 @@ class ContextFiles:
     on_disk: names of the files that this rank knows of. bad: of those that turned out not to be what they should.
     going: of those that are being deleted, and of those that could not be.
     given_up: threads that nobody waits for any more.
+    expiring: when files are to be deleted, by name, whether or not their contexts are resident; in seconds since the epoch.
     results: of what control calls asked for, by the name that the call gave it.
     """
 
@@ -64,6 +65,7 @@ class ContextFiles:
     bad: set[str] = field(default_factory=set)
     going: set[str] = field(default_factory=set)
     given_up: list[Reading | Writing] = field(default_factory=list)
+    expiring: dict[str, float] = field(default_factory=dict)
     results: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
     _looked_at: float = 0.0
 
@@ -71,7 +73,7 @@ class ContextFiles:
         """What a context's file says of itself."""
         settings = context.settings
         sizes = (context.num_tokens, context.num_slots, len(context.judges))
-        return Head(self.served, settings, self.chooser(settings), *sizes)
+        return Head(self.served, settings, self.chooser(settings), *sizes, expires_at=context.expires_at)
 
     def name(self, context: Context) -> str:
         """What a context's files are called; empty where a defect keeps this rank from knowing."""
@@ -121,6 +123,7 @@ class ContextFiles:
     def delete(self, name: str, after: Writing | None = None) -> None:
         """A thread deletes the files of a context, when what writes one has ended. Until they are gone nobody is given one."""
         self.going.add(name)
+        self.expiring.pop(name, None)
         self.on_disk.discard(name)
 
         def delete() -> None:
@@ -133,6 +136,11 @@ class ContextFiles:
                 logger.warning("obcache: file %s could not be deleted, and is not used any more: %s", name, error)
 
         Errand(delete)
+
+    def expires(self, name: str, at: float | None) -> None:
+        """A file lives as long as its context was to when it was saved."""
+        if at is not None:
+            self.expiring[name] = at
 
     def note(self, asked: str | None, result: dict[str, Any]) -> None:
         """What came of a control call's load or save."""

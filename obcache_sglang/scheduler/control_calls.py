@@ -10,6 +10,7 @@ from obcache_sglang import __version__
 from obcache_sglang.errors import RequestError
 from obcache_sglang.kv.context import Context, ContextState, Namespace
 from obcache_sglang.scheduler.in_place import CachedCompression
+from obcache_sglang.scheduler.lineage import compressed_otherwise
 from obcache_sglang.scheduler.loads import Load
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 
@@ -26,7 +27,9 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
     namespace: {"extra_key", "cache_salt", "lora_id"} of whoever asks, None for an operator who sees all. A context is asked for by
     its `context_id`, or by the `name` that lists show. asked: the name that a save or load is given, under which its result is asked for.
     """
-    manager.advance_clock(float(call.get("now", 0.0)))
+    now = float(call.get("now", 0.0))
+    manager.advance_clock(now)
+    manager.stored.expire(now)
     cache = manager.cache
     match call.get("op"):
         case "status":
@@ -34,7 +37,7 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
         case "calibrate":
             return manager.calibration.answer(call)
         case "expire":
-            due = [context.expires_at for context in cache if context.expires_at is not None]
+            due = [context.expires_at for context in cache if context.expires_at is not None] + manager.stored.due()
             return {"ok": True, "next": min(due) if due else None}
         case "progress":
             asked = [req for req in manager.engine.waiting() if isinstance(req, ContextReq) and req.rid.startswith(call["rid"])]
@@ -76,8 +79,9 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
         case "delete":
             if context.is_queued:
                 return {"ok": False, "status_code": 409, "error": "The context is being compressed. Delete it afterwards."}
-            if context.state is not ContextState.DELETING:
-                cache.delete(context)
+            for each in (context, *compressed_otherwise(cache, context)):  # the ladder may have made another one of it
+                if each.state is not ContextState.DELETING and not each.is_queued:
+                    cache.delete(each)
             manager.sweep()
             return {"ok": True, "name": context.id, "gone": cache.get(context.id) is None}
     return {"ok": False, "status_code": 400, "error": f"op={call.get('op')!r} is not a known operation."}
@@ -105,7 +109,10 @@ def _asked_for(manager: CompressionManager, call: Mapping[str, Any]) -> Context 
         context = None if known is None else known[0]
     else:
         context = manager.cache.get(call.get("name") or "")
-    return context if context is not None and _is_visible(context, call) and _is_held(manager, context) else None
+    if context is None or not _is_visible(context, call):
+        return None
+    # Ranks see the disk at their own times: what they delete does not depend on it.
+    return context if call.get("op") == "delete" or _is_held(manager, context) else None
 
 
 def _is_held(manager: CompressionManager, context: Context) -> bool:

@@ -187,7 +187,7 @@ class Writing(_Transfer):
     def __init__(self, folder: Folder, name: str, head: Head, table: Table) -> None:
         super().__init__()
         self._begin = partial(folder.writing, name, head, table)
-        self._num_layers, self._num_given = head.served.num_layers, 0
+        self._num_layers, self._num_given, self.expires_at = head.served.num_layers, 0, head.expires_at
         self._most = max(1, BUFFER_BYTES // sum(head.layer_bytes))
         self._thread.start()
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from obcache_sglang.kv.context import Context
+    from obcache_sglang.kv.context import KeptContext
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class ForwardPlan(BatchContexts):
             self._rows, self._contexts, self._has_scored_rows = [], [], False
             _end_unplanned(batch)
 
-    def _plan(self, forward_batch: ForwardBatch, batch: ScheduleBatch, contexts: list[Context | None]) -> None:
+    def _plan(self, forward_batch: ForwardBatch, batch: ScheduleBatch, contexts: list[KeptContext | None]) -> None:
         if any(contexts):
             offset_positions(forward_batch, contexts, batch.extend_lens)
             self._contexts = contexts
@@ -158,11 +158,11 @@ class ForwardPlan(BatchContexts):
         return None
 
 
-def _context_before(req: Req) -> Context | None:
+def _context_before(req: Req) -> KeptContext | None:
     """The compressed context that a request's own tokens come after."""
     if isinstance(req, CompressionJob):
-        return req.base if req.error != "evicted" else None  # then its ids are not those of the base either
-    return req.context if isinstance(req, ContextReq) and req.is_virtual else None
+        return req.reads if req.error != "evicted" else None  # then its ids are not those of the base either
+    return req.reads if isinstance(req, ContextReq) and req.is_virtual else None
 
 
 def _end_unplanned(batch: ScheduleBatch) -> None:
@@ -178,7 +178,7 @@ def _end_unplanned(batch: ScheduleBatch) -> None:
             )
 
 
-def offset_positions(forward_batch: ForwardBatch, contexts: list[Context | None], extend_lens: list[int] | None) -> None:
+def offset_positions(forward_batch: ForwardBatch, contexts: list[KeptContext | None], extend_lens: list[int] | None) -> None:
     """Adds L - M to the positions of requests that stand after a context; out of place, the tensor may be a graph's.
 
     contexts: of each request of the batch.

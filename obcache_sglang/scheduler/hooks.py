@@ -262,6 +262,7 @@ def before_weight_update(updater: Any, *args: Any, **kwargs: Any) -> None:
     try:
         if (manager := _manager(updater.scheduler)) is not None:
             manager.stored.turn_off("the model's weights were updated")
+            manager.calibration.give_up("The model's weights were updated meanwhile. Calibrate again.")
     except Exception:
         logger.exception("obcache: turning the files of contexts off failed")
 

@@ -194,7 +194,7 @@ class InPlace:
         self._under_way, context.is_queued = None, False
         self.cache.tree.unlock(job.lock)
         if job.base is not None:
-            self.cache.replaced(job.base)
+            self.cache.replaced(job.base, context)
         elif job.makes_room and (node := self._node(context, None)) is not None:
             tree.drop_branch(self.cache.tree, node)
         self.jobs.ask_again(context, job.base)

@@ -249,7 +249,9 @@ class Jobs:
     @staticmethod
     def slots_to_admit(req: Req) -> int:
         """KV slots that a request takes when it is admitted, beside those that SGLang counts: a final prefill's kept tokens."""
-        return req.context.own_slots if isinstance(req, CompressionJob) and req.is_final and req.slots is None else 0
+        if not isinstance(req, CompressionJob) or not req.is_final or req.slots is not None:
+            return 0
+        return req.context.num_slots if req.owns_exact else req.context.own_slots
 
     def reserve(self, batch: ScheduleBatch) -> None:
         """Reserves the slots of jobs whose final prefill begins in this batch, after the batch's own allocation.
@@ -267,7 +269,7 @@ class Jobs:
                 req.error = "replaced"  # a second node of the same context would free the first one's slots
                 continue
             if is_first:
-                req.slots = self.reservation.on_all_ranks(req.context)
+                req.slots = self.reservation.on_all_ranks(req.context, may_own_exact=req.owns_exact)
                 req.error = None if req.slots is not None else "no_slots"
             elif not self.agree(req.slots is not None and req.error is None):
                 req.error, req.slots = req.error or "no_slots", None

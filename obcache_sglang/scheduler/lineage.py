@@ -1,11 +1,11 @@
-"""Prompts whose boundaries move: what of a context is compressed already, and with which boundaries."""
+"""What of a context is compressed already: with other boundaries, where prompts move them, and with other ratios."""
 
 from __future__ import annotations
 
 from array import array
 from dataclasses import replace
 
-from obcache_sglang.kv.context import Namespace
+from obcache_sglang.kv.context import Context, Namespace
 from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.settings import CompressionSettings
 
@@ -42,3 +42,16 @@ def known_settings(
             cache.used(context)
             return context.settings if length == len(tokens) else joined
     return own
+
+
+def compressed_otherwise(cache: ContextCache, context: Context) -> list[Context]:
+    """Contexts of the same tokens that differ from one in their ratio alone, as the ladder makes them."""
+    whose, ratio = (context.namespace, context.tokens, context.judges), context.settings.compression_ratio
+    return [
+        each
+        for each in cache
+        if each is not context
+        and each.num_tokens == context.num_tokens
+        and (each.namespace, each.tokens, each.judges) == whose
+        and replace(each.settings, compression_ratio=ratio) == context.settings
+    ]

@@ -22,7 +22,7 @@ from obcache_sglang.scheduler.jobs import Jobs
 
 logger = logging.getLogger(__name__)
 
-MOST_WAITING_PASSES = 4096
+MOST_WAITING_PASSES = 64
 """For room beside what runs, before a context is compressed as if it had no file."""
 
 
@@ -152,6 +152,9 @@ class Loads:
         context.is_queued = False
         self.jobs.publish(context, kept)
         self.fresh.add(context.id)
+        if reading.head is not None and (ends := reading.head.expires_at) is not None:
+            context.expires_at, context.ttl_seconds = ends, ends - reading.head.created
+            self.files.expires(load.name, ends)
         self.files.on_disk.add(load.name)
         self.files.note(load.asked, {"state": "done", "name": context.id})
         self.jobs.ask_again(context, None)
@@ -179,7 +182,7 @@ class Loads:
             self.files.on_disk.discard(load.name)
         else:
             logger.warning("obcache: file %s is not used: %s", load.name, load.error or why)
-            if load.error is not None:
+            if load.error is not None and not (load.reading is not None and load.reading.is_stalled):
                 self.files.bad.add(load.name)
         error = f"The file cannot be loaded: {load.error or why}{' in this namespace' if load.is_missing else ''}."
         self.files.note(load.asked, {"state": "failed", "error": error, "missing": load.is_missing})

@@ -19,7 +19,7 @@ from obcache_sglang.compress.measurement import Measurement
 from obcache_sglang.compress.ranking import effective_window
 from obcache_sglang.compress.replay import ReplayPass
 from obcache_sglang.host import use
-from obcache_sglang.kv.context import Context, Namespace
+from obcache_sglang.kv.context import Context, KeptContext, Namespace
 from obcache_sglang.messages import KEY, Plan
 from obcache_sglang.settings import EVERY_QUERY
 
@@ -66,6 +66,8 @@ class ContextReq(Req):
         self.tier: str | None = None
         """Where the context came from that it reuses: "device" or "disk"."""
         self.position_offset = 0
+        self.reads: KeptContext | None = None
+        """What it stands after, as it was when it began to."""
         self.real_ids: array[int] | None = None
         self.compressions_started = 0
         self.exact_reason: str | None = plan.exact
@@ -108,7 +110,8 @@ class ContextReq(Req):
         assert not self.kv.holds_kv, "the ids of a request cannot change while it holds KV"
         if self.is_virtual:
             return
-        self.context = context
+        assert context.resident is not None
+        self.context, self.reads = context, context.resident
         self.real_ids = self.origin_input_ids
         self.origin_input_ids = context.engine_ids + self.real_ids[context.num_tokens :]
         self.position_offset = context.position_offset
@@ -230,7 +233,7 @@ class CompressionJob(Req):
     A context that is compressed segment by segment takes a job for each. Its `origin_input_ids` are [virtual ids of the base | new tokens],
     as those of a question after the base would be, and its positions are offset like a question's.
 
-    base: the compressed context before the segment; None for the first one, and for a context that is compressed whole.
+    base: the compressed context before the segment; None for the first one, and for a context that is compressed whole. reads: what is left of it.
     holds_base: whether the base is held (`ContextCache.hold`), until the job ends.
     exact_lock: of the tree's, on the exact tokens that the context begins with, until the job ends; None where there are none, or a base is held.
     has_room: whether room was made for it.
@@ -273,6 +276,7 @@ class CompressionJob(Req):
         self.replay: ReplayPass | None = None
         self.passes = list(passes)
         self.base, self.reads_exact = base, reads_exact
+        self.reads = None if base is None else base.resident
         self.holds_base = self.has_room = False
         self.exact_lock: Any = None
         self.starved_passes = 0
@@ -346,6 +350,11 @@ class CompressionJob(Req):
     def is_final(self) -> bool:
         """Whether its last chunk selects and copies."""
         return not self.passes and not self.reads_exact and not isinstance(self.compression, Measurement)
+
+    @property
+    def owns_exact(self) -> bool:
+        """Whether its base may have all that there is of the exact tokens before it."""
+        return self.base is not None and self.base.owns_exact
 
     @property
     def position_offset(self) -> int:

@@ -50,6 +50,11 @@ class Saves:
             raise RequestError("The context is being saved already.", HTTPStatus.CONFLICT)
         if len(self.under_way) >= MOST_AT_ONCE:
             raise RequestError(f"{MOST_AT_ONCE} contexts are being saved. Save it when one of them is done.", HTTPStatus.CONFLICT)
+        if not self.jobs.agree(self.files.name(context) not in self.files.going):
+            raise RequestError(
+                "The context's file is being deleted, and the disk has not answered yet. Save it when that is done.",
+                HTTPStatus.CONFLICT,
+            )
         save = Save(self.files.name(context), self.files.served.num_layers, context, asked)
         self.cache.hold(context)
         save.holds = True
@@ -100,7 +105,7 @@ class Saves:
         self.under_way.remove(save)
         self.files.on_disk.add(save.name)
         self.files.bad.discard(save.name)
-        self.files.going.discard(save.name)
+        self.files.expires(save.name, save.writing.expires_at)
         seconds, num_bytes = time.perf_counter() - save.started_at, save.writing.num_bytes
         facts = {"name": save.context.id, "file": save.name, "bytes": num_bytes, "seconds": round(seconds, 3)}
         self.files.note(save.asked, {"state": "done", **facts})

@@ -1,8 +1,8 @@
 """Where prompts part: prefixes that several prompts share, found without anybody marking them (`--obcache-mode auto`).
 
 Prompts are remembered by chained hashes of their blocks, as prefix caches know them, and not by their tokens: so a shared prefix is known
-also when the pool has evicted it long ago. Of each block, the table knows whether what follows it was always the same, or at least
-how many different ones there were.
+also when the pool has evicted it long ago. Of each block, the table knows whether what follows it was always the same, and how many
+different contexts stand behind it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ SLACK_BLOCKS = 4
 """Prompts that part within so many blocks of one another have one boundary, the first: questions may begin alike for longer than that."""
 
 WIDELY = 4
-"""Continuations that show a beginning of many texts, such as a system prompt. A conversation that goes on shows two: its end, and what followed."""
+"""Different contexts behind one beginning that show it to be that of many texts, such as a system prompt."""
+
+_PARTS = b""
 
 _DIGEST = 16
 
@@ -39,8 +41,10 @@ class SharedPrefixes:
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
-        # By hash of a block and all before it: hashes of what followed it, different ones, at most WIDELY, one after the other.
+        # By hash of a block and all before it: hash of what followed it, or _PARTS.
         self._followed_by: OrderedDict[bytes, bytes] = OrderedDict()
+        # Likewise: hashes of what followed it in contexts, different ones, at most WIDELY, one after the other.
+        self._contexts_behind: dict[bytes, bytes] = {}
 
     def __len__(self) -> int:
         return len(self._followed_by)
@@ -58,24 +62,28 @@ class SharedPrefixes:
         or more; else 0. At least one token follows. The second is less by `min_tokens` or more; 0 where there is no such beginning.
         """
         following = self._blocks(namespace, prompt)
-        parts, widely = [], [0]
+        parts = []
         for number, (block, after) in enumerate(pairwise(following), 1):
             known = self._followed_by.setdefault(block, after)
-            if all(known[first : first + _DIGEST] != after for first in range(0, len(known), _DIGEST)):
-                self._followed_by[block] = known = (known + after)[: WIDELY * _DIGEST]
-            if len(known) > _DIGEST and min_tokens <= number * BLOCK_TOKENS < len(prompt):
-                parts.append(number)
-            if len(known) == WIDELY * _DIGEST:
-                widely.append(number)
+            if known != after:
+                self._followed_by[block] = _PARTS
+                if min_tokens <= number * BLOCK_TOKENS < len(prompt):
+                    parts.append(number)
             self._followed_by.move_to_end(block)
         while len(self._followed_by) > MAX_BLOCKS:
-            self._followed_by.popitem(last=False)
+            self._contexts_behind.pop(self._followed_by.popitem(last=False)[0], None)
         if not parts:
             return 0, 0
         boundary = BLOCK_TOKENS * next(number for number in parts if number >= parts[-1] - SLACK_BLOCKS)
-        return boundary, max(
-            BLOCK_TOKENS * number for number in widely if number == 0 or BLOCK_TOKENS * number <= boundary - min_tokens
-        )
+        widely = [0]
+        for number, (block, after) in enumerate(pairwise(following), 1):
+            if number * BLOCK_TOKENS <= boundary - min_tokens and self._followed_by.get(block) == _PARTS:
+                behind = self._contexts_behind.get(block, b"")
+                if all(behind[first : first + _DIGEST] != after for first in range(0, len(behind), _DIGEST)):
+                    self._contexts_behind[block] = behind = (behind + after)[: WIDELY * _DIGEST]
+                if len(behind) == WIDELY * _DIGEST:
+                    widely.append(number)
+        return boundary, BLOCK_TOKENS * widely[-1]
 
     def _blocks(self, namespace: Namespace, prompt: array[int]) -> list[bytes]:
         """A hash for each whole block with all before it, and one with the rest, which may be empty: that a prompt ends is a continuation too."""

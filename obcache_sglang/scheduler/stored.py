@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import Any
 
 from obcache_sglang.errors import RequestError
-from obcache_sglang.kv.context import Context, Namespace
+from obcache_sglang.kv.context import SHARED, Context, Namespace
 from obcache_sglang.kv.folder import is_name
 from obcache_sglang.scheduler.context_files import MOST_AT_ONCE, ContextFiles
 from obcache_sglang.scheduler.jobs import Jobs
@@ -21,9 +21,6 @@ from obcache_sglang.scheduler.saves import Saves
 
 logger = logging.getLogger(__name__)
 
-SHARED = Namespace(None, None, None)
-"""Of requests that give no namespace."""
-
 
 class StoredContexts:
     """Of one scheduler. files: None without a folder."""
@@ -31,6 +28,7 @@ class StoredContexts:
     def __init__(self, jobs: Jobs, files: ContextFiles | None) -> None:
         self.jobs, self.engine, self.cache = jobs, jobs.engine, jobs.cache
         self._files = files
+        self._is_off: str | None = None
         if files is None:
             return
         self._loads, self._saves = Loads(jobs, files), Saves(jobs, files)
@@ -45,17 +43,17 @@ class StoredContexts:
 
     def awaits(self, req: ContextReq, context: Context) -> bool:
         """Whether a question waits for a file: of its context, or of one that its context begins with. Starts to load it. Each question looks once."""
-        if self._files is None or context.namespace.lora_id is not None:
+        if self._files is None or self._is_off or context.namespace.lora_id is not None:
             return False
         loading = {load.context.id for load in self._loads.under_way if load.context is not None}
         if loading and not loading.isdisjoint((context.id, *(identity for _, identity in self.cache.beginnings(context)))):
             return True
         if context.is_queued or req.looked_for == context.id:
             return False
-        if self._loads.is_full:
+        if self._loads.is_full and self.jobs.agree(self._files.name(context) in self._files.on_disk):
             return True
         req.looked_for = context.id
-        return self._loads.begin(self._files.name(context), context.namespace, context)
+        return not self._loads.is_full and self._loads.begin(self._files.name(context), context.namespace, context)
 
     def get(self, context: Context) -> Load | None:
         """The load of a context."""
@@ -104,7 +102,8 @@ class StoredContexts:
         """How far a load or a save is; at its end with `state` "done" or "failed". None for one that is unknown."""
         if self._files is None:
             return None
-        self.advance()  # nothing else may call for a pass
+        if not self.engine.in_flight():
+            self.advance()  # nothing else may call for a pass
         for job in (*self._loads.under_way, *self._saves.under_way):
             if job.asked == asked:
                 return {"state": "under way", "layers": job.num_layers_done, "of": job.num_layers}
@@ -118,6 +117,8 @@ class StoredContexts:
     def _required(self) -> ContextFiles:
         if self._files is None:
             raise RequestError("This server keeps no files of contexts: start it with --obcache-folder.")
+        if self._is_off:
+            raise RequestError(f"Contexts are neither saved nor loaded any more: {self._is_off}. Start the server again.")
         return self._files
 
     # --- what the scheduler tells -------------------------------------------------------------------------------------------------
@@ -128,6 +129,16 @@ class StoredContexts:
             self._loads.advance()
             self._saves.advance()
 
+    def due(self) -> list[float]:
+        """When files are to be deleted, in seconds since the epoch."""
+        return [] if self._files is None else list(self._files.expiring.values())
+
+    def expire(self, now: float) -> None:
+        """Deletes the files whose time has passed, also of contexts that have been evicted."""
+        for name in [] if self._files is None else [each for each, at in self._files.expiring.items() if at <= now]:
+            assert self._files is not None
+            self._files.delete(name)
+
     def forget(self) -> None:
         """The tree was reset. Before the cache is told so."""
         if self._files is not None:
@@ -135,8 +146,8 @@ class StoredContexts:
             self._saves.forget()
 
     def turn_off(self, why: str) -> None:
-        """From now on there are no files: what they hold is not what this server would compute."""
-        if self._files is None:
+        """From now on no file is read or written: what they hold is not what this server would compute. Deleting a context still deletes its file."""
+        if self._files is None or self._is_off:
             return
         for load in list(self._loads.under_way):
             load.is_missing, load.error = True, why
@@ -144,7 +155,7 @@ class StoredContexts:
         for save in list(self._saves.under_way):
             save.error = save.error or why
             self._saves.end(save, why)
-        self._files = None
+        self._is_off = why
         logger.warning("obcache: contexts are neither saved nor loaded any more: %s. Start the server again.", why)
 
     def _deleted(self, context: Context) -> None:

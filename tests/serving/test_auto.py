@@ -175,10 +175,10 @@ def test_documents_behind_a_longer_system_prompt_hold_no_slots_for_it(auto_serve
     """Every application has one, and alone its documents are shorter than what would be kept of both."""
     flush(auto_server)
     system = document(model_dir, 500, "typesseq")
-    prompts = [[system + document(model_dir, 300, topic) + question(model_dir, asked) for topic in TOPICS] for asked in ASKED[:3]]
+    prompts = [[system + document(model_dir, 300, topic) + question(model_dir, asked) for topic in TOPICS] for asked in ASKED]
     answers = [[generate(auto_server, each) for each in asked] for asked in prompts]
-    reused = [answer for answer in answers[2] if report(answer)["status"] == "reused"]
-    assert len(reused) >= 4, [report(answer) for answer in answers[2]]
+    reused = [answer for answer in answers[3] if report(answer)["status"] == "reused"]
+    assert len(reused) >= 4, [report(answer) for answer in answers[3]]
     exact, shared = 500 // 64 * 64, 800 // 64 * 64
     for answer in reused:
         assert report(answer)["kept_tokens"] == exact + int((shared - exact) * 0.3)
@@ -186,7 +186,7 @@ def test_documents_behind_a_longer_system_prompt_hold_no_slots_for_it(auto_serve
     assert slots == {int((shared - exact) * 0.3)}
     # What was compressed in passing is what is compressed when somebody asks for it.
     flush(auto_server)
-    first = answers[2].index(reused[0])
-    wish = {"input_ids": prompts[2][first][:shared], "boundaries": [exact], "exact_segments": 1}
+    first = answers[3].index(reused[0])
+    wish = {"input_ids": prompts[3][first][:shared], "boundaries": [exact], "exact_segments": 1}
     assert auto_server.post("/obcache/compress", wish)["kept_tokens"] == report(reused[0])["kept_tokens"]
-    assert generate(auto_server, prompts[2][first])["output_ids"] == reused[0]["output_ids"]
+    assert generate(auto_server, prompts[3][first])["output_ids"] == reused[0]["output_ids"]

@@ -71,8 +71,9 @@ class Known:
                     assert (found["status"], found["compression_ratio"], found["context_tokens"]) == ("reused", ratio, boundary)
                     answers[(topic, asked), ratio] = answer["output_ids"]
         flush(server)
-        for topic in topics[: WIDELY + 1] if system else ():  # the server learns what all stand behind
-            generate(server, prompts[topic, ASKED[0]])
+        for asked in ASKED[:2] if system else ():  # the server learns what all stand behind
+            for topic in topics[:WIDELY]:
+                generate(server, prompts[topic, asked])
         flush(server)
         return cls(server, prompts, answers, document(model_dir, 700, "typesseq"))
 

@@ -542,6 +542,7 @@ def test_a_disk_that_is_full_says_so_and_leaves_nothing(tmp_path: Path, monkeypa
     assert (found["state"], "No space left on device" in found["error"]) == ("failed", True)
     wait_for(lambda: [file.name for file in tmp_path.iterdir()] == [KEY_FILE])
     assert drive.accounts()[2] == 0
+    wait_for(lambda: not drive.manager.stored._files.going)  # type: ignore[union-attr]
     assert saved(drive, context)
 
 
@@ -632,7 +633,7 @@ def test_a_context_that_is_replaced_while_it_is_saved_leaves_no_file(tmp_path: P
         patched.setattr(file_threads.Writing, "has_room", False)
         drive.manager.stored.save(context, "a save")
         drive.step()
-    drive.manager.cache.replaced(context)
+    drive.manager.cache.replaced(context, replace(context))
     assert "not resident" in result(drive, "a save")["error"]
     wait_for(lambda: [file.name for file in tmp_path.iterdir()] == [KEY_FILE])
     drive.evict_all()
@@ -736,8 +737,12 @@ def test_updated_weights_turn_files_off(tmp_path: Path) -> None:
     saved(first, compressed(first))
     second.manager.stored.turn_off("the model's weights were updated")
     assert decided(second, second.ask(CONTEXT)) == "job"
-    with pytest.raises(RequestError, match="keeps no files"):
+    with pytest.raises(RequestError, match="weights were updated"):
         second.manager.stored.load("0" * 64, SHARED, "a load")
+    # What is deleted is deleted everywhere all the same.
+    context = compressed(second)
+    second.manager.cache.delete(context)
+    wait_for(lambda: [file.name for file in tmp_path.iterdir()] == [KEY_FILE])
 
 
 def test_the_command_lists_verifies_and_deletes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -772,3 +777,50 @@ def test_heads_that_mean_nothing_are_refused() -> None:
             Head.from_json(json.dumps(json.loads(text) | {name: value}))
     with pytest.raises(BadFile):
         Head.from_json("[]")
+
+
+def test_a_save_waits_for_the_deletion_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deletions are by name, and a slow disk may come to one long after."""
+    drive = server(tmp_path)
+    context = compressed(drive)
+    saved(drive, context)
+    held = threading.Event()
+    delete = Folder.delete
+    monkeypatch.setattr(Folder, "delete", lambda self, name: held.wait(20) and delete(self, name))
+    drive.manager.cache.delete(context)
+    drive.manager.sweep()
+    again = compressed(drive)
+    with pytest.raises(RequestError, match="is being deleted"):
+        drive.manager.stored.save(again, "too early")
+    held.set()
+    wait_for(lambda: not drive.manager.stored._files.going)  # type: ignore[union-attr]
+    saved(drive, again)
+    assert the_file(tmp_path)
+
+
+def test_a_file_lives_no_longer_than_its_context_was_to(tmp_path: Path) -> None:
+    """Also where the context has been evicted, and on the next server."""
+    first, second, third = (server(tmp_path) for _ in range(3))
+    for drive in (first, second, third):
+        drive.now = time.time()
+    context = compressed(first, ttl_seconds=60.0)
+    saved(first, context)
+    first.evict_all()
+    req = second.ask(CONTEXT)
+    assert decided(second, req) == "reused" and req.context is not None
+    assert req.context.expires_at == pytest.approx(first.now + 60, abs=1)
+    assert control_calls.answer(first.manager, {"op": "expire", "now": first.now + 30})["next"] == pytest.approx(
+        first.now + 60, abs=1
+    )
+    assert the_file(tmp_path)
+    assert control_calls.answer(first.manager, {"op": "expire", "now": first.now + 61})["next"] is None
+    wait_for(lambda: [file.name for file in tmp_path.iterdir()] == [KEY_FILE])
+    assert decided(third, third.ask(CONTEXT)) == "job"
+
+
+def test_a_file_whose_time_has_passed_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = server(tmp_path), server(tmp_path)
+    first.now = time.time()
+    saved(first, compressed(first, ttl_seconds=60.0))
+    monkeypatch.setattr("obcache_sglang.kv.files.time.time", lambda: first.now + 61)
+    assert decided(second, second.ask(CONTEXT)) == "job"

@@ -19,6 +19,7 @@ from obcache_sglang.messages import Plan
 from obcache_sglang.scheduler.forward import ForwardPlan
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, JobId
 from obcache_sglang.settings import CompressionSettings
+from tests.unit.engine import KEPT
 
 HALF = CompressionSettings.resolve({"compression_ratio": 0.5, "budget": "uniform"})
 
@@ -35,6 +36,7 @@ def behind_context(rid: str, first: int) -> ContextReq:
     """A request behind a context of 20 tokens that keeps 10."""
     tokens = array("q", range(first, first + 20))
     context = Context(f"{first:032x}", Namespace(None, None, None), HALF, tokens, 10, array("q", range(1 << 61, (1 << 61) + 10)))
+    context.kept = KEPT
     fields = (rid, "", tokens + array("q", [5]), SamplingParams())
     req = ContextReq(*fields, plan=Plan(20, HALF), count_exact=lambda reason: None)
     req.use_context(context, cached_tokens=20)
@@ -54,7 +56,7 @@ def test_requests_of_one_name_keep_their_own_rows(plan: ForwardPlan) -> None:
     mine, other, plain = behind_context("same", 0), behind_context("same", 50), Req("same", "", array("q", [5]), SamplingParams())
     batch, forward_batch = batch_of(plain, mine, other)
     plan.plan_forward(forward_batch, batch)
-    assert plan.contexts(forward_batch) == [None, mine.context, other.context]
+    assert plan.contexts(forward_batch) == [None, mine.context.resident, other.context.resident]
     assert forward_batch.positions.tolist() == [100, 111, 112]
 
 
@@ -64,7 +66,7 @@ def test_a_request_named_like_a_job_does_not_move_it(plan: ForwardPlan) -> None:
     batch, forward_batch = batch_of(job, hostile)
     plan.plan_forward(forward_batch, batch)
     assert forward_batch.positions.tolist() == [100, 111]
-    assert plan.contexts(forward_batch) == [None, hostile.context]
+    assert plan.contexts(forward_batch) == [None, hostile.context.resident]
 
 
 def test_a_part_of_a_batch_is_an_error_not_a_guess(plan: ForwardPlan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from obcache_sglang.kv.context import ContextState
 from obcache_sglang.scheduler import control_calls, tree
+from obcache_sglang.scheduler.forward import _context_before
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from tests.unit.engine import KEPT, Driven
 from tests.unit.test_manager import report
@@ -308,3 +310,22 @@ def test_a_rank_that_cannot_read_its_slots_votes_and_evicts_as_the_others_do(
     (votes, *left), (failing_votes, *failing_left) = rank(False), rank(True)
     assert len(votes) == len(failing_votes) and left == failing_left
     assert not any(failing_votes)
+
+
+@pytest.mark.parametrize("how", ["the ladder", "calibration"])
+def test_a_reader_keeps_what_it_reads(how: str) -> None:
+    """It holds the slots, and what lies where must not change under it: not when they are given up, nor when the context is made anew elsewhere."""
+    drive, _ = driven()
+    cache_exactly(drive)
+    req = drive.ask(CONTEXT)
+    assert drive.step() == [req] and req.is_virtual
+    context, read = req.context, _context_before(req)
+    assert context is not None and read is not None and read.kept is context.kept
+    if how == "the ladder":
+        drive.manager.cache.replaced(context, replace(context))
+    else:
+        drive.manager.cache.retire(context)
+    assert context.kept is None
+    assert _context_before(req) is read and (read.num_slots, read.position_offset) == (20, 20) and read.is_uneven
+    context.kept = replace(read.kept, offsets=read.kept.offsets + 1)
+    assert _context_before(req) is read and read.kept is not context.kept

@@ -568,16 +568,29 @@ def test_documents_behind_one_system_prompt_have_boundaries_of_their_own(prefixe
     assert prefixes.boundary(NOBODY, prompt(*system, *second, -2), 8)[0] == 240
 
 
-def test_what_begins_many_texts_is_told_from_what_a_conversation_says_again(prefixes: SharedPrefixes) -> None:
+def test_what_begins_many_contexts_is_told_from_what_a_conversation_says_again(prefixes: SharedPrefixes) -> None:
     system = range(10)
-    for document in (20, 30, 40):
-        assert prefixes.boundary(NOBODY, prompt(*system, *range(document, document + 6), -1), 8)[1] == 0
-    prefixes.boundary(NOBODY, prompt(*system, *range(50, 56), -1), 8)
-    assert prefixes.boundary(NOBODY, prompt(*system, *range(20, 26), -2), 8) == (128, 80)
-    # A document with less than a context's tokens is one with its system prompt, as is a text that nobody else begins with.
-    assert prefixes.boundary(NOBODY, prompt(*system, *range(30, 36), -2), 49) == (128, 0)
+    documents = [range(first, first + 6) for first in (20, 30, 40, 50)]
+    for document in documents:
+        assert prefixes.boundary(NOBODY, prompt(*system, *document, -1), 8)[1] == 0
+    # That a document is shared shows when it is asked about again.
+    assert [prefixes.boundary(NOBODY, prompt(*system, *document, -2), 8) for document in documents] == [(128, 0)] * 3 + [
+        (128, 80)
+    ]
+    assert prefixes.boundary(NOBODY, prompt(*system, *documents[0], -3), 8) == (128, 80)
+    # A document with less than a context's tokens is one with its system prompt.
+    assert prefixes.boundary(NOBODY, prompt(*system, *documents[1], -3), 49) == (128, 0)
     for turn in range(70, 80):
         assert prefixes.boundary(NOBODY, prompt(*range(60, turn)), 8)[1] == 0
+
+
+def test_many_questions_do_not_make_a_document_the_beginning_of_many(prefixes: SharedPrefixes) -> None:
+    document = range(20)
+    for question in range(1, 8):
+        prefixes.boundary(NOBODY, prompt(*document, -question), 8)
+    # One conversation about it, turn by turn.
+    for turn in range(30, 40):
+        assert prefixes.boundary(NOBODY, prompt(*document, *range(30, turn)), 8)[1] == 0
 
 
 def test_questions_that_begin_alike_do_not_move_the_boundary(prefixes: SharedPrefixes) -> None:
@@ -668,7 +681,7 @@ def test_documents_behind_a_longer_system_prompt_are_compressed_behind_it(monkey
     drive = under_pressure(mode="auto", size=500)
     system = array("q", range(5000, 5096))
     documents = [system + array("q", range(first, first + 48)) for first in (6000, 7000, 8000, 9000)]
-    for question in (7, 8):
+    for question in (7, 8, 9):
         for document in documents:
             req = drive.ask(document, question=question, num_tokens=2, finds_boundary=True)
             drive.step()
@@ -679,7 +692,7 @@ def test_documents_behind_a_longer_system_prompt_are_compressed_behind_it(monkey
     compressed = [each for each in drive.manager.cache if each.state is ContextState.RESIDENT]
     assert compressed and {(each.num_tokens, each.num_exact, each.own_slots) for each in compressed} == {(144, 96, 24)}
     assert all(drive.matched_exactly(each) == 96 for each in compressed), "their own exact KV went"
-    again = drive.ask(documents[documents.index(compressed[0].tokens)], question=9, num_tokens=2, finds_boundary=True)
+    again = drive.ask(documents[documents.index(compressed[0].tokens)], question=10, num_tokens=2, finds_boundary=True)
     drive.step()
     assert report(again)["status"] == "reused" and again.origin_input_ids[:96] == system
     # Nothing makes room by compressing the text that they stand behind: they would go with it.
