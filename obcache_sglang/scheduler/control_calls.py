@@ -79,7 +79,7 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
         case "delete":
             if context.is_queued:
                 return {"ok": False, "status_code": 409, "error": "The context is being compressed. Delete it afterwards."}
-            for each in (context, *compressed_otherwise(cache, context)):  # the ladder may have made another one of it
+            for each in (context, *compressed_otherwise(cache, context, manager.settings.rungs)):
                 if each.state is not ContextState.DELETING and not each.is_queued:
                     cache.delete(each)
             manager.sweep()

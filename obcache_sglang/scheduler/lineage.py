@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import replace
 
 from obcache_sglang.kv.context import Context, Namespace
@@ -44,14 +45,16 @@ def known_settings(
     return own
 
 
-def compressed_otherwise(cache: ContextCache, context: Context) -> list[Context]:
-    """Contexts of the same tokens that differ from one in their ratio alone, as the ladder makes them."""
-    whose, ratio = (context.namespace, context.tokens, context.judges), context.settings.compression_ratio
+def compressed_otherwise(
+    cache: ContextCache, context: Context, rungs: Callable[[CompressionSettings], list[CompressionSettings]]
+) -> list[Context]:
+    """Contexts that the ladder has made of the same tokens, or of which it has made this one. rungs: `ServerSettings.rungs`."""
+    whose, mine = (context.namespace, context.tokens, context.judges), context.settings
     return [
         each
         for each in cache
         if each is not context
         and each.num_tokens == context.num_tokens
         and (each.namespace, each.tokens, each.judges) == whose
-        and replace(each.settings, compression_ratio=ratio) == context.settings
+        and (each.settings in rungs(mine) or mine in rungs(each.settings))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,11 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from obcache_sglang.errors import InvalidValue
 from obcache_sglang.kv.context import ContextState, Namespace
-from obcache_sglang.scheduler import shared_prefixes, tree
+from obcache_sglang.scheduler import control_calls, shared_prefixes, tree
 from obcache_sglang.scheduler.pressure import UnderPressure
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from obcache_sglang.scheduler.shared_prefixes import SharedPrefixes
-from tests.unit.engine import Driven
+from tests.unit.engine import KEPT, Driven
 from tests.unit.test_in_place import CONTEXT, LAYERS, busy, cache_exactly, driven
 from tests.unit.test_manager import report
 
@@ -701,3 +702,23 @@ def test_documents_behind_a_longer_system_prompt_are_compressed_behind_it(monkey
     assert alone is not None
     drive.manager.under_pressure.add(alone)
     assert not drive.manager.under_pressure._exact() and alone.id in drive.manager.under_pressure._candidates
+
+
+def test_what_the_ladder_has_made_goes_with_what_it_was_made_of() -> None:
+    """Clients know the context by the id of what they had compressed. What somebody else had compressed at another ratio stays."""
+    drive = under_pressure(ladder=(0.75,), size=400)
+    cache = drive.manager.cache
+    own = drive.manager.settings.compression
+    first, rung, other = (
+        cache.obtain(NOBODY, replace(own, compression_ratio=ratio), CONTEXT) for ratio in (own.compression_ratio, 0.75, 0.6)
+    )
+    assert first is not None and rung is not None and other is not None
+    for context in (rung, other):
+        assert cache.reserve(context) is not None
+        cache.publish(context, KEPT)
+    first.ttl_seconds, first.expires_at = 60.0, drive.now + 60
+    cache.replaced(first, rung)
+    assert (rung.ttl_seconds, rung.expires_at) == (60.0, drive.now + 60)
+    identity = cache.capability(first, array("q"))
+    assert control_calls.answer(drive.manager, {"op": "delete", "context_id": identity, "namespace": None})["ok"]
+    assert cache.get(rung.id) is None and cache.is_resident(other)
