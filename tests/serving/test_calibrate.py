@@ -153,6 +153,7 @@ def test_contexts_of_a_tenant_are_never_read_and_former_gates_keep_nothing(serve
     assert (anew["status"], anew["context_id"]) == ("compressed", former["context_id"])
 
 
+@pytest.mark.long
 def test_after_a_restart_auto_finds_them(model_dir: Path, cache: Path, tmp_path: Path) -> None:
     """After the tests above: their file goes before the package's."""
     (file,) = (each for each in (cache / "obcache_sglang").iterdir() if each.name != "of-contexts.gates.safetensors")
