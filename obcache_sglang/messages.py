@@ -11,6 +11,7 @@ import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal
 
 from obcache_sglang.settings.values import CompressionSettings
@@ -89,3 +90,28 @@ def control_call(rid: Any) -> dict[str, Any] | None:
         return None
     call: dict[str, Any] = json.loads(rid[len(_CONTROL_PREFIX) :])
     return call
+
+
+class CalibrationPhase(Enum):
+    """How far a calibration in the schedulers is, as `GET /obcache/calibrate` says it."""
+
+    NONE = "none"
+    COLLECTING = "collecting"
+    """More contexts are to come."""
+    MEASURING = "measuring"
+    SOLVING = "solving"
+    SWITCHING = "switching"
+    """The gates are made, and compressions with the former ones are under way."""
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether something is still to come of it."""
+        return self in (
+            CalibrationPhase.COLLECTING,
+            CalibrationPhase.MEASURING,
+            CalibrationPhase.SOLVING,
+            CalibrationPhase.SWITCHING,
+        )

@@ -31,6 +31,7 @@ from obcache_sglang.frontend.hooks import GUARD_TOUCHES
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
 from obcache_sglang.kv.folder import Folder
 from obcache_sglang.settings import (
+    MADE_HERE,
     OPTIONS,
     SETTINGS_ENV,
     ServerSettings,
@@ -112,7 +113,7 @@ def _with_gates_made_before(settings: ServerSettings, model: str) -> ServerSetti
         file = measured_files.made_gates(model)
     except (OSError, ValueError) as error:
         raise HostError(f"--obcache-calibrate serve: {error}") from error
-    later = with_gates(settings, "made by this server" if file is None else str(file))
+    later = with_gates(settings, MADE_HERE if file is None else str(file))
     if later is None:
         raise ConfigError(
             "--obcache-calibrate serve makes method gate the default, which other flags exclude (see --obcache-gates). Remove them, "

@@ -9,16 +9,12 @@ from typing import Any, Protocol
 
 from obcache_sglang.errors import ObcacheError, RequestError
 from obcache_sglang.frontend import control
-from obcache_sglang.settings import ServerSettings, with_gates
+from obcache_sglang.messages import CalibrationPhase
+from obcache_sglang.settings import MADE_HERE, ServerSettings, with_gates
 
 logger = logging.getLogger(__name__)
 
-MADE_HERE = "made by this server"
-"""What gates are called that have no file."""
-
 _PAUSE_SECONDS = 2.0
-
-_UNDER_WAY = ("collecting", "measuring", "solving", "switching")
 
 
 class _HasSettings(Protocol):
@@ -37,7 +33,7 @@ class CalibrationWatch:
     async def call(self, tokenizer_manager: Any, action: str, **more: Any) -> dict[str, Any]:
         """One call about calibration, and the state after it. Raises RequestError."""
         state = await self._ask(tokenizer_manager, action, **more)
-        if state["state"] in _UNDER_WAY:
+        if CalibrationPhase(state["state"]).is_under_way:
             self._keep_watching(tokenizer_manager)
         compression = self._frontend.settings.compression
         return state | {"default": {"method": compression.method, "budget": compression.budget}}
@@ -73,6 +69,7 @@ class CalibrationWatch:
         while is_under_way:
             await asyncio.sleep(_PAUSE_SECONDS)
             try:
-                is_under_way = (await self._ask(tokenizer_manager, "state"))["state"] in _UNDER_WAY
+                state = await self._ask(tokenizer_manager, "state")
+                is_under_way = CalibrationPhase(state["state"]).is_under_way
             except Exception:
                 logger.exception("obcache: asking how far calibration is failed")

@@ -33,13 +33,13 @@ from obcache_sglang.compress.gates import Gates, NormalEquations, ScoredText
 from obcache_sglang.compress.measurement import Measurement
 from obcache_sglang.errors import HostError
 from obcache_sglang.kv.context import SHARED, Context, Namespace
-from obcache_sglang.messages import Plan
+from obcache_sglang.messages import CalibrationPhase, Plan
 from obcache_sglang.scheduler import tree
-from obcache_sglang.scheduler.calibration_run import MADE_HERE, Nobody, Phase, Reading, Run, Text, counted
+from obcache_sglang.scheduler.calibration_run import Nobody, Reading, Run, Text, counted
 from obcache_sglang.scheduler.identity import context_id
 from obcache_sglang.scheduler.in_place import InPlace
 from obcache_sglang.scheduler.requests import CompressionJob
-from obcache_sglang.settings import ServerSettings
+from obcache_sglang.settings import MADE_HERE, ServerSettings
 
 if TYPE_CHECKING:
     from obcache_sglang.scheduler.rank_gates import RankGates
@@ -67,7 +67,7 @@ class Calibration:
         self._in_place, self._jobs = in_place, in_place.jobs
         self._engine, self._cache = self._jobs.engine, self._jobs.cache
         self._rank, self._use = rank, use
-        self.phase = Phase.NONE
+        self.phase = CalibrationPhase.NONE
         self._run: Run | None = None
         self._why: str | None = None
         self._seconds = 0.0
@@ -99,7 +99,7 @@ class Calibration:
             case "cancel":
                 if not self.phase.is_under_way:
                     return {"ok": False, "status_code": 404, "error": "No calibration is under way."}
-                self._end(Phase.CANCELLED)
+                self._end(CalibrationPhase.CANCELLED)
         return {"ok": True, **self.state()}
 
     def begin(
@@ -138,7 +138,7 @@ class Calibration:
             deque(Text(tokens, number) for number, tokens in parts),
         )
         self._why, self._seconds = None, 0.0
-        self.phase = Phase.MEASURING if self._run.in_turn else Phase.COLLECTING
+        self.phase = CalibrationPhase.MEASURING if self._run.in_turn else CalibrationPhase.COLLECTING
         logger.info("obcache: calibration begins: %d %s", wanted, "texts" if self._run.in_turn else "contexts")
         return None
 
@@ -154,8 +154,8 @@ class Calibration:
         """JSON-safe, for `GET /obcache/calibrate`."""
         run = self._run
         phase = self.phase
-        if phase is Phase.COLLECTING and run is not None and run.num_more <= 0:
-            phase = Phase.MEASURING
+        if phase is CalibrationPhase.COLLECTING and run is not None and run.num_more <= 0:
+            phase = CalibrationPhase.MEASURING
         state: dict[str, Any] = {"state": phase.value, "made": self._num_made, "default_follows": self._follows}
         if run is None:
             return state
@@ -177,7 +177,7 @@ class Calibration:
     def offer(self, plan: Plan, namespace: Namespace, prompt: array[int]) -> None:
         """A prompt with a context arrives. The context's beginning is taken if contexts are being collected."""
         run = self._run
-        if self.phase is not Phase.COLLECTING or run is None or run.num_more <= 0 or plan.exact is not None:
+        if self.phase is not CalibrationPhase.COLLECTING or run is None or run.num_more <= 0 or plan.exact is not None:
             return
         length = min(plan.boundary(len(prompt), self._cache.page_size), run.max_tokens)
         if namespace != SHARED or length < MIN_TOKENS:
@@ -199,14 +199,14 @@ class Calibration:
             self._advance(run)
         except Exception:
             logger.exception("obcache: calibration failed")
-            self._end(Phase.FAILED, "An internal error, see the server's log. Nothing has changed.")
+            self._end(CalibrationPhase.FAILED, "An internal error, see the server's log. Nothing has changed.")
 
     def _advance(self, run: Run) -> None:
-        if self.phase is Phase.SOLVING:
+        if self.phase is CalibrationPhase.SOLVING:
             self._solve_some(run)
-        if self.phase is Phase.SWITCHING:
+        if self.phase is CalibrationPhase.SWITCHING:
             self._switch(run)
-        if self.phase not in (Phase.COLLECTING, Phase.MEASURING):
+        if self.phase not in (CalibrationPhase.COLLECTING, CalibrationPhase.MEASURING):
             return
         if self._lock is not None and self._reading is None:
             self._begin_reading(run)
@@ -220,14 +220,14 @@ class Calibration:
     def _next(self, run: Run) -> None:
         """Starts the next text, or what follows the last one."""
         if sum(run.skipped.values()) > run.wanted:
-            self._end(Phase.FAILED, f"Too many contexts could not be scored: {counted(run.skipped)}.")
+            self._end(CalibrationPhase.FAILED, f"Too many contexts could not be scored: {counted(run.skipped)}.")
         elif run.num_more <= 0 and not run.waiting:
             findings = run.findings
             if findings.equations(left_out=True).num_texts and findings.equations(left_out=False).num_texts:
-                self.phase = Phase.SOLVING
+                self.phase = CalibrationPhase.SOLVING
             else:
                 self._end(
-                    Phase.FAILED,
+                    CalibrationPhase.FAILED,
                     f"Of {run.wanted} texts {findings.num_texts} could be scored, too few to make gates and to judge them "
                     f"({counted(run.skipped)}). Give {HELD_OUT} or more that fit.",
                 )
@@ -327,7 +327,7 @@ class Calibration:
         failed = self._error
         self._drop_text()
         if not self._jobs.agree(not failed):
-            self._end(Phase.FAILED, "Summing up a text failed, see the server's log. Nothing has changed.")
+            self._end(CalibrationPhase.FAILED, "Summing up a text failed, see the server's log. Nothing has changed.")
 
     @staticmethod
     def _add_layer(equations: NormalEquations, rank: RankGates, reading: Reading, layer: int) -> None:
@@ -364,7 +364,7 @@ class Calibration:
         if solved is not None:
             run.solved.append(solved)
         if not self._jobs.agree(solved is not None):
-            self._end(Phase.FAILED, "The equations could not be solved, see the server's log. Nothing has changed.")
+            self._end(CalibrationPhase.FAILED, "The equations could not be solved, see the server's log. Nothing has changed.")
         elif last:
             self._make(run)
 
@@ -374,7 +374,7 @@ class Calibration:
         weights, bias, r_squared = map(self._rank.of_all_ranks, own)
         run.file = self._contained(lambda: run.findings.gate_file(Gates(weights, bias), r_squared, run.made()))
         if not self._jobs.agree(run.file is not None):
-            self._end(Phase.FAILED, "The gates are not finite numbers, see the server's log. Nothing has changed.")
+            self._end(CalibrationPhase.FAILED, "The gates are not finite numbers, see the server's log. Nothing has changed.")
             return
         if self._rank.is_first:
             try:
@@ -382,7 +382,7 @@ class Calibration:
             except Exception as error:
                 logger.exception("obcache: the file of gates could not be written; they are used until the server ends")
                 self._why = f"The gates are in use, but their file could not be written: {error}"
-        self.phase = Phase.SWITCHING
+        self.phase = CalibrationPhase.SWITCHING
 
     def _switch(self, run: Run) -> None:
         """As soon as no compression is under way that has begun with other gates."""
@@ -392,7 +392,7 @@ class Calibration:
         rank, file = self._rank, run.file
         own = self._contained(lambda: rank.own(file))
         if not self._jobs.agree(own is not None):
-            self._end(Phase.FAILED, "The gates could not be put in place, see the server's log. Nothing has changed.")
+            self._end(CalibrationPhase.FAILED, "The gates could not be put in place, see the server's log. Nothing has changed.")
             return
         rank.install(own, file.profile)
         self._follows = self._use(run.path or MADE_HERE)
@@ -404,9 +404,9 @@ class Calibration:
             run.findings.num_texts, run.findings.num_tokens, time.perf_counter() - run.started_at,
             run.file.r_squared.mean(), run.file.r_squared.min(), run.path or "not written",
         )  # fmt: skip
-        self._end(Phase.DONE, self._why)
+        self._end(CalibrationPhase.DONE, self._why)
 
-    def _end(self, phase: Phase, why: str | None = None) -> None:
+    def _end(self, phase: CalibrationPhase, why: str | None = None) -> None:
         """Gives back what the calibration holds: its sums are as large as the models'."""
         run, measurement = self._run, self._measurement
         job = None if measurement is None else self._jobs.get(measurement.context)
@@ -417,7 +417,7 @@ class Calibration:
         if run is not None:
             self._seconds = time.perf_counter() - run.started_at
             run.forget()
-        if phase is Phase.FAILED:
+        if phase is CalibrationPhase.FAILED:
             logger.warning("obcache: calibration failed: %s", why)
 
     # --- what else SGLang does --------------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ class Calibration:
     def give_up(self, why: str) -> None:
         """What it is of is not what this server serves any more."""
         if self.phase.is_under_way:
-            self._end(Phase.FAILED, why)
+            self._end(CalibrationPhase.FAILED, why)
 
     def before_flush(self) -> None:
         """The pool may be written over: what is being read of it is read to the end."""
@@ -438,7 +438,7 @@ class Calibration:
             return
         self._lock = None
         if self._reading is not None:
-            self._end(Phase.FAILED, "The cache was flushed while a text was summed up. Calibrate again.")
+            self._end(CalibrationPhase.FAILED, "The cache was flushed while a text was summed up. Calibrate again.")
             return
         text = self._text
         self._drop_text()

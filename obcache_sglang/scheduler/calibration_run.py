@@ -7,7 +7,6 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from importlib.metadata import version
 from typing import Any
 
@@ -17,9 +16,6 @@ from obcache_sglang import __version__
 from obcache_sglang.compress.calibration import Findings
 from obcache_sglang.compress.gates import GateFile, Gates, ScoredText
 from obcache_sglang.settings import ServerSettings, with_gates
-
-MADE_HERE = "made by this server"
-"""What gates are called that have no file."""
 
 
 def settings_with(
@@ -35,23 +31,6 @@ def settings_with(
     if later is not None and (later.compression.budget == "uniform" or (uneven_refusal is None and has_graphs)):
         return later, True
     return replace(settings, gates=gates), False
-
-
-class Phase(Enum):
-    NONE = "none"
-    COLLECTING = "collecting"
-    """More contexts are to come."""
-    MEASURING = "measuring"
-    SOLVING = "solving"
-    SWITCHING = "switching"
-    """The gates are made, and compressions with the former ones are under way."""
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def is_under_way(self) -> bool:
-        return self in (Phase.COLLECTING, Phase.MEASURING, Phase.SOLVING, Phase.SWITCHING)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from obcache_sglang.settings.options import (
     check_whole_number,
 )
 from obcache_sglang.settings.sources import (
+    MADE_HERE,
     SETTINGS_ENV,
     add_cli_flags,
     add_flags_to_serve_help,
@@ -31,6 +32,7 @@ __all__ = [
     "BUDGETS",
     "COMPRESSION_OPTIONS",
     "EVERY_QUERY",
+    "MADE_HERE",
     "METHODS",
     "MODES",
     "OPTIONS",

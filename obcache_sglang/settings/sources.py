@@ -92,6 +92,10 @@ def _given(settings: ServerSettings) -> dict[str, Any]:
     return server | dict(settings.given)
 
 
+MADE_HERE = "made by this server"
+"""What gates are called that have no file."""
+
+
 def with_gates(settings: ServerSettings, gates: str) -> ServerSettings | None:
     """A server's settings once it has gates, which then are its default where no method was given.
 
