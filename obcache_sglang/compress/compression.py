@@ -370,11 +370,7 @@ class Compression:
     def _kept(self, compressor: Compressor, slots: torch.Tensor) -> KeptTokens:
         """What all heads keep, once every layer is divided. slots: [M] int64, the context's."""
         kept = replace(KeptTokens.of_layers(self._divisions), num_exact=self.context.num_exact)
-        space = compressor.space
-        # GPU kernels find the rows by themselves.
-        if self.context.is_uneven and space is not None and space.k.device.type == "cpu":
-            kept = replace(kept, rows=kept.rows_in(space, slots).to(torch.int32))
-        return kept
+        return kept.located(compressor.space, slots) if self.context.is_uneven else kept
 
     def _joined(self, layer_id: int, scores: torch.Tensor) -> torch.Tensor:
         """A layer's scores of this pass with those of the passes before, [num_kv_heads, L] float32."""

@@ -6,8 +6,8 @@ head of one layer. Its kept tokens are ordered layer by layer, head by head, and
     cell c  lies in  slot slots[c % M],  with r = c // M:  layer r // num_kv_heads,  lane r % num_kv_heads
     head h of layer l owns cells  offsets[l * num_kv_heads + h] ... offsets[l * num_kv_heads + h + 1]
 
-Where a context begins with tokens that stay exact, these lie in slots that are not its own, each in its own layer and lane. They have
-no cells: M and the offsets count the others.
+Where a context begins with tokens that stay exact, these lie in its first slots, each in its own layer and lane. The cells are those of the
+other slots alone, and M, kept tokens and offsets are here without them (`KeptTokens` counts them too).
 
 With equal budgets every token lies in its own layer and lane, as SGLang's attention backends expect. With `adakv` a cell never
 leaves its layer; with `global` and `profile` it may lie in any. Every cell is a *row* of one address space (`KVSpace`).
@@ -16,7 +16,7 @@ leaves its layer; with `global` and `profile` it may lie in any. Every cell is a
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -182,6 +182,15 @@ class KeptTokens:
             return exact
         cells = (numbers - (heads + 1) * self.num_exact).clamp_min(0)
         return torch.where(inside < self.num_exact, exact, space.rows_of_cells(own, cells))
+
+    def located(self, space: KVSpace | None, slots: torch.Tensor) -> KeptTokens:
+        """The same with `rows`, where attention looks them up: GPU kernels find them by themselves. slots: [M] int64, the context's.
+
+        For heads that may keep different numbers.
+        """
+        if space is None or space.k.device.type != "cpu":
+            return self
+        return replace(self, rows=self.rows_in(space, slots).to(torch.int32))
 
     def counts(self, num_kv_heads: int) -> list[list[int]]:
         """Kept tokens per layer and KV head."""

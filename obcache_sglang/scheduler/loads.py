@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 from functools import partial
-
-import torch
 
 from obcache_sglang.kv.cells import KeptTokens
 from obcache_sglang.kv.context import Context, ContextState, Namespace
@@ -137,13 +134,9 @@ class Loads:
             load.num_layers_done += 1
             left -= sum(each.nbytes for each in layer)
         if load.kept is None and load.is_copied:
-            device, space = load.slots.device, self.files.space
-            load.kept = KeptTokens(
-                reading.table.positions.to(device), reading.table.offsets.to(device), num_exact=load.context.num_exact
-            )
-            # As `Compression` makes them: GPU kernels find the rows by themselves.
-            if load.context.is_uneven and space is not None and space.k.device.type == "cpu":
-                load.kept = replace(load.kept, rows=load.kept.rows_in(space, load.slots).to(torch.int32))
+            device, table = load.slots.device, reading.table
+            kept = KeptTokens(table.positions.to(device), table.offsets.to(device), num_exact=load.context.num_exact)
+            load.kept = kept.located(self.files.space, load.slots) if load.context.is_uneven else kept
 
     def _publish(self, load: Load) -> None:
         context, kept, reading = load.context, load.kept, load.reading
