@@ -75,7 +75,7 @@ async def delete_file(tokenizer_manager: Any, file: str, caller: Caller) -> None
 
 def _deleted(folder: Folder, name: str, namespace: Namespace | None) -> bool:
     """Whether there was such a file, which is gone now."""
-    if namespace is not None and all(each["file"] != name for each in listed(folder, namespace)):
+    if namespace is not None and not listed(folder, namespace, only=name):
         return False
     try:
         return folder.delete(name) > 0

@@ -167,10 +167,10 @@ class Folder:
             os.close(descriptor)
 
 
-def listed(folder: Folder, namespace: Namespace | None = None) -> list[dict[str, Any]]:
+def listed(folder: Folder, namespace: Namespace | None = None, only: str | None = None) -> list[dict[str, Any]]:
     """What the files of a folder say of themselves, JSON-safe, the one used last first; with `problem` for those that cannot be read.
 
-    namespace: None for all.
+    namespace: None for all. only: the name of the one that is asked for; others are not read.
     Raises ObcacheError for a folder that cannot be read.
     """
     found = []
@@ -178,7 +178,8 @@ def listed(folder: Folder, namespace: Namespace | None = None) -> list[dict[str,
         complete = folder.complete()
     except OSError as error:
         raise ObcacheError(f"The folder {folder.path} cannot be read: {error.strerror or error}.") from error
-    for (name, num_ranks), files in sorted(complete.items(), key=lambda each: -each[1][0].used_at):
+    wanted = [each for each in complete.items() if only in (None, each[0][0])]
+    for (name, num_ranks), files in sorted(wanted, key=lambda each: -each[1][0].used_at):
         num_bytes = sum(each.num_bytes for each in files)
         try:
             with folder.reading(name, 0, num_ranks) as reader:

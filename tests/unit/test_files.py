@@ -824,3 +824,14 @@ def test_a_file_whose_time_has_passed_is_not_read(tmp_path: Path, monkeypatch: p
     saved(first, compressed(first, ttl_seconds=60.0))
     monkeypatch.setattr("obcache_sglang.kv.files.time.time", lambda: first.now + 61)
     assert decided(second, second.ask(CONTEXT)) == "job"
+
+
+def test_whether_one_file_is_there_is_told_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive = server(tmp_path)
+    names = [saved(drive, compressed(drive, tokens=array("q", range(first, first + 40)))) for first in (100, 200, 300)]
+    folder, opened = Folder.opened(tmp_path), []
+    reading = Folder.reading
+    monkeypatch.setattr(Folder, "reading", lambda self, name, *rank: opened.append(name) or reading(self, name, *rank))
+    assert [each["file"] for each in listed(folder, SHARED, only=names[1])] == [names[1]] == opened
+    assert listed(folder, Namespace(None, "another", None), only=names[1]) == listed(folder, SHARED, only="0" * 64) == []
+    assert {each["file"] for each in listed(folder, SHARED)} == {*names}
