@@ -91,7 +91,10 @@ def make_workload(
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}: give 1 or more.")
     prompts = Prompts(tokenizer)
-    system = tokenizer.encode("".join(topics[name] for name in sorted(topics)), add_special_tokens=False)[:system_tokens]
+    system: list[int] = []
+    if system_tokens:  # Python's documentation has some hundred thousand tokens
+        text = "".join(topics[name] for name in sorted(topics))
+        system = tokenizer.encode(text, add_special_tokens=False)[:system_tokens]
     if not 0 <= system_tokens == len(system):
         raise ConfigError(f"--system-tokens {system_tokens}: give 0 to {len(system)}.")
     samples, asks = [], []
