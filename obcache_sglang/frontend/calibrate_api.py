@@ -11,7 +11,7 @@ from typing import Any
 from obcache_sglang.compress.calibration import GATE_TOKENS, HELD_OUT, MIN_TOKENS, text_parts
 from obcache_sglang.compress.replay import ReplayPrompts
 from obcache_sglang.errors import RequestError, shown
-from obcache_sglang.frontend.checks import check_unicode
+from obcache_sglang.frontend.checks import check_keys, check_unicode
 from obcache_sglang.frontend.hooks import Frontend
 from obcache_sglang.frontend.marker_options import contains
 
@@ -29,11 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 async def begin(tokenizer_manager: Any, body: Mapping[str, Any]) -> dict[str, Any]:
     """Starts a calibration, and returns its state. body: of `POST /obcache/calibrate`. Raises RequestError."""
     frontend = _frontend(tokenizer_manager)
-    unknown = [key for key in body if key not in BODY_KEYS]
-    if unknown:
-        raise RequestError(
-            f"Unknown keys in the body of calibrate: {', '.join(map(shown, unknown[:5]))}. Allowed keys: {', '.join(BODY_KEYS)}."
-        )
+    check_keys(body, BODY_KEYS, " in the body of calibrate")
     given = [key for key in ("texts", "contexts") if body.get(key) is not None]
     if len(given) != 1:
         raise RequestError(f"calibrate needs exactly one of texts and contexts; given: {' and '.join(given) or 'none'}.")

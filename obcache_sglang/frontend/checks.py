@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,13 @@ def check_embeddings(request: Any) -> None:
         raise RequestError(
             f"positional_embed_overrides={shown(value)} is not a tensor. Pass tensors, from Python: JSON cannot carry them."
         )
+
+
+def check_keys(body: Mapping[str, Any], allowed: Sequence[str], where: str = "") -> None:
+    """Raises RequestError, with the first of them, for keys of a body that mean nothing. where: " in the body of ...", for the message."""
+    unknown = [key for key in body if key not in allowed]
+    if unknown:
+        raise RequestError(f"Unknown keys{where}: {', '.join(map(shown, unknown[:5]))}. Allowed keys: {', '.join(allowed)}.")
 
 
 def check_unicode(name: str, text: str) -> None:

@@ -25,6 +25,7 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from obcache_sglang.errors import InvalidValue, ObcacheError, RequestError, shown
 from obcache_sglang.frontend import calibrate_api, files, service
+from obcache_sglang.frontend.checks import check_keys
 from obcache_sglang.frontend.exchange import ExchangeMiddleware
 from obcache_sglang.frontend.hooks import Frontend
 from obcache_sglang.host import Touch
@@ -100,9 +101,7 @@ def make_router(tokenizer_manager: Any, *, has_admin_key: bool) -> APIRouter:
     async def load_context(request: Request) -> dict[str, Any]:
         keys = ("file", *_NAMESPACE_HEADERS)
         body = _in_namespace(await _json_object(request, keys), request)
-        unknown = [key for key in body if key not in keys]
-        if unknown:
-            raise RequestError(f"Unknown keys: {', '.join(map(shown, unknown[:5]))}. Allowed keys: {', '.join(keys)}.")
+        check_keys(body, keys)
         return await files.load_context(tokenizer_manager, body.get("file"), _named_caller(body))
 
     @router.get("/files")

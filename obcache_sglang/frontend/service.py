@@ -20,7 +20,7 @@ import numpy as np
 from obcache_sglang import __version__
 from obcache_sglang.errors import ContextNotFound, ObcacheError, RequestError, shown
 from obcache_sglang.frontend import control
-from obcache_sglang.frontend.checks import check_unicode
+from obcache_sglang.frontend.checks import check_keys, check_unicode
 from obcache_sglang.frontend.exchange import NAMESPACE_FIELDS
 from obcache_sglang.frontend.hooks import ACTION, Frontend
 from obcache_sglang.frontend.marker_options import contains
@@ -297,11 +297,7 @@ def _compress_request(tokenizer_manager: Any, serving_chat: ServingChat, body: M
     """The GenerateReqInput that compresses what `body` holds. Raises RequestError."""
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    unknown = [key for key in body if key not in COMPRESS_KEYS]
-    if unknown:
-        raise RequestError(
-            f"Unknown keys in the body of compress: {', '.join(map(shown, unknown[:5]))}. Allowed keys: {', '.join(COMPRESS_KEYS)}."
-        )
+    check_keys(body, COMPRESS_KEYS, " in the body of compress")
     prompts = [key for key in _PROMPT_KEYS if body.get(key) is not None]
     if len(prompts) != 1:
         raise RequestError(f"compress needs exactly one of {', '.join(_PROMPT_KEYS)}; given: {', '.join(prompts) or 'none'}.")
