@@ -186,6 +186,10 @@ class ScoredText:
         return cls((logs - levels[..., None])[:, lanes], (levels - levels.mean())[:, lanes])
 
 
+_SUMS = ("products", "projections", "squares", "means", "levels")
+"""The sums of `NormalEquations`, each [layers, kv_heads, ...]."""
+
+
 class NormalEquations:
     """Sums over texts from which the gates of all heads follow: ridge regression in closed form.
 
@@ -237,13 +241,13 @@ class NormalEquations:
     def layers(self, layers: slice) -> NormalEquations:
         """Those of some layers, which share their memory with these."""
         part = NormalEquations.__new__(NormalEquations)
-        for name in ("products", "projections", "squares", "means", "levels"):
+        for name in _SUMS:
             setattr(part, name, getattr(self, name)[layers])
         part.num_texts = self.num_texts
         return part
 
     def __iadd__(self, other: NormalEquations) -> NormalEquations:
-        for name in ("products", "projections", "squares", "means", "levels"):
+        for name in _SUMS:
             getattr(self, name).add_(getattr(other, name))
         self.num_texts += other.num_texts
         return self

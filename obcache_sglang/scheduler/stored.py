@@ -135,9 +135,9 @@ class StoredContexts:
 
     def expire(self, now: float) -> None:
         """Deletes the files whose time has passed, also of contexts that have been evicted."""
-        for name in [] if self._files is None else [each for each, at in self._files.expiring.items() if at <= now]:
-            assert self._files is not None
-            self._files.delete(name)
+        if (files := self._files) is not None:
+            for name in [each for each, at in files.expiring.items() if at <= now]:
+                files.delete(name)
 
     def forget(self) -> None:
         """The tree was reset. Before the cache is told so."""
