@@ -16,6 +16,7 @@ from obcache_sglang.compress.replay import ReplayPass
 from obcache_sglang.compress.scores import accumulate_scores_in_slots
 from obcache_sglang.gpu.score_kernel import accumulate_scores_paged
 from obcache_sglang.kv.cells import KeptTokens, create_one_space
+from obcache_sglang.kv.context import Context, Namespace
 from obcache_sglang.scheduler.forward import ForwardPlan
 from obcache_sglang.settings import CompressionSettings
 from tests.kernels.conftest import DEVICE
@@ -29,7 +30,7 @@ NUM_SLOTS = 50
 class Job:
     """What the forward reads and writes of a CompressionJob."""
 
-    context: SimpleNamespace
+    context: Context
     compression: Compression
     slots: torch.Tensor
     error: str | None = None
@@ -63,15 +64,8 @@ def compress(
     taken = torch.randperm(399, device=DEVICE) + 1
     if value is not None:
         pool.v_buffer[-1][taken[70], 1] = value
-    context = SimpleNamespace(
-        id="0f" * 16,
-        settings=settings,
-        num_tokens=CONTEXT,
-        num_slots=NUM_SLOTS,
-        is_uneven=settings.budget != "uniform",
-        tokens=array("q", range(CONTEXT)),
-        judges=array("q", range(judges)),
-    )
+    tokens = array("q", range(CONTEXT))
+    context = Context("0f" * 16, Namespace(None, None, None), settings, tokens, NUM_SLOTS, judges=array("q", range(judges)))
     job = Job(context, Compression(context), taken[num_tokens : num_tokens + NUM_SLOTS])
     if replayed:
         job.compression.next_pass(ReplayPass(array("q", range(PASS)), 30, 60))
