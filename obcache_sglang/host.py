@@ -34,6 +34,7 @@ _DECLARED_IN = (
     "frontend.service",
     "frontend.http_api",
     "scheduler.hooks",
+    "scheduler.start_hooks",
     "scheduler.wiring",
     "scheduler.rank_gates",
     "scheduler.served_model",
@@ -42,12 +43,14 @@ _DECLARED_IN = (
     "scheduler.requests",
     "scheduler.context_cache",
     "scheduler.tree",
+    "scheduler.host_memory",
     "scheduler.forward",
     "scheduler.kv_events",
     "compress.head_gains",
     "compress.rotary",
     "kv.cells",
     "cpu.platform",
+    "cpu.host_pool",
     "gpu",
 )
 
@@ -85,6 +88,11 @@ class Touch:
 def use(target: str, kind: Kind, why: str, parameters: tuple[str, ...] = (), process: Process = "scheduler") -> Touch:
     """A row without a hook, by default of the scheduler process."""
     return Touch(target, kind, why, parameters, process)
+
+
+def scheduler_hook(target: str, kind: Kind, hook: Callable[..., Any], why: str, parameters: tuple[str, ...] = ()) -> Touch:
+    """A row with a hook in the scheduler process."""
+    return Touch(target, kind, why, parameters, "scheduler", hook)
 
 
 @dataclass(frozen=True)

@@ -41,18 +41,15 @@ TOUCHES = (
     ),
 )
 
+NO_HICACHE_STORAGE = "HiCache's storage cannot hold compressed contexts: leave out --hicache-storage-backend (--obcache-folder keeps them in files)"
+
 # Server options (SGLang's field names), the values they may have, and what to change.
 _REQUIRED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("disable_radix_cache", (False,), "compressed contexts live in the radix tree: leave out --disable-radix-cache"),
     (
-        "enable_hierarchical_cache",
-        (False,),
-        "host copies of compressed contexts are not supported yet: leave out --enable-hierarchical-cache",
-    ),
-    (
         "hicache_storage_backend",
         (None,),
-        "external KV storage cannot hold compressed contexts: leave out --hicache-storage-backend",
+        NO_HICACHE_STORAGE,
     ),
     (
         "enable_unified_cache_external_linker",

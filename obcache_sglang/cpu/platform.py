@@ -29,6 +29,8 @@ ATTENTION_BACKEND = "obcache_cpu"
 # SGLang would fill most of the memory with the KV pool. On a CPU that memory is everybody's, and writing it takes time
 # at start-up; this is room for a few long documents. --max-total-tokens raises it.
 DEFAULT_POOL_TOKENS = 65536
+# The way of copying to host memory that `cpu.host_pool` stands for.
+IO_BACKEND, LAYOUT = "direct", "layer_first"
 # Decoding on a CPU gains nothing from larger batches, and every request row costs context-length * 4 bytes.
 DEFAULT_RUNNING_REQUESTS = 64
 
@@ -90,6 +92,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.max_total_tokens = DEFAULT_POOL_TOKENS
         if server_args.max_running_requests is None:
             server_args.max_running_requests = DEFAULT_RUNNING_REQUESTS
+        if server_args.enable_hierarchical_cache:
+            server_args.hicache_io_backend, server_args.hicache_mem_layout = IO_BACKEND, LAYOUT
         # The scheduler shares the cores with the tokenizer, the clients and its own compute threads. Polling for requests
         # would take one of them from all the others ...
         server_args.sleep_on_idle = True
@@ -102,6 +106,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
         register_attention_backend(ATTENTION_BACKEND)(_create_attention_backend)
+        from obcache_sglang.cpu.host_pool import serve_host_pools
+
+        serve_host_pools()
         # A few of SGLang's small functions are decorated for torch.compile. On a CPU that means waiting for a C++
         # compiler, which may not be there, to save microseconds.
         torch.compiler.set_stance("force_eager")

@@ -11,6 +11,7 @@ During a compression of L tokens to M slots, slots have these owners; nothing is
     its base, meanwhile                    -                             the node, held by the job  (`ContextCache.hold`)
     a question reads it                    -                             the node, locked by the question (SGLang)
     evicted, flushed                       -                             freed by SGLang; we look before each use
+    evicted to host memory (HiCache)       -                             freed; others when it comes back (`HostMemory`)
     deleted                                -                             freed once no reader is left  (`ContextCache.sweep`)
 """
 
@@ -35,6 +36,8 @@ class ContextState(Enum):
     """Known (its tokens can be compressed again), but holding no slots."""
     COMPRESSING = "compressing"
     RESIDENT = "resident"
+    ON_HOST = "host"
+    """Its content is in host memory (SGLang's HiCache), and holds no slots. Known once it is looked for."""
     DELETING = "deleting"
     """Deleted by a client; its slots go when its readers have ended."""
 
@@ -155,6 +158,11 @@ class Context:
         self.resident = None if kept is None else KeptContext(*facts, kept)
 
     @property
+    def is_made(self) -> bool:
+        """Whether it was compressed, and its content is somewhere, as far as is known without looking."""
+        return self.state in (ContextState.RESIDENT, ContextState.ON_HOST)
+
+    @property
     def num_exact(self) -> int:
         """Tokens that it begins with and that stay exact."""
         return self.settings.exact_tokens
@@ -204,6 +212,7 @@ class Context:
         return {
             "name": self.id,
             "state": self.state.value,
+            "tier": {ContextState.RESIDENT: "device", ContextState.ON_HOST: "host"}.get(self.state),
             "context_tokens": self.num_tokens,
             "kept_tokens": self.num_slots,
             "slots": self.own_slots if self.state in (ContextState.RESIDENT, ContextState.DELETING) else 0,

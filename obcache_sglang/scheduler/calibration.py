@@ -396,7 +396,7 @@ class Calibration:
             return
         rank.install(own, file.profile)
         self._follows = self._use(run.path or MADE_HERE)
-        for context in [each for each in self._cache if _reads_gates(each) and self._cache.is_resident(each)]:
+        for context in [each for each in self._cache if _reads_gates(each) and self._cache.has(each)]:
             self._cache.retire(context)
         self._num_made += 1
         logger.info(

@@ -17,8 +17,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,6 +93,10 @@ class ContextCache:
         context = self._capabilities.get(identity)
         return None if context is None else (context, context.tails[identity])
 
+    def identity(self, namespace: Namespace, settings: CompressionSettings, tokens: array[int], judges: array[int]) -> str:
+        """The id of a context, made or not. settings: as far as they are of these tokens (`CompressionSettings.within`)."""
+        return context_id(namespace, settings, tokens, judges, secret=self._secret)
+
     def obtain(
         self,
         namespace: Namespace,
@@ -112,7 +115,7 @@ class ContextCache:
         if judges is None or not settings.own_queries_score:
             judges = array("q")
         settings = settings.within(len(tokens), self.page_size)
-        identity = context_id(namespace, settings, tokens, judges, secret=self._secret)
+        identity = self.identity(namespace, settings, tokens, judges)
         if (context := self._deleting.get(identity)) is not None:
             return context
         context = self._contexts.get(identity)
@@ -169,40 +172,6 @@ class ContextCache:
                 return found
         return target
 
-    def find_prefix(self, namespace: Namespace, settings: Sequence[CompressionSettings], tokens: array[int]) -> Context | None:
-        """The longest resident context, made with one of these settings, that `tokens` starts with and goes on after.
-
-        settings: without boundaries and exact tokens, which contexts may have.
-        """
-        best: Context | None = None
-        for context in self._contexts.values():
-            length = context.num_tokens
-            if (
-                context.state is ContextState.RESIDENT
-                and length < len(tokens)
-                and (best is None or length > best.num_tokens)
-                and context.namespace == namespace
-                and context.begins(tokens)
-                and replace(context.settings, boundaries=(), exact_segments=0, exact_tokens=0) in settings
-            ):
-                best = context
-        if best is not None:
-            self._contexts.move_to_end(best.id)
-        return best
-
-    def find_again(self, context: Context, settings: Sequence[CompressionSettings]) -> Context | None:
-        """The same tokens as a context's, resident with one of these settings, which are the same in every call (`ServerSettings.rungs`)."""
-        if context.rungs is None:
-            context.rungs = [
-                context_id(context.namespace, each, context.tokens, context.judges, secret=self._secret) for each in settings
-            ]
-        for identity in context.rungs:
-            found = self._contexts.get(identity)
-            if found is not None and self.is_resident(found):
-                self._contexts.move_to_end(identity)
-                return found
-        return None
-
     def replaced(self, context: Context, by: Context) -> None:
         """Another compression of the same tokens takes a context's place, and lives as long: its node goes, with what follows it."""
         by.ttl_seconds, by.expires_at = context.ttl_seconds, context.expires_at
@@ -219,16 +188,32 @@ class ContextCache:
             return False
         if self.holds(context):
             return True
+        context.state = ContextState.ON_HOST
+        self.is_on_host(context)
+        return False
+
+    def is_on_host(self, context: Context) -> bool:
+        """Whether the tree has moved the context's content to host memory (SGLang's HiCache), from where it can come back."""
+        if self.is_resident(context) or context.state is not ContextState.ON_HOST:
+            return False
+        if tree.place(self.tree, context) is not None:
+            return True
         self._mark_absent(context)
         self.on_evicted()
         return False
 
+    def has(self, context: Context) -> bool:
+        """Whether the context's content is in its slots, or in host memory."""
+        return self.is_resident(context) or self.is_on_host(context)
+
     def holds(self, context: Context) -> bool:
         """As `is_resident`, but one that is found gone is not marked: for what one rank alone looks at."""
-        if context.state is not ContextState.RESIDENT or context.node is None:
-            return False
-        path = tree.path(self.tree, context.node)
-        return bool(path and path[-1].path_end == context.num_slots and path[-1].full_value_len == context.own_slots)
+        return context.state is ContextState.RESIDENT and tree.place(self.tree, context) == "device"
+
+    def returned(self, context: Context, kept: KeptTokens) -> None:
+        """Its content is in slots again, other ones than before, and held once (`hold`). kept: with these."""
+        context.state, context.kept = ContextState.RESIDENT, kept
+        self.hold(context)
 
     def reserve(self, context: Context, *, may_own_exact: bool = False) -> torch.Tensor | None:
         """Allocates the context's own slots, evicting from the tree if needed, and inserts its node, locked, after its exact tokens.
@@ -255,7 +240,9 @@ class ContextCache:
             slots = torch.cat([exact[1], own]) if context.num_shared else own
             try:
                 context.engine_ids = self._unused_ids(context)
-                self.tree.insert(InsertParams(key=context_key(context), value=slots, prev_prefix_len=context.num_shared))
+                key, whole = context_key(context), context.num_slots
+                # As if all of it had been inserted before: what is not there yet must not be copied to host memory.
+                self.tree.insert(InsertParams(key=key, value=slots, prev_prefix_len=context.num_shared, inserted_len=whole))
                 self._lock(context)
             except Exception:
                 self._take_back(context, own)
@@ -292,6 +279,8 @@ class ContextCache:
         context.kept = kept
         context.state = ContextState.RESIDENT
         context.failed_in_place = False
+        if context.node is not None:
+            tree.copy_to_host(self.tree, context.node)
         if not context.pinned:
             self.unlock(context)
 
@@ -396,9 +385,9 @@ class ContextCache:
             tree.drop_ends(self.tree, context, [array("q", raw) for raw in context.suffixes] + [array("q")])
 
     def drop_suffixes(self, context: Context) -> None:
-        """Evicts what is cached after a context that no request uses; the context itself stays."""
+        """Evicts what is cached after a context that no request uses, as the tree does; the context itself stays."""
         if context.suffixes and context.suffixes_complete:
-            left = tree.drop_ends(self.tree, context, [array("q", raw) for raw in context.suffixes])
+            left = tree.drop_ends(self.tree, context, [array("q", raw) for raw in context.suffixes], tree.evict_leaf)
             context.suffixes = dict.fromkeys(suffix.tobytes() for suffix in left)
 
     def clear(self) -> None:
@@ -447,4 +436,12 @@ class ContextCache:
         context.tails.clear()
 
 
-TOUCHES = (use("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.insert", "call", "a context's node", ("params",)),)
+TOUCHES = (
+    use("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.insert", "call", "a context's node", ("params",)),
+    use(
+        "sglang.srt.mem_cache.base_prefix_cache.InsertParams",
+        "call",
+        "a context's node, which is not copied to host memory before it has a content",
+        ("key", "value", "prev_prefix_len", "inserted_len"),
+    ),
+)

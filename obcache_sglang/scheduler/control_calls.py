@@ -116,8 +116,8 @@ def _asked_for(manager: CompressionManager, call: Mapping[str, Any]) -> Context 
 
 
 def _is_held(manager: CompressionManager, context: Context) -> bool:
-    """Whether a context is anywhere: among its slots, or in a file."""
-    if manager.cache.is_resident(context) or context.is_queued or context.state is not ContextState.ABSENT:
+    """Whether a context is anywhere: in its slots, in host memory, or in a file."""
+    if manager.cache.has(context) or context.is_queued or context.state is not ContextState.ABSENT:
         return True
     return manager.stored.is_on_disk(context)
 
@@ -129,7 +129,7 @@ def _is_visible(context: Context, call: Mapping[str, Any]) -> bool:
 
 def _status(manager: CompressionManager) -> Answer:
     for context in manager.cache:
-        manager.cache.is_resident(context)
+        manager.cache.has(context)
     resident = manager.metrics.set_gauges(manager.cache)
     return {
         "version": __version__,

@@ -10,6 +10,7 @@ from sglang.srt.disaggregation.utils import prepare_abort
 from sglang.srt.mem_cache import common
 
 from obcache_sglang.host import use
+from obcache_sglang.kv.cells import KVSpace
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 
+MOST_LOADS = 2
+"""With so many copies from host memory under way, none of ours begins: HiCache has three places for them, and asserts that its next one is free."""
+
+
 class EngineView:
     """One scheduler.
 
     running_batch: of the pass under way, None outside of one: SGLang's own attribute is that of the pass before.
     late: requests that came into the queue during the pass under way, and wait for the next one; None outside of one.
-    on_cpu: whether the model computes on the CPU. num_kv_heads: of a layer, on this rank. pool_slots: KV slots in all. context_len: the model's longest prompt.
+    on_cpu: whether the model computes on the CPU. kv_space: of the KV pool; None where it is not one space. num_kv_heads: of a layer, on this rank. pool_slots: KV slots in all. context_len: the model's longest prompt.
     most_prefill_tokens: that one forward reads of prompts.
     prompt_limit: tokens from which on SGLang refuses a prompt, since model or pool cannot hold it. truncates_prompts: whether it cuts it instead.
     """
@@ -33,7 +38,9 @@ class EngineView:
         self.late: list[Req] | None = None
         self.tree: UnifiedRadixCache = scheduler.tree_cache
         self.on_cpu = scheduler.device == "cpu"
-        self.num_kv_heads: int = scheduler.token_to_kv_pool_allocator.get_kvcache().head_num
+        kv_pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        self.kv_space = KVSpace.of(kv_pool)
+        self.num_kv_heads: int = kv_pool.head_num
         self.pool_slots: int = scheduler.max_total_num_tokens
         self.context_len: int = scheduler.model_config.context_len
         self.most_prefill_tokens: int = min(scheduler.chunked_prefill_size or self.pool_slots, self.pool_slots)
@@ -135,6 +142,31 @@ class EngineView:
         scheduler = self._scheduler
         if not self.on_cpu:
             scheduler.device_module.current_stream().wait_stream(scheduler.forward_stream)
+        self.wait_for_loads()
+
+    def wait_for_loads(self) -> None:
+        """Likewise when all that the tree has, and HiCache is bringing back from host memory, is in its slots.
+
+        SGLang's batches wait for what they read themselves. It may have queued a copy for a request that it has not admitted then: that begins now.
+        """
+        controller = self.tree.cache_controller
+        if controller is None or not self.tree.ongoing_load_back:
+            return
+        acks = controller.ack_load_queue
+        if controller.load_queue:
+            if len(acks) >= MOST_LOADS:
+                for ack in acks:
+                    ack.finish_event.synchronize()
+            self.tree.ready_to_load_host_cache()
+        if not self.on_cpu:
+            stream = self._scheduler.device_module.current_stream()
+            for ack in acks:
+                stream.wait_event(ack.finish_event)
+
+    def may_load(self) -> bool:
+        """Whether one more copy from host memory can begin, beside those that SGLang begins in the same pass. The same on all ranks."""
+        controller = self.tree.cache_controller
+        return controller is not None and len(controller.ack_load_queue) < MOST_LOADS
 
     def forget_last_batch(self) -> None:
         """Nothing of it runs any more."""
@@ -145,6 +177,7 @@ class EngineView:
         common.evict_from_tree_cache(self.tree, num_slots)
 
 
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 TOUCHES = (
@@ -159,6 +192,12 @@ TOUCHES = (
         f"{_SCHEDULER}.init_req_max_new_tokens",
         "read",
         "a prompt's length is looked at when it arrives, against max_req_input_len",
+    ),
+    use(
+        f"{_TREE}.ready_to_load_host_cache",
+        "call",
+        "begins to copy from host memory. Of the tree: ongoing_load_back, nodes that are coming back; cache_controller.ack_load_queue, the copies "
+        "under way, each with its finish_event; cache_controller.load_queue, what is to be copied with the next batch",
     ),
     use(f"{_SCHEDULER}.process_batch_result", "call", "takes the result of a forward before a flush"),
     use(

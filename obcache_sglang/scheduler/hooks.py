@@ -12,20 +12,19 @@ from functools import wraps
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from sglang.srt.managers.io_struct import GetInternalStateReqOutput
+from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput, GetInternalStateReqOutput
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.runtime_context import get_parallel
 
 from obcache_sglang.errors import RequestError
-from obcache_sglang.host import Touch, hook_in_place, hook_rows, use
-from obcache_sglang.kv.cells import create_one_space
+from obcache_sglang.host import Touch, scheduler_hook, use
 from obcache_sglang.messages import KEY, control_call
 from obcache_sglang.scheduler import control_calls
-from obcache_sglang.scheduler.manager import CompressionManager
-from obcache_sglang.scheduler.requests import REQ_POSITIONAL, CompressionJob, client_view
-from obcache_sglang.scheduler.wiring import Wiring
-from obcache_sglang.settings import published_settings
+from obcache_sglang.scheduler.requests import REQ_POSITIONAL, CompressionJob, ContextReq, client_view
+from obcache_sglang.scheduler.start_hooks import hooks_in_place
+from obcache_sglang.scheduler.wiring import Wiring, manager_of
+from obcache_sglang.support import NO_HICACHE_STORAGE
 
 logger = logging.getLogger(__name__)
 
@@ -49,51 +48,6 @@ def _contained(what: str) -> Callable[[Hook], Hook]:
     return decorate
 
 
-def _manager(owner: Any) -> CompressionManager | None:
-    """The manager of a scheduler, or of its tree; None where there is none."""
-    wiring = Wiring.of(owner)
-    return None if wiring is None else wiring.manager
-
-
-# --- start-up: what fails here stops the server ------------------------------------------------------------------------------
-
-
-def around_create_buffers_normal(create: Any, pool: Any) -> None:
-    if type(pool) is not MHATokenToKVPool or not create_one_space(pool):
-        create(pool)
-
-
-def after_init_attention_backends(result: None, model_runner: Any, *args: Any, **kwargs: Any) -> None:
-    settings = published_settings()
-    if settings is not None and not model_runner.is_draft_worker:
-        Wiring.for_model(model_runner, settings).hang_on(model_runner)
-
-
-def after_init_cuda_graphs(result: None, model_runner: Any, *args: Any, **kwargs: Any) -> None:
-    settings, wiring = published_settings(), Wiring.of(model_runner)
-    if settings is not None and wiring is not None:
-        wiring.capture_graphs(model_runner, settings)
-
-
-def after_scheduler_init(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    settings, wiring = published_settings(), Wiring.of(scheduler.tp_worker.model_runner)
-    assert settings is not None, "scheduler hooks are registered only with settings"
-    assert wiring is not None, "attention backends are made before the scheduler is complete"
-    wiring.add_manager(scheduler, settings)
-    wiring.hang_on(scheduler, scheduler.tree_cache)
-
-
-def after_get_init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
-    """Tells the launcher that compression is active here; without this entry it refuses to serve."""
-    hooks = hooks_in_place()
-    return info if _manager(scheduler) is None or not all(hooks.values()) else {**info, "obcache": {"hooks": hooks}}
-
-
-def hooks_in_place() -> dict[str, bool]:
-    """Of this process: each hook's target, and whether it is really called."""
-    return {touch.target: hook_in_place(touch) for touch in hook_rows("scheduler")}
-
-
 # --- requests ----------------------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +58,7 @@ def around_create_generation_req(create: Any, scheduler: Any, recv_req: Any, *ar
     """
     params = recv_req.sampling_params.custom_params
     plan = params.get(KEY) if isinstance(params, dict) else None
-    manager = _manager(scheduler)
+    manager = manager_of(scheduler)
     if manager is None or not isinstance(plan, dict):
         return create(scheduler, recv_req, *args, **kwargs)
     try:
@@ -124,7 +78,7 @@ def around_create_generation_req(create: Any, scheduler: Any, recv_req: Any, *ar
 
 
 def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    manager = _manager(scheduler)
+    manager = manager_of(scheduler)
     if manager is None:
         return pick(scheduler, *args, **kwargs)
     picked = False
@@ -145,11 +99,15 @@ def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kw
 
 def around_add_one_req(add_one_req: Any, adder: Any, req: Req, *args: Any, **kwargs: Any) -> Any:
     """SGLang counts the slots that a request's own tokens take; the final prefill of a compression takes those of its kept tokens too."""
-    manager, more = _manager(adder.tree_cache), 0
+    manager, more = manager_of(adder.tree_cache), 0
     try:
         more = 0 if manager is None else manager.jobs.slots_to_admit(req)
     except Exception:
         logger.exception("obcache: counting the slots of request %s failed", req.rid)
+    if isinstance(req, ContextReq) and not req.decided:
+        return (
+            AddReqResult.CONTINUE
+        )  # its context went while the batch was picked: it stays in the queue, and the next pass decides
     adder.memory_budget.total_offset += more
     try:
         return add_one_req(adder, req, *args, **kwargs)
@@ -160,18 +118,18 @@ def around_add_one_req(add_one_req: Any, adder: Any, req: Req, *args: Any, **kwa
 
 @_contained("adding a request to the queue while a batch was picked")
 def after_add_request_to_queue(result: None, scheduler: Any, req: Req, *args: Any, **kwargs: Any) -> None:
-    if (manager := _manager(scheduler)) is not None:
+    if (manager := manager_of(scheduler)) is not None:
         manager.queued(req)
 
 
 @_contained("ending compressions after an abort")
 def after_abort_request(result: None, scheduler: Any, recv_req: Any) -> None:
-    if (manager := _manager(scheduler)) is not None:
+    if (manager := manager_of(scheduler)) is not None:
         manager.jobs.end_unawaited()
 
 
 def around_release_kv_cache(release: Any, req: Req, tree_cache: Any, *, checkpoint: bool) -> None:
-    manager = _manager(tree_cache)
+    manager = manager_of(tree_cache)
     if manager is not None and type(req) is not Req and req.kv.holds_kv:
         try:
             manager.before_release(req, checkpoint=checkpoint)
@@ -207,7 +165,7 @@ def around_get_output_streamer_class(get_class: Any, scheduler: Any) -> type:
 
 @_contained("reserving slots")
 def after_prepare_for_extend(result: None, batch: Any) -> None:
-    if (manager := _manager(batch.tree_cache)) is not None:
+    if (manager := manager_of(batch.tree_cache)) is not None:
         manager.jobs.reserve(batch)
 
 
@@ -235,7 +193,7 @@ def around_execute_graph(execute: Any, runner: Any, forward_batch: Any, *args: A
 
 
 def around_flush_cache(flush: Any, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
-    manager = _manager(scheduler)
+    manager = manager_of(scheduler)
     if manager is None:
         return bool(flush(scheduler, *args, **kwargs))
     try:
@@ -253,14 +211,14 @@ def around_flush_cache(flush: Any, scheduler: Any, *args: Any, **kwargs: Any) ->
 
 @_contained("forgetting the contexts of an unloaded LoRA adapter")
 def after_unload_lora_adapter(result: Any, scheduler: Any, recv_req: Any) -> Any:
-    if (manager := _manager(scheduler)) is not None and recv_req.lora_id is not None:
+    if (manager := manager_of(scheduler)) is not None and recv_req.lora_id is not None:
         manager.forget_adapter(recv_req.lora_id)
     return result
 
 
 def before_weight_update(updater: Any, *args: Any, **kwargs: Any) -> None:
     try:
-        if (manager := _manager(updater.scheduler)) is not None:
+        if (manager := manager_of(updater.scheduler)) is not None:
             manager.stored.turn_off("the model's weights were updated")
             manager.calibration.give_up("The model's weights were updated meanwhile. Calibrate again.")
     except Exception:
@@ -270,14 +228,21 @@ def before_weight_update(updater: Any, *args: Any, **kwargs: Any) -> None:
 @_contained("filtering KV events")
 def after_take_events(events: list[Any], tree_cache: Any) -> list[Any]:
     """KV events without virtual tokens, and with the real ones of the contexts that are held."""
-    wiring, manager = Wiring.of(tree_cache), _manager(tree_cache)
+    wiring, manager = Wiring.of(tree_cache), manager_of(tree_cache)
     return events if wiring is None else wiring.events.of(events, None if manager is None else manager.cache)
+
+
+def around_attach_hicache_storage(attach: Any, scheduler: Any, recv_req: Any) -> Any:
+    """What is refused when the server starts is refused later too: storage would hold virtual tokens, under names that mean nothing."""
+    if manager_of(scheduler) is None:
+        return attach(scheduler, recv_req)
+    return AttachHiCacheStorageReqOutput(success=False, message=f"--obcache cannot be used with it: {NO_HICACHE_STORAGE}.")
 
 
 def around_get_internal_state(get_internal_state: Any, scheduler: Any, recv_req: Any) -> Any:
     call = None
     try:
-        call, manager = control_call(recv_req.rid), _manager(scheduler)
+        call, manager = control_call(recv_req.rid), manager_of(scheduler)
         if manager is None or call is None:
             return get_internal_state(scheduler, recv_req)
         answer = control_calls.answer(manager, call)
@@ -295,57 +260,58 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _DECODE_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 
 
-def _hook(target: str, kind: Any, hook: Any, why: str, parameters: tuple[str, ...] = ()) -> Touch:
-    return Touch(target, kind, why, parameters, "scheduler", hook)
-
-
 TOUCHES: tuple[Touch, ...] = (
-    _hook(f"{_SCHEDULER}.__init__", "after", after_scheduler_init, "makes the manager of this process"),
-    _hook(f"{_SCHEDULER}.get_init_info", "after", after_get_init_info, "proves to the launcher that the hooks are in place"),
-    _hook(
+    scheduler_hook(
         f"{_SCHEDULER}._create_generation_req",
         "around",
         around_create_generation_req,
         "a request that asks for compression becomes a ContextReq",
         ("recv_req",),
     ),
-    _hook(
+    scheduler_hook(
         f"{_SCHEDULER}._get_new_batch_prefill_raw",
         "around",
         around_get_new_batch_prefill_raw,
         "decides for waiting requests, starts jobs, holds back who waits for one",
         ("prefill_delayer_single_pass", "running_batch"),
     ),
-    _hook(
+    scheduler_hook(
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
         "around",
         around_add_one_req,
         "a compression is admitted when its kept tokens fit as well",
         ("req",),
     ),
-    _hook(f"{_SCHEDULER}.abort_request", "after", after_abort_request, "ends jobs nobody waits for", ("recv_req",)),
-    _hook(
+    scheduler_hook(f"{_SCHEDULER}.abort_request", "after", after_abort_request, "ends jobs nobody waits for", ("recv_req",)),
+    scheduler_hook(
         f"{_SCHEDULER}.flush_cache",
         "around",
         around_flush_cache,
         "what nobody waits for makes way; and the tree was reset: every context is gone",
     ),
-    _hook(
+    scheduler_hook(
         f"{_SCHEDULER}._add_request_to_queue",
         "after",
         after_add_request_to_queue,
         "what comes into the queue while a batch is picked (structured output, preemption) waits for a decision",
         ("req",),
     ),
-    _hook(
+    scheduler_hook(
         f"{_SCHEDULER}.unload_lora_adapter",
         "after",
         after_unload_lora_adapter,
         "an adapter's contexts go with it",
         ("recv_req",),
     ),
+    scheduler_hook(
+        f"{_SCHEDULER}.attach_hicache_storage_wrapped",
+        "around",
+        around_attach_hicache_storage,
+        "storage cannot hold compressed contexts",
+        ("recv_req",),
+    ),
     *(
-        _hook(
+        scheduler_hook(
             f"sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.{name}",
             "before",
             before_weight_update,
@@ -358,74 +324,57 @@ TOUCHES: tuple[Touch, ...] = (
             "update_weights_from_ipc",
         )
     ),
-    _hook(
+    scheduler_hook(
         f"{_SCHEDULER}.get_internal_state", "around", around_get_internal_state, "control calls of the endpoints", ("recv_req",)
     ),
-    _hook(
+    scheduler_hook(
         f"{_SCHEDULER}.get_output_streamer_class",
         "around",
         around_get_output_streamer_class,
         "clients see real prompts, real cached-token counts and no jobs",
     ),
-    _hook(
+    scheduler_hook(
         "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
         "after",
         after_prepare_for_extend,
         "reserves a job's slots before its final prefill runs",
     ),
-    _hook(
+    scheduler_hook(
         "sglang.srt.mem_cache.common.release_kv_cache",
         "around",
         around_release_kv_cache,
         "a job ends here: publish the context, or take it back",
         ("req", "tree_cache", "checkpoint"),
     ),
-    _hook(
+    scheduler_hook(
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
         "after",
         after_init_new,
         "offsets positions after a context, plans the scoring",
         ("batch", "model_runner"),
     ),
-    _hook(
-        "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends",
-        "after",
-        after_init_attention_backends,
-        "scoring runs after the attention backend's forward",
-    ),
-    _hook(
-        "sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs",
-        "after",
-        after_init_cuda_graphs,
-        "decode graphs for per-head budgets",
-    ),
-    _hook(
+    scheduler_hook(
         f"{_DECODE_GRAPHS}.can_run_graph",
         "around",
         around_can_run_graph,
         "decode batches with per-head budgets do not run in SGLang's graphs",
         ("forward_batch",),
     ),
-    _hook(f"{_DECODE_GRAPHS}.execute", "around", around_execute_graph, "but in ours", ("forward_batch",)),
-    _hook(
+    scheduler_hook(f"{_DECODE_GRAPHS}.execute", "around", around_execute_graph, "but in ours", ("forward_batch",)),
+    scheduler_hook(
         "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.can_run_graph",
         "around",
         around_can_run_graph,
         "prefill batches with such heads run eagerly, and those that compress",
         ("forward_batch",),
     ),
-    _hook(
-        "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._create_buffers_normal",
-        "around",
-        around_create_buffers_normal,
-        "all layers' K and V in one address space, for per-head budgets",
-    ),
-    _hook(
+    scheduler_hook(
         "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.take_events",
         "after",
         after_take_events,
         "KV events never carry virtual tokens",
     ),
+    use("sglang.srt.managers.schedule_policy.AddReqResult.CONTINUE", "read", "a request that is not admitted, and ends nothing"),
     use(
         "sglang.srt.mem_cache.prefill_budget.PrefillBudget.remaining_total",
         "read",

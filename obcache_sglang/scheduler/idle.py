@@ -37,7 +37,7 @@ class WhenIdle:
         if not jobs.engine_is_idle() and not jobs.room.is_tight:
             return
         context, req = self._deferred.pop(next(iter(self._deferred)))
-        if jobs.cache.get(context.id) is not context or context.is_queued or jobs.cache.is_resident(context):
+        if jobs.cache.get(context.id) is not context or context.is_queued or jobs.cache.has(context):
             return
         try:
             if self.in_place.start(context):

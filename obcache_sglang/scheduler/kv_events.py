@@ -32,7 +32,8 @@ class VisibleEvents:
     """
 
     def __init__(self) -> None:
-        self._hidden: set[int] = set()
+        # Each with the media that it lies on: one that HiCache has moved to host memory is not gone.
+        self._hidden: dict[int, set[str | None]] = {}
         # The hashes of contexts that were shown as stored, by context id; and of how many contexts each block is a part.
         self._shown: dict[str, tuple[Context, list[int]]] = {}
         self._held: Counter[int] = Counter()
@@ -47,12 +48,14 @@ class VisibleEvents:
     def _visible(self, event: Any) -> Iterator[Any]:
         if isinstance(event, BlockStored):
             if event.token_ids[:1] >= [FIRST_VIRTUAL_ID] or event.parent_block_hash in self._hidden:
-                self._hidden.update(event.block_hashes)
+                for block in event.block_hashes:
+                    self._hidden.setdefault(block, set()).add(event.medium)
                 return
         elif isinstance(event, BlockRemoved):
             # What goes exactly may stay in a compressed context.
-            left = [block for block in event.block_hashes if block not in self._hidden and not self._held[block]]
-            self._hidden.difference_update(event.block_hashes)
+            stays = self._held if event.medium in (None, StorageMedium.GPU) else Counter[int]()
+            left = [block for block in event.block_hashes if block not in self._hidden and not stays[block]]
+            self._unhide(event)
             if not left:
                 return
             event = msgspec.structs.replace(event, block_hashes=left)
@@ -61,6 +64,13 @@ class VisibleEvents:
             self._shown.clear()
             self._held.clear()
         yield event
+
+    def _unhide(self, event: BlockRemoved) -> None:
+        for block in event.block_hashes:
+            media = self._hidden.get(block, set())
+            media.discard(event.medium)
+            if not media:
+                self._hidden.pop(block, None)
 
     def _changes(self, cache: ContextCache) -> Iterator[Any]:
         """Contexts that went, and that came."""

@@ -1,9 +1,9 @@
-"""What of a context is compressed already: with other boundaries, where prompts move them, and with other ratios."""
+"""What of a context or a prompt is compressed already: its beginning, with other boundaries, where prompts move them, and with other ratios."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from obcache_sglang.kv.context import Context, Namespace
@@ -11,12 +11,52 @@ from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.settings import CompressionSettings
 
 
+def longest_prefix(
+    cache: ContextCache, namespace: Namespace, settings: Sequence[CompressionSettings], tokens: array[int]
+) -> Context | None:
+    """The longest context, compressed with one of these settings, that `tokens` starts with and goes on after.
+
+    settings: without boundaries and exact tokens, which contexts may have.
+    """
+    best: Context | None = None
+    for context in cache:
+        length = context.num_tokens
+        if (
+            context.is_made
+            and length < len(tokens)
+            and (best is None or length > best.num_tokens)
+            and context.namespace == namespace
+            and context.begins(tokens)
+            and replace(context.settings, boundaries=(), exact_segments=0, exact_tokens=0) in settings
+        ):
+            best = context
+    if best is not None:
+        cache.used(best)
+    return best
+
+
+def find_again(cache: ContextCache, context: Context, settings: Sequence[CompressionSettings]) -> Context | None:
+    """The same tokens as a context's, compressed with one of these settings, which are the same in every call (`ServerSettings.rungs`).
+
+    What is in host memory is found where neither the context nor anything else is nearer.
+    """
+    if context.rungs is None:
+        context.rungs = [cache.identity(context.namespace, each, context.tokens, context.judges) for each in settings]
+    known = [found for identity in context.rungs if (found := cache.get(identity)) is not None]
+    found = next(filter(cache.is_resident, known), None)
+    if found is None and not cache.is_on_host(context):
+        found = next(filter(cache.is_on_host, known), None)
+    if found is not None:
+        cache.used(found)
+    return found
+
+
 def known_settings(
     cache: ContextCache, namespace: Namespace, settings: CompressionSettings, tokens: array[int]
 ) -> CompressionSettings:
     """The settings for a context whose prompt has boundaries, as far as its tokens are compressed already with the same ones.
 
-    Clients move their boundaries: what ended a turn is not named any more in the turn after the next. What is resident up to one of the
+    Clients move their boundaries: what ended a turn is not named any more in the turn after the next. What is compressed up to one of the
     boundaries, or the end, counts then, with the boundaries that it was made with; they are a part of what the context is.
     """
     own = settings.within(len(tokens), cache.page_size)
@@ -32,7 +72,7 @@ def known_settings(
             and context.namespace == namespace
             and context.begins(tokens)
             and replace(context.settings, boundaries=()) == replace(wanted, boundaries=())
-            and cache.is_resident(context)
+            and cache.has(context)
         ):
             found.append((length, context.settings == wanted, context.id, context))
     # The longest; of several, its own, else always the same one.

@@ -28,7 +28,7 @@ from obcache_sglang.scheduler.engine_view import EngineView
 from obcache_sglang.scheduler.idle import WhenIdle
 from obcache_sglang.scheduler.in_place import InPlace
 from obcache_sglang.scheduler.jobs import Jobs
-from obcache_sglang.scheduler.lineage import known_settings
+from obcache_sglang.scheduler.lineage import find_again, known_settings, longest_prefix
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.named import named, namespace_of
 from obcache_sglang.scheduler.pressure import UnderPressure
@@ -150,7 +150,7 @@ class CompressionManager:
             # What came in during the pass was not asked to run.
             self._release_pins_if_starved(result, asked=any(id(req) not in taken for req in admitted))
             if self.metrics.pass_decided(seconds, engine.pool_slots - engine.free_slots()):
-                self.metrics.set_gauges([each for each in self.cache if self.cache.holds(each)])
+                self.metrics.set_gauges(self.cache)
         except Exception:
             logger.exception("obcache: what follows a scheduling pass failed")
         return result
@@ -249,7 +249,7 @@ class CompressionManager:
         if context.state is ContextState.DELETING:
             return self._serve_exact(req, "deleted"), None
         if not self.cache.is_resident(context) and (
-            again := self.cache.find_again(context, self.settings.rungs(context.settings))
+            again := find_again(self.cache, context, self.settings.rungs(context.settings))
         ):
             req.use_real_ids()
             context = req.context = again
@@ -293,7 +293,7 @@ class CompressionManager:
         boundary = plan.boundary(len(prompt), self.cache.page_size)
         if plan.context_len == 0 or plan.finds_boundary:
             whole = replace(plan.settings, exact_tokens=0)
-            context = self.cache.find_prefix(req.namespace, (whole, *self.settings.rungs(whole)), prompt)
+            context = longest_prefix(self.cache, req.namespace, (whole, *self.settings.rungs(whole)), prompt)
             # Rather all of a long document exactly, so that it can be compressed, than a short beginning of it, or what is to stay exact.
             if context is not None and context.num_tokens >= max(boundary / 2, plan.settings.exact_tokens + 1):
                 context.is_segment = False
@@ -435,7 +435,7 @@ class CompressionManager:
         """A stamp that a request carries: all ranks see the same. Contexts whose time to live has passed are deleted."""
         self._now = max(self._now, now)
         for context in list(self.cache):
-            if context.expires_at is not None and context.expires_at <= self._now and context.state is ContextState.RESIDENT:
+            if context.expires_at is not None and context.expires_at <= self._now and context.is_made:
                 self.cache.delete(context)
         self.sweep()
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from obcache_sglang.kv.context import Context, ContextState
+from obcache_sglang.kv.context import Context
+from obcache_sglang.scheduler import tree
+
+if TYPE_CHECKING:
+    from obcache_sglang.scheduler.context_cache import ContextCache
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +36,9 @@ class Metrics:
         self._schedule_seconds = 0.0
         self._load_seconds = 0.0
         self._save_seconds = 0.0
+        self._host_load_seconds = 0.0
         self._contexts = 0
+        self._host_contexts = 0
         self._pinned = 0
         self._waiting = 0
         self._waiting_seconds = 0.0
@@ -56,17 +62,17 @@ class Metrics:
             self._prometheus.slots_saved.inc(context_tokens - kept_slots)
 
     def published(
-        self, context: Context, started_at: float, scoring_seconds: float, cached_tokens: int, contexts: Iterable[Context]
+        self, context: Context, started_at: float, scoring_seconds: float, cached_tokens: int, cache: ContextCache
     ) -> None:
         """What a compression took, in its context, the counters and the log.
 
-        started_at: of `time.perf_counter`. cached_tokens: of the context, found cached. contexts: all of the scheduler.
+        started_at: of `time.perf_counter`. cached_tokens: of the context, found cached. cache: the scheduler's.
         """
         context.seconds = time.perf_counter() - started_at
         context.scoring_seconds = scoring_seconds
         context.job_cached_tokens = cached_tokens
         self.compressed(context.seconds, context.num_tokens, context.num_slots)
-        self.set_gauges(contexts)
+        self.set_gauges(cache)
         logger.info(
             "obcache: compressed context %s: %d tokens to %d slots in %.3f s (scoring %.3f s), %s %s %s ratio %g",
             context.id, context.num_tokens, context.num_slots, context.seconds, context.scoring_seconds,
@@ -88,6 +94,16 @@ class Metrics:
             self._prometheus.file_loads.inc()
             self._prometheus.file_bytes_read.inc(num_bytes)
             self._prometheus.file_load_seconds.observe(seconds)
+
+    def came_back(self, seconds: float, num_slots: int) -> None:
+        """A context of so many slots came back from host memory, in `seconds` from the question that asked for it."""
+        self._totals["host_loads"] += 1
+        self._totals["host_slots_loaded"] += num_slots
+        self._host_load_seconds += seconds
+        if self._prometheus:
+            self._prometheus.host_loads.inc()
+            self._prometheus.host_slots_loaded.inc(num_slots)
+            self._prometheus.host_load_seconds.observe(seconds)
 
     def saved(self, seconds: float, num_bytes: int) -> None:
         """A context was saved to its file of so many bytes, in `seconds` until it was on the disk."""
@@ -132,7 +148,7 @@ class Metrics:
             self._lost_share = share
             if self._prometheus:
                 self._prometheus.lost_share.set(share)
-        return self._contexts > 0 and self._totals["schedule_passes"] % GAUGE_PASSES == 0
+        return self._contexts + self._host_contexts > 0 and self._totals["schedule_passes"] % GAUGE_PASSES == 0
 
     def exact(self, reason: str) -> None:
         """A request that asked for compression was served with the exact cache. reason: a fixed short word, not free text."""
@@ -141,7 +157,7 @@ class Metrics:
             self._prometheus.exact.labels(reason=reason).inc()
 
     def evicted(self) -> None:
-        """The tree has evicted a resident context; noticed when the context is looked for."""
+        """A context was evicted, from the pool and from host memory; noticed when it is looked for."""
         self._totals["evictions"] += 1
         if self._prometheus:
             self._prometheus.evictions.inc()
@@ -160,14 +176,20 @@ class Metrics:
         if self._prometheus:
             self._prometheus.waiting_seconds.observe(seconds)
 
-    def set_gauges(self, contexts: Iterable[Context]) -> list[Context]:
-        """What is resident now: contexts, and the KV slots their exact caches would hold more. Returns the resident ones."""
-        resident = [context for context in contexts if context.state is ContextState.RESIDENT]
+    def set_gauges(self, cache: ContextCache) -> list[Context]:
+        """What is resident now: contexts, and the KV slots their exact caches would hold more; and how many are in host memory alone.
+
+        Returns the resident ones. Nothing is marked: ranks may look at different times.
+        """
+        resident = [context for context in cache if cache.holds(context)]
+        made = [context for context in cache if context.is_made]
+        self._host_contexts = sum(tree.place(cache.tree, context) == "host" for context in made)
         self._contexts = len(resident)
         self._pinned = sum(context.pinned for context in resident)
         self._slots_saved_now = sum(context.position_offset for context in resident)
         if self._prometheus:
             self._prometheus.contexts.set(self._contexts)
+            self._prometheus.host_contexts.set(self._host_contexts)
             self._prometheus.pinned.set(self._pinned)
             self._prometheus.slots_saved_now.set(self._slots_saved_now)
         return resident
@@ -184,6 +206,8 @@ class Metrics:
             "replayed_tokens",
             "schedule_passes",
             "evictions",
+            "host_loads",
+            "host_slots_loaded",
             "file_loads",
             "file_saves",
             "file_misses",
@@ -194,10 +218,12 @@ class Metrics:
             "compression_seconds": self._seconds,
             "replay_seconds": self._replay_seconds,
             "schedule_seconds": self._schedule_seconds,
+            "host_load_seconds": self._host_load_seconds,
             "file_load_seconds": self._load_seconds,
             "file_save_seconds": self._save_seconds,
             "exact": dict(self._exact),
             "contexts": self._contexts,
+            "host_contexts": self._host_contexts,
             "pinned": self._pinned,
             "waiting": self._waiting,
             "waiting_seconds": self._waiting_seconds,
@@ -230,9 +256,12 @@ class _Prometheus:
         self.tokens_saved = counter("tokens_saved_total", "Prompt tokens not prefilled again thanks to a compressed context.")
         self.slots_saved = counter("slots_saved_total", "KV slots given back by compressions.")
         self.contexts = gauge("contexts", "Compressed contexts resident now.")
+        self.host_contexts = gauge("host_contexts", "Compressed contexts that are in host memory alone now.")
         self.pinned = gauge("pinned_contexts", "Compressed contexts that are pinned now.")
         self.waiting = gauge("waiting_requests", "Requests that wait for a compression now.")
         self.evictions = counter("evictions_total", "Compressed contexts that were evicted to make room.")
+        self.host_loads = counter("host_loads_total", "Contexts that came back from host memory.")
+        self.host_slots_loaded = counter("host_loaded_slots_total", "KV slots of the contexts that came back from host memory.")
         self.file_loads = counter("file_loads_total", "Contexts loaded from their files.")
         self.file_saves = counter("file_saves_total", "Contexts saved to files.")
         self.file_misses = counter(
@@ -253,6 +282,9 @@ class _Prometheus:
             return Histogram(f"sglang:obcache_{name}", text, labelnames=names, buckets=buckets).labels(**labels)
 
         self.seconds = histogram("compression_seconds", "Seconds from the start of a compression job to its publication.")
+        self.host_load_seconds = histogram(
+            "host_load_seconds", "Seconds from the question about a context in host memory until it was back."
+        )
         self.file_load_seconds = histogram("file_load_seconds", "Seconds from the look for a context's file to its publication.")
         self.file_save_seconds = histogram("file_save_seconds", "Seconds until a context that was to be saved was on the disk.")
         self.waiting_seconds = histogram("waiting_seconds", "Seconds that requests waited for a compression.")

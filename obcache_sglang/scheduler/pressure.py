@@ -304,7 +304,7 @@ class UnderPressure:
     def _take(self, step: _Step) -> bool:
         """Whether anything came of it."""
         if step.context is None:
-            gone = [tree.drop_leaf(self.cache.tree, node) for node in step.leaves]
+            gone = [tree.evict_leaf(self.cache.tree, node) for node in step.leaves]
             return any(gone)
         if not self.in_place.start(step.context, base=step.base, makes_room=True):
             step.context.failed_in_place = True

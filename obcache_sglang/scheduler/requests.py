@@ -33,6 +33,10 @@ MAX_COMPRESSIONS_PER_REQUEST = 2
 """Compressions one request may start: beyond it, a pool that evicts a context before its first reader would loop."""
 
 
+MAX_LOSSES = 3
+"""Times that a request may lose its context between the decision on it and its admission."""
+
+
 class Verdict(Enum):
     """What a scheduling pass does with a request that waits."""
 
@@ -64,12 +68,13 @@ class ContextReq(Req):
         self.looked_for: str | None = None
         """The context whose file was last looked for on its behalf."""
         self.tier: str | None = None
-        """Where the context came from that it reuses: "device" or "disk"."""
+        """Where the context came from that it reuses: "device", "host" or "disk"."""
         self.position_offset = 0
         self.reads: KeptContext | None = None
         """What it stands after, as it was when it began to."""
         self.real_ids: array[int] | None = None
         self.compressions_started = 0
+        self.times_lost = 0
         self.exact_reason: str | None = plan.exact
         self._count_exact = count_exact
         self.is_reported_exact = False
@@ -202,12 +207,22 @@ class ContextReq(Req):
         virtual ids that the tree does not hold must never reach the model's embedding."""
         if tree_cache is not None and not self.decided:
             self.serve_exact("undecided")
+            self.decided = True
         super().init_next_round_input(tree_cache, cow_mamba)
         if tree_cache is not None and self.is_virtual:
             assert self.context is not None
-            if self.prefix_len < self.context.num_slots:
-                self.serve_exact("evicted")
+            if self.prefix_len < self.context.num_slots or self.reads is not self.context.resident:
+                self._lose_context()
                 super().init_next_round_input(tree_cache, cow_mamba)
+
+    def _lose_context(self) -> None:
+        """Its context went while a batch was picked, for what another one needed: it is decided on anew, and in the end served exactly."""
+        self.times_lost += 1
+        if self.times_lost > MAX_LOSSES:
+            self.serve_exact("evicted")
+        else:
+            self.use_real_ids()
+            self.decided = False
 
 
 class JobId(str):

@@ -45,7 +45,8 @@ class Saves:
                 "Contexts of LoRA adapters are not saved: another adapter may be loaded under the same name, and would read them."
             )
         if not self.cache.is_resident(context):
-            raise RequestError("The context is not resident. Compress it, then save it.", HTTPStatus.CONFLICT)
+            where = "in host memory: ask it a question" if self.cache.is_on_host(context) else "not resident: compress it"
+            raise RequestError(f"The context is {where}, then save it.", HTTPStatus.CONFLICT)
         if any(save.context is context for save in self.under_way):
             raise RequestError("The context is being saved already.", HTTPStatus.CONFLICT)
         if len(self.under_way) >= MOST_AT_ONCE:
@@ -88,6 +89,7 @@ class Saves:
         if not self.cache.holds(save.context):  # it was compressed again, from these slots
             save.error = "it is not resident any more"
             return
+        self.engine.wait_for_loads()
         left = step_bytes(self.engine)
         while left > 0 and not save.is_copied and save.writing.has_room:
             layer = to_host(self.files.pool, save.num_layers_done, save.slots)

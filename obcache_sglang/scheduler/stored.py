@@ -1,4 +1,5 @@
-"""Contexts that last in files (`--obcache-folder`): what questions and operators ask of them, and what the scheduler tells them.
+"""Contexts that last: in host memory (`HostMemory`), and in files (`--obcache-folder`). What questions and operators ask of them, and what the
+scheduler tells them.
 
 Each rank has its own file of a context. What ranks of one tensor-parallel group find there is voted on, so that they do the same.
 """
@@ -14,6 +15,7 @@ from obcache_sglang.errors import RequestError
 from obcache_sglang.kv.context import SHARED, Context, Namespace
 from obcache_sglang.kv.folder import is_name
 from obcache_sglang.scheduler.context_files import MOST_AT_ONCE, ContextFiles
+from obcache_sglang.scheduler.host_memory import HostMemory
 from obcache_sglang.scheduler.jobs import Jobs
 from obcache_sglang.scheduler.loads import Load, Loads
 from obcache_sglang.scheduler.requests import ContextReq
@@ -29,10 +31,11 @@ class StoredContexts:
         self.jobs, self.engine, self.cache = jobs, jobs.engine, jobs.cache
         self._files = files
         self._is_off: str | None = None
+        self._host = HostMemory(jobs)
+        self.cache.on_deleted = self._deleted
         if files is None:
             return
         self._loads, self._saves = Loads(jobs, files), Saves(jobs, files)
-        self.cache.on_deleted = self._deleted
         files.folder.clean()
         try:
             files.look()
@@ -42,7 +45,12 @@ class StoredContexts:
     # --- what questions ask -------------------------------------------------------------------------------------------------------
 
     def awaits(self, req: ContextReq, context: Context) -> bool:
-        """Whether a question waits for a file: of its context, or of one that its context begins with. Starts to load it. Each question looks once."""
+        """Whether a question waits for its context, or one that this begins with, to come back from host memory or a file. Begins that.
+
+        Each question looks for a file once.
+        """
+        if self._host.awaits(context):
+            return True
         if self._files is None or self._is_off or context.namespace.lora_id is not None:
             return False
         loading = {load.context.id for load in self._loads.under_way if load.context is not None}
@@ -61,7 +69,10 @@ class StoredContexts:
         return next((load for load in loads if load.context is context), None)
 
     def tier(self, context: Context) -> str:
-        """Where a context comes from for the question that reads it now: from the disk for the first one after it was loaded."""
+        """Where a context comes from for the question that reads it now: from host memory or the disk for the first one after it came from there."""
+        if context.id in self._host.fresh:
+            self._host.fresh.discard(context.id)
+            return "host"
         if self._files is None or context.id not in self._loads.fresh:
             return "device"
         self._loads.fresh.discard(context.id)
@@ -124,7 +135,8 @@ class StoredContexts:
     # --- what the scheduler tells -------------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
-        """One step of each load and save. Called at the same points on all ranks."""
+        """One step of each. Called at the same points on all ranks."""
+        self._host.advance()
         if self._files is not None:
             self._loads.advance()
             self._saves.advance()
@@ -141,6 +153,7 @@ class StoredContexts:
 
     def forget(self) -> None:
         """The tree was reset. Before the cache is told so."""
+        self._host.forget()
         if self._files is not None:
             self._loads.forget()
             self._saves.forget()
@@ -160,6 +173,7 @@ class StoredContexts:
 
     def _deleted(self, context: Context) -> None:
         """The cache has deleted a context: so is its file."""
+        self._host.fresh.discard(context.id)
         if self._files is None or context.namespace.lora_id is not None:
             return
         try:

@@ -1,11 +1,15 @@
-"""SGLang's radix tree, as far as we ask more of it than it offers: looking without touching, what it would evict next, dropping a leaf."""
+"""SGLang's radix tree, as far as we ask more of it than it offers: looking without touching, what it would evict next, dropping a leaf.
+
+With SGLang's HiCache (`--enable-hierarchical-cache`) a node may have a copy in host memory, beside its slots or alone.
+"""
 
 from __future__ import annotations
 
 import heapq
+import logging
 from array import array
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
@@ -18,6 +22,8 @@ from obcache_sglang.kv.context import Context, Namespace
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import TreePathNodeInfo
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+logger = logging.getLogger(__name__)
 
 MOST_LEAVES = 4096
 """Looked through for those behind a node that goes."""
@@ -93,6 +99,32 @@ def compressed_slots(tree: UnifiedRadixCache, context: Context) -> tuple[int, to
     return context.node, _slots(tree, context, context.node)
 
 
+def has_host_tier(tree: UnifiedRadixCache) -> bool:
+    """Whether nodes can be copied to host memory."""
+    return tree.cache_controller is not None
+
+
+def place(tree: UnifiedRadixCache, context: Context) -> Literal["device", "host"] | None:
+    """Where the content of a context's node lies: in its slots, else in host memory alone; None where it is gone."""
+    known = path(tree, context.node) if context.node is not None else ()
+    if not known or known[-1].path_end != context.num_slots:
+        return None
+    if known[-1].full_value_len == context.own_slots:
+        return "device"
+    on_host = has_host_tier(tree) and known[-1].full_value_len is None and tree.is_backuped(known[-1].node_id)
+    return "host" if on_host else None
+
+
+def copy_to_host(tree: UnifiedRadixCache, node: int) -> None:
+    """Where SGLang's policy copies every node to host memory as soon as it is made, does so with one whose content has come only now."""
+    if not has_host_tier(tree) or tree.is_write_back or tree.write_through_threshold > 1:
+        return
+    try:
+        tree._execute_and_commit_kv_backup(tree.tree_core.build_backup_kv_action(node))
+    except Exception:  # the context is complete without a copy
+        logger.exception("obcache: a context could not be copied to host memory")
+
+
 def _slots(tree: UnifiedRadixCache, context: Context, node: int) -> torch.Tensor:
     """All slots [tokens] int64 from the first node to this one, in a context's namespace."""
     root = tree.root_node_handle(context.namespace.extra_key)
@@ -136,15 +168,53 @@ def drop_branch(tree: UnifiedRadixCache, node: int) -> None:
 
 
 def drop_leaf(tree: UnifiedRadixCache, node: int) -> bool:
-    """Evicts a node, if it is a leaf that nobody has locked (the Rust core panics on a node with children). Whether it was."""
-    known = path(tree, node)
-    if not known or known[-1].num_children:
+    """Frees the slots of a node, if it is a leaf that nobody has locked (the Rust core panics on others). Whether it was.
+
+    A copy in host memory stays until SGLang needs its room. It opens nothing: what is dropped is not matched again, or is ordinary text.
+    """
+    if not _is_free_leaf(tree, node):
         return False
-    return not is_locked(tree, node) and bool(tree._drop_subtree_no_host(node, {_FULL: 0}))
+    if has_host_tier(tree) and tree.is_backuped(node):
+        tree._evict_device_leaf(node, {_FULL: 0})
+        return True
+    return bool(tree._drop_subtree_no_host(node, {_FULL: 0}))
 
 
-def drop_ends(tree: UnifiedRadixCache, context: Context, suffixes: Sequence[array[int]]) -> list[array[int]]:
-    """Evicts the paths of suffixes of a compressed context, of all that are in the tree, up to the context; an empty one is its own node.
+def evict_leaf(tree: UnifiedRadixCache, node: int) -> bool:
+    """As `drop_leaf`, but as the tree evicts: to host memory, where SGLang's policy has it copied there by then. Whether it was free."""
+    if not has_host_tier(tree):
+        return drop_leaf(tree, node)
+    if not _is_free_leaf(tree, node):
+        return False
+    backup = tree._evict_device_leaf(node, {_FULL: 0})
+    if backup is None:
+        return True
+    if tree._execute_and_commit_kv_backup(backup, write_back=True) == 0:
+        return bool(tree._drop_subtree_no_host(node, {_FULL: 0}))  # host memory has no room
+    tree.writing_check(write_back=True)
+    tree._demote(node, {_FULL: 0})
+    return True
+
+
+def _is_free_leaf(tree: UnifiedRadixCache, node: int) -> bool:
+    """Whether a node has slots, nothing behind it has, and nobody has it locked."""
+    known = path(tree, node)
+    if not known or known[-1].full_value_len is None or is_locked(tree, node):
+        return False
+    if not known[-1].num_children:
+        return True
+    # What is behind it may lie in host memory alone.
+    return has_host_tier(tree) and any(to_leaf[-1].node_id == node for to_leaf in next_victims(tree, MOST_LEAVES))
+
+
+def drop_ends(
+    tree: UnifiedRadixCache,
+    context: Context,
+    suffixes: Sequence[array[int]],
+    drop: Callable[[UnifiedRadixCache, int], bool] = drop_leaf,
+) -> list[array[int]]:
+    """Takes the paths of suffixes of a compressed context out of their slots, of all that are in the tree, up to the context; an empty one is
+    its own node. drop: how, leaf by leaf.
 
     Returns those of which a part is left. The tree can drop unlocked leaves only, and cannot list a node's children: so the deepest end
     of all suffixes goes first, which must be a leaf, or locked, as is then every node that it has in common with others.
@@ -163,7 +233,7 @@ def drop_ends(tree: UnifiedRadixCache, context: Context, suffixes: Sequence[arra
             continue  # nothing of this suffix is left
         if -depth != bound:
             heapq.heappush(heap, (-depth, index))
-        elif not drop_leaf(tree, found.last_device_node):
+        elif not drop(tree, found.last_device_node):
             left.append(suffixes[index])
         elif depth > context.num_slots:
             heapq.heappush(heap, (1 - depth, index))  # what is left of this suffix ends before
@@ -180,6 +250,15 @@ TOUCHES = (
     use(f"{_TREE}.unlock", "call", "lets it be evicted", ("lock",)),
     use(f"{_TREE}.evictable_size", "call", "whether a node is locked by a request"),
     use(f"{_TREE}._drop_subtree_no_host", "call", "frees a context's slots", ("node_id", "tracker")),
+    use(_TREE, "read", "cache_controller: not None with HiCache"),
+    use(f"{_TREE}.is_backuped", "call", "whether a node has a copy in host memory", ("node_id",)),
+    use(f"{_TREE}.is_write_back", "read", "whether nodes are copied to host memory when they are evicted, and not before"),
+    use(f"{_TREE}.write_through_threshold", "read", "after how many uses they are copied otherwise"),
+    use(f"{_TREE}._evict_device_leaf", "call", "frees the slots of a node with a copy in host memory", ("node_id", "tracker")),
+    use(f"{_TREE}._execute_and_commit_kv_backup", "call", "copies a node to host memory", ("action", "write_back")),
+    use(f"{_TREE}.writing_check", "call", "waits for that copy", ("write_back",)),
+    use(f"{_TREE}._demote", "call", "frees the slots of a node that was copied", ("node_id", "tracker")),
+    use(f"{_CORE}.build_backup_kv_action", "call", "what is copied to host memory with a node", ("node_id",)),
     use(
         f"{_CORE}.collect_path_info",
         "call",

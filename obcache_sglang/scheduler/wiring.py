@@ -207,6 +207,12 @@ class Wiring:
         return ContextFiles(Folder.opened(settings.folder), served, choosers(settings), pool, self.plan.space)
 
 
+def manager_of(owner: Any) -> CompressionManager | None:
+    """The manager of a scheduler, or of its tree; None where there is none."""
+    wiring = Wiring.of(owner)
+    return None if wiring is None else wiring.manager
+
+
 def _agreement(cpu_group: Any, group_size: int) -> Callable[[bool], bool]:
     """Whether all ranks say True: a collective on the host."""
 

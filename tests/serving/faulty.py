@@ -84,7 +84,7 @@ FAULTY = (
 Not here: `ForwardPlan.plan_forward`, which contains `_plan` and does no more than ask whether there is anything to plan; and `after_flush`, whose part that can fail is `set_gauges`."""
 
 UNDER_PRESSURE = (
-    "scheduler.context_cache.ContextCache.find_again",
+    "scheduler.manager.find_again",
     "scheduler.context_cache.ContextCache.replaced",
     "scheduler.in_place.InPlace._publish",
     "scheduler.pressure.UnderPressure._exact",
@@ -102,6 +102,17 @@ UNDER_PRESSURE = (
     "scheduler.tree.next_victims",
 )
 """Likewise, of mode auto under pressure (`tests/serving/test_auto_soak.py`)."""
+
+IN_HOST_MEMORY = (
+    "scheduler.context_cache.ContextCache.is_on_host",
+    "scheduler.context_cache.ContextCache.returned",
+    "scheduler.host_memory.HostMemory._bring",
+    "scheduler.host_memory.HostMemory._located",
+    "scheduler.host_memory.HostMemory.advance",
+    "scheduler.host_memory.HostMemory.awaits",
+    "scheduler.tree.place",
+)
+"""Likewise, with contexts in host memory (`tests/serving/test_host_memory.py`)."""
 
 
 class Faults:
@@ -130,8 +141,8 @@ class Faults:
 
     @contextmanager
     def of(self, *names: str) -> Iterator[None]:
-        """names: of `FAULTY` or `UNDER_PRESSURE`, with or without `@rank`."""
-        unknown = [name for name in names if name.partition("@")[0] not in (*FAULTY, *UNDER_PRESSURE)]
+        """names: of `FAULTY`, `UNDER_PRESSURE` or `IN_HOST_MEMORY`, with or without `@rank`."""
+        unknown = [name for name in names if name.partition("@")[0] not in (*FAULTY, *UNDER_PRESSURE, *IN_HOST_MEMORY)]
         assert not unknown, unknown
         self.clear()
         self._write(names)

@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
+from obcache_sglang.cpu.host_pool import serve_host_pools
 from obcache_sglang.kv.cells import KeptTokens, create_one_space
 from obcache_sglang.kv.context import Context
 from obcache_sglang.messages import Plan
@@ -48,24 +49,47 @@ class OneSpacePool(MHATokenToKVPool):
         assert create_one_space(self)
 
 
-def make_tree(size: int, layers: int = 1, heads: int = 1, dtype: torch.dtype = torch.float32) -> UnifiedRadixCache:
-    """SGLang's tree over a pool of `size` slots, by default one layer of one head; several lie in one space."""
-    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device="cpu"))
+def make_tree(
+    size: int,
+    layers: int = 1,
+    heads: int = 1,
+    dtype: torch.dtype = torch.float32,
+    *,
+    host: str | None = None,
+    host_ratio: float = 2.0,
+) -> UnifiedRadixCache:
+    """SGLang's tree over a pool of `size` slots, by default one layer of one head; several lie in one space.
+
+    host: the policy by which HiCache copies nodes to host memory; None without it. host_ratio: slots there for each of the pool.
+    """
+    serve_host_pools()
+    server_args = ServerArgs(
+        model_path="dummy",
+        device="cpu",
+        enable_hierarchical_cache=host is not None,
+        hicache_ratio=host_ratio,
+        hicache_write_policy=host or "write_through",
+        hicache_io_backend="direct",
+        hicache_mem_layout="layer_first",
+    )
+    set_global_server_args_for_scheduler(server_args)
     pools = {"device": "cpu", "enable_memory_saver": False}
     kind = OneSpacePool if layers * heads > 1 else MHATokenToKVPool
     kv_pool = kind(size=size, page_size=1, dtype=dtype, head_num=heads, head_dim=8, layer_num=layers, **pools)
-    return UnifiedRadixCache(
-        params=CacheInitParams(
-            req_to_token_pool=ReqToTokenPool(size=4, max_context_len=size, **pools),
-            token_to_kv_pool_allocator=TokenToKVPoolAllocator(
-                size=size, dtype=torch.float32, device="cpu", kvcache=kv_pool, need_sort=False
-            ),
-            page_size=1,
-            disable=False,
-            tree_components=(ComponentType.FULL,),
-            enable_kv_cache_events=True,
-        )
+    params = CacheInitParams(
+        req_to_token_pool=ReqToTokenPool(size=4, max_context_len=size, **pools),
+        token_to_kv_pool_allocator=TokenToKVPoolAllocator(
+            size=size, dtype=torch.float32, device="cpu", kvcache=kv_pool, need_sort=False
+        ),
+        page_size=1,
+        disable=False,
+        tree_components=(ComponentType.FULL,),
+        enable_kv_cache_events=True,
     )
+    tree = UnifiedRadixCache(params=params)
+    if host is not None:
+        tree.init_hicache(server_args, params)
+    return tree
 
 
 class Engine(EngineView):
@@ -195,6 +219,8 @@ class Driven:
             admitted.extend(self.engine.queue)
             return None, running_batch
 
+        if self.engine.tree.cache_controller is not None:
+            self.engine.tree.check_hicache_events()
         self.manager.schedule(pick, self.engine.running_batch_now())
         return admitted
 

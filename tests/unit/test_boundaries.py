@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from obcache_sglang.errors import InvalidValue
 from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Namespace
+from obcache_sglang.scheduler.lineage import longest_prefix
 from obcache_sglang.scheduler.requests import ContextReq
 from obcache_sglang.settings import CompressionSettings
 from tests.unit.engine import Driven
@@ -199,8 +200,8 @@ def test_who_gives_no_boundary_finds_contexts_that_have_some() -> None:
     drive.ask(document, boundaries=(200,))
     make_all(drive)
     drive.step()
-    found = drive.manager.cache.find_prefix(
-        drive.engine.queue[0].namespace, [drive.manager.settings.compression], document + text(9000, 5)
+    found = longest_prefix(
+        drive.manager.cache, drive.engine.queue[0].namespace, [drive.manager.settings.compression], document + text(9000, 5)
     )
     assert found is not None and found.num_tokens == 500
 

@@ -15,6 +15,7 @@ from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context, ContextState, N
 from obcache_sglang.scheduler import context_cache as contexts
 from obcache_sglang.scheduler.context_cache import ContextCache, context_id
 from obcache_sglang.scheduler.kv_events import VisibleEvents
+from obcache_sglang.scheduler.lineage import longest_prefix
 from obcache_sglang.scheduler.room import make_way_for_pin
 from obcache_sglang.scheduler.tree import context_key, radix_key
 from obcache_sglang.settings import CompressionSettings
@@ -216,10 +217,10 @@ def test_a_salt_never_matches_another_salts_node(cache: ContextCache) -> None:
 
 def test_a_prompt_finds_the_longest_context_it_starts_with(cache: ContextCache) -> None:
     short, long = make(cache, tokens(0, 20)), make(cache, tokens(0, 40))
-    assert cache.find_prefix(HERE, [HALF], tokens(0, 50)) is long
-    assert cache.find_prefix(HERE, [HALF], tokens(0, 40)) is short  # something must be left to generate from
-    assert cache.find_prefix(HERE, [HALF], tokens(1, 50)) is None
-    assert cache.find_prefix(Namespace("x", None, None), [HALF], tokens(0, 50)) is None
+    assert longest_prefix(cache, HERE, [HALF], tokens(0, 50)) is long
+    assert longest_prefix(cache, HERE, [HALF], tokens(0, 40)) is short  # something must be left to generate from
+    assert longest_prefix(cache, HERE, [HALF], tokens(1, 50)) is None
+    assert longest_prefix(cache, Namespace("x", None, None), [HALF], tokens(0, 50)) is None
 
 
 @pytest.mark.parametrize("settings", [HALF, UNEVEN], ids=["even", "uneven"])

@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from array import array
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from transformers import AutoTokenizer
 
 from obcache_sglang import lang
@@ -18,10 +20,12 @@ from obcache_sglang.frontend.hooks import TOUCHES as TOKENIZER_TOUCHES
 from obcache_sglang.frontend.marker import register_marker
 from obcache_sglang.frontend.openai_reports import with_report
 from obcache_sglang.frontend.wish import REQUEST_KEYS, make_plan, parse_wish, split_markers
-from obcache_sglang.kv.context import ContextState
+from obcache_sglang.kv.context import SHARED
 from obcache_sglang.plugin import CLI_TOUCHES, register
+from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.settings import SETTINGS_ENV, CompressionSettings, settings_from_python
+from tests.unit.engine import HALF, KEPT, make_tree
 
 MARKER = "<|obcache|>"
 SOME_ID = "0123456789abcdef" * 2
@@ -649,10 +653,17 @@ def test_metrics_count_once_for_status_and_prometheus():
     metrics.loaded(0.5, num_bytes=1000)
     metrics.saved(0.75, num_bytes=2000)
     metrics.file_missed()
-    resident = [
-        SimpleNamespace(state=state, position_offset=70, pinned=True) for state in (ContextState.RESIDENT, ContextState.ABSENT)
-    ]
-    assert metrics.set_gauges(resident) == resident[:1]
+    metrics.came_back(0.125, num_slots=30)
+    cache = ContextCache(make_tree(200, host="write_back"), max_contexts=3)
+    made = []
+    for first in (0, 1000):
+        context = cache.obtain(SHARED, HALF, array("q", range(first, first + 140)))
+        assert context is not None and cache.reserve(context) is not None
+        cache.publish(context, KEPT)
+        made.append(context)
+    assert cache.tree.evict(EvictParams(num_tokens=70)) and cache.obtain(SHARED, HALF, array("q", range(5)))
+    cache.pin(made[1])
+    assert metrics.set_gauges(cache) == made[1:]
     metrics.pass_decided(0.25, used_slots=630)
     assert metrics.to_dict() == {
         "compressions": 1,
@@ -667,6 +678,10 @@ def test_metrics_count_once_for_status_and_prometheus():
         "schedule_seconds": 0.25,
         "compression_seconds": 0.5,
         "exact": {"session": 1},
+        "host_contexts": 1,
+        "host_loads": 1,
+        "host_slots_loaded": 30,
+        "host_load_seconds": 0.125,
         "lost_share": 0.1,
         "contexts": 1,
         "pinned": 1,
@@ -699,6 +714,7 @@ def test_every_family_of_metrics_has_a_sample_before_anything_happened(tmp_path)
     program = """
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
+from obcache_sglang.scheduler.context_cache import ContextCache
 from obcache_sglang.scheduler.metrics import Metrics
 Metrics.create(True, {"model_name": "m"})
 families = list(MultiProcessCollector(CollectorRegistry()).collect())

@@ -9,7 +9,7 @@ import pytest
 
 from obcache_sglang.gpu import head_graphs
 from obcache_sglang.gpu.triton_heads import TritonHeads
-from obcache_sglang.scheduler import hooks
+from obcache_sglang.scheduler import hooks, start_hooks
 from obcache_sglang.scheduler.wiring import Wiring
 from obcache_sglang.settings import SETTINGS_ENV, publish, settings_from_python
 
@@ -144,7 +144,7 @@ def test_graphs_are_captured_where_they_are_wanted_and_their_lack_is_announced(
     publish(settings)
     runner = SimpleNamespace(is_draft_worker=False, decode_cuda_graph_runner=object() if sglang_captured else None)
     wiring.hang_on(runner)
-    hooks.after_init_cuda_graphs(None, runner)
+    start_hooks.after_init_cuda_graphs(None, runner)
     assert made == ([(wiring.plan, heads, runner)] if captured else [])
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == bool(told) and told in "".join(warnings)

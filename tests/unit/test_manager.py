@@ -315,6 +315,7 @@ def test_an_undecided_request_that_is_prefilled_all_the_same_is_exact_and_says_s
     req = driven.ask(DOCUMENT, 9)
     driven.engine.take(req)  # no pass before it
     assert (report(req)["status"], report(req)["reason"], req.is_virtual) == ("exact", "undecided", False)
+    assert req.decided, "it is admitted"
 
 
 # --- replay -------------------------------------------------------------------------------------------------------------
