@@ -192,6 +192,10 @@ class KeptTokens:
             return self
         return replace(self, rows=self.rows_in(space, slots).to(torch.int32))
 
+    def on(self, device: torch.device | str) -> KeptTokens:
+        """The same on a device, and without `rows`: they are of slots."""
+        return replace(self, positions=self.positions.to(device), offsets=self.offsets.to(device), rows=None)
+
     def counts(self, num_kv_heads: int) -> list[list[int]]:
         """Kept tokens per layer and KV head."""
         counts = [last - first for first, last in pairwise(self.bounds)]

@@ -96,6 +96,7 @@ class Context:
     ttl_seconds: how long it was to live when that was set last; None for as long as the tree holds it.
     expires_at: when it is deleted, in seconds since the epoch; None likewise.
     resident: what its readers are given; None unless resident.
+    kept_away: what it keeps, on the host, while it is in host memory alone.
     seconds: wall time of its compression.
     scoring_seconds: the part of it spent on scoring, selecting and copying, as the host saw it.
     job_cached_tokens: its tokens that the compression found in the exact cache.
@@ -130,6 +131,7 @@ class Context:
     ttl_seconds: float | None = None
     expires_at: float | None = None
     resident: KeptContext | None = None
+    kept_away: KeptTokens | None = None
     created_at: float = field(default_factory=time.time)
     seconds: float | None = None
     scoring_seconds: float | None = None

@@ -176,8 +176,8 @@ class Calibration:
 
     def offer(self, plan: Plan, namespace: Namespace, prompt: array[int]) -> None:
         """A prompt with a context arrives. The context's beginning is taken if contexts are being collected."""
-        run = self._run
-        if self.phase is not CalibrationPhase.COLLECTING or run is None or run.num_more <= 0 or plan.exact is not None:
+        run, is_scoring = self._run, self._text is not None  # that one counts
+        if self.phase is not CalibrationPhase.COLLECTING or run is None or run.num_more <= is_scoring or plan.exact is not None:
             return
         length = min(plan.boundary(len(prompt), self._cache.page_size), run.max_tokens)
         if namespace != SHARED or length < MIN_TOKENS:

@@ -188,16 +188,18 @@ class ContextCache:
             return False
         if self.holds(context):
             return True
-        context.state = ContextState.ON_HOST
-        self.is_on_host(context)
+        if tree.place(self.tree, context) == "host" and context.kept is not None:
+            # What readers look at lies on the device, and host memory may hold more contexts than that has room for.
+            context.state, context.kept_away, context.kept = ContextState.ON_HOST, context.kept.on("cpu"), None
+        else:
+            self._mark_absent(context)
+            self.on_evicted()
         return False
 
     def is_on_host(self, context: Context) -> bool:
         """Whether the tree has moved the context's content to host memory (SGLang's HiCache), from where it can come back."""
-        if self.is_resident(context) or context.state is not ContextState.ON_HOST:
-            return False
-        if tree.place(self.tree, context) is not None:
-            return True
+        if self.is_resident(context) or context.state is not ContextState.ON_HOST or tree.place(self.tree, context) is not None:
+            return context.state is ContextState.ON_HOST
         self._mark_absent(context)
         self.on_evicted()
         return False
@@ -212,7 +214,7 @@ class ContextCache:
 
     def returned(self, context: Context, kept: KeptTokens) -> None:
         """Its content is in slots again, other ones than before, and held once (`hold`). kept: with these."""
-        context.state, context.kept = ContextState.RESIDENT, kept
+        context.state, context.kept, context.kept_away = ContextState.RESIDENT, kept, None
         self.hold(context)
 
     def reserve(self, context: Context, *, may_own_exact: bool = False) -> torch.Tensor | None:
@@ -222,6 +224,7 @@ class ContextCache:
         these tokens. With may_own_exact they get slots of its own then. The node is in the tree before its content is, so that the pool's
         accounts always hold; nothing can match it, since its state is not RESIDENT yet. Whatever raises here leaves the pool as it was.
         """
+        assert context.tree_lock is None, "it has slots"
         exact = tree.exact_beginning(self.tree, context)
         if exact is None and may_own_exact:
             context.owns_exact = True
@@ -240,9 +243,9 @@ class ContextCache:
             slots = torch.cat([exact[1], own]) if context.num_shared else own
             try:
                 context.engine_ids = self._unused_ids(context)
-                key, whole = context_key(context), context.num_slots
-                # As if all of it had been inserted before: what is not there yet must not be copied to host memory.
-                self.tree.insert(InsertParams(key=key, value=slots, prev_prefix_len=context.num_shared, inserted_len=whole))
+                # As if it had been inserted before: what is not there yet must not be copied to host memory.
+                known = {"prev_prefix_len": context.num_shared, "inserted_len": context.num_slots}
+                self.tree.insert(InsertParams(key=context_key(context), value=slots, **known))
                 self._lock(context)
             except Exception:
                 self._take_back(context, own)
@@ -279,8 +282,7 @@ class ContextCache:
         context.kept = kept
         context.state = ContextState.RESIDENT
         context.failed_in_place = False
-        if context.node is not None:
-            tree.copy_to_host(self.tree, context.node)
+        tree.copy_to_host(self.tree, context.node)
         if not context.pinned:
             self.unlock(context)
 
@@ -385,9 +387,9 @@ class ContextCache:
             tree.drop_ends(self.tree, context, [array("q", raw) for raw in context.suffixes] + [array("q")])
 
     def drop_suffixes(self, context: Context) -> None:
-        """Evicts what is cached after a context that no request uses, as the tree does; the context itself stays."""
+        """Evicts what is cached after a context that no request uses; the context itself stays."""
         if context.suffixes and context.suffixes_complete:
-            left = tree.drop_ends(self.tree, context, [array("q", raw) for raw in context.suffixes], tree.evict_leaf)
+            left = tree.drop_ends(self.tree, context, [array("q", raw) for raw in context.suffixes])
             context.suffixes = dict.fromkeys(suffix.tobytes() for suffix in left)
 
     def clear(self) -> None:
@@ -401,7 +403,7 @@ class ContextCache:
         self._deleting.clear()
 
     def _mark_absent(self, context: Context) -> None:
-        context.state, context.kept = ContextState.ABSENT, None
+        context.state, context.kept, context.kept_away = ContextState.ABSENT, None, None
         context.suffixes, context.suffixes_complete = {}, True
         context.node, context.engine_ids, context.owns_exact = None, array("q"), False
         context.pinned = False
@@ -441,7 +443,7 @@ TOUCHES = (
     use(
         "sglang.srt.mem_cache.base_prefix_cache.InsertParams",
         "call",
-        "a context's node, which is not copied to host memory before it has a content",
+        "likewise",
         ("key", "value", "prev_prefix_len", "inserted_len"),
     ),
 )

@@ -155,13 +155,24 @@ class EngineView:
         acks = controller.ack_load_queue
         if controller.load_queue:
             if len(acks) >= MOST_LOADS:
-                for ack in acks:
-                    ack.finish_event.synchronize()
+                self.finish_loads()
             self.tree.ready_to_load_host_cache()
         if not self.on_cpu:
             stream = self._scheduler.device_module.current_stream()
             for ack in acks:
                 stream.wait_event(ack.finish_event)
+
+    def finish_loads(self) -> None:
+        """Waits on the host for all that is being copied from host memory: what it is copied to may be somebody else's afterwards."""
+        if self.tree.cache_controller is not None:
+            for ack in self.tree.cache_controller.ack_load_queue:
+                ack.finish_event.synchronize()
+
+    def keep_a_load_place(self) -> None:
+        """Lets SGLang begin a copy from host memory with the next batch, as it will without looking whether one of HiCache's places is free."""
+        controller = self.tree.cache_controller
+        if controller is not None and not self.tree.has_free_load_back_slot():
+            controller.ack_load_queue[0].finish_event.synchronize()
 
     def may_load(self) -> bool:
         """Whether one more copy from host memory can begin, beside those that SGLang begins in the same pass. The same on all ranks."""
@@ -199,6 +210,7 @@ TOUCHES = (
         "begins to copy from host memory. Of the tree: ongoing_load_back, nodes that are coming back; cache_controller.ack_load_queue, the copies "
         "under way, each with its finish_event; cache_controller.load_queue, what is to be copied with the next batch",
     ),
+    use(f"{_TREE}.has_free_load_back_slot", "call", "whether one more copy can begin"),
     use(f"{_SCHEDULER}.process_batch_result", "call", "takes the result of a forward before a flush"),
     use(
         "sglang.srt.managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper",

@@ -21,7 +21,7 @@ from obcache_sglang.errors import RequestError
 from obcache_sglang.host import Touch, scheduler_hook, use
 from obcache_sglang.messages import KEY, control_call
 from obcache_sglang.scheduler import control_calls
-from obcache_sglang.scheduler.requests import REQ_POSITIONAL, CompressionJob, ContextReq, client_view
+from obcache_sglang.scheduler.requests import REQ_POSITIONAL, CompressionJob, client_view, is_decided
 from obcache_sglang.scheduler.start_hooks import hooks_in_place
 from obcache_sglang.scheduler.wiring import Wiring, manager_of
 from obcache_sglang.support import NO_HICACHE_STORAGE
@@ -104,7 +104,7 @@ def around_add_one_req(add_one_req: Any, adder: Any, req: Req, *args: Any, **kwa
         more = 0 if manager is None else manager.jobs.slots_to_admit(req)
     except Exception:
         logger.exception("obcache: counting the slots of request %s failed", req.rid)
-    if isinstance(req, ContextReq) and not req.decided:
+    if not is_decided(req):
         return (
             AddReqResult.CONTINUE
         )  # its context went while the batch was picked: it stays in the queue, and the next pass decides

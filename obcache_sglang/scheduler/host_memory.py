@@ -14,12 +14,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from obcache_sglang.host import use
 from obcache_sglang.kv.cells import KeptTokens
-from obcache_sglang.kv.context import Context
+from obcache_sglang.kv.context import Context, KeptContext
 from obcache_sglang.scheduler import tree
 from obcache_sglang.scheduler.jobs import Jobs
+from obcache_sglang.scheduler.requests import ContextReq
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
 
 logger = logging.getLogger(__name__)
 
@@ -27,72 +33,104 @@ MOST_WAITING_PASSES = 512
 """For room beside what runs, before a context is compressed anew, which SGLang admits in its turn."""
 
 
+ADMITTED_SEEN = 16
+"""Requests that may run in a pass, and whose contexts stay for it: the next pass sees the others."""
+
+
 class HostMemory:
-    """Of one scheduler. fresh: ids of the contexts that came back, and that no question has read yet."""
+    """Of one scheduler."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.jobs, self.engine, self.cache, self.metrics = jobs, jobs.engine, jobs.cache, jobs.metrics
-        self.fresh: set[str] = set()
+        # What questions of the pass under way wait for, in the order of the queue.
+        self._wanted: dict[str, Context] = {}
         # By context id, with the time of `time.perf_counter` at which each began to come back.
         self._coming: dict[str, tuple[Context, float]] = {}
         # Held for the pass in which they are back, so that one does not go for the next before its question is admitted.
         self._held: list[Context] = []
+        # Those that no question has read yet.
+        self._fresh: dict[str, KeptContext] = {}
         self._waited: Counter[str] = Counter()
-        self._one_waits = False
 
     def awaits(self, context: Context) -> bool:
-        """Whether a question waits for its context to come back, or for the longest compressed one that this begins with. Begins that."""
-        if not tree.has_host_tier(self.cache.tree):
+        """Whether a question waits for its context to come back, or for the longest compressed one that this begins with."""
+        if context.is_queued or not tree.has_host_tier(self.cache.tree):
             return False
         known = [self.cache.get(identity) for _, identity in reversed(self.cache.beginnings(context))]
         for each in (context, *known):
-            if each is None:
+            if each is None or each.is_queued:
                 continue
             if self.cache.is_resident(each):
                 return False
             if self.cache.is_on_host(each):
-                return self._bring(each)
+                self._wanted[each.id] = each
+                return True
         return False
 
-    def _bring(self, context: Context) -> bool:
-        """Whether a context is coming back, or will; else it is not in host memory any more."""
-        assert context.node is not None
-        if context.id in self._coming:
-            return True
-        # In the order of the queue, so that small ones do not overtake a large one for ever.
-        if self._one_waits:
-            return True
-        self.engine.wait_for_loads()
-        if not self.engine.may_load():
-            return True
+    def is_fresh(self, context: Context) -> bool:
+        """Whether it has come back for the question that reads it now, the first one."""
+        kept = self._fresh.pop(context.id, None)
+        return kept is not None and kept is context.resident
+
+    def bring(self, admitted: Sequence[Req]) -> None:
+        """Begins to bring back what questions wait for. admitted: the requests that may run now; what the first of them read stays.
+
+        After all decisions of a pass: none of them is undone by it.
+        """
+        self.engine.keep_a_load_place()
+        wanted, self._wanted = self._wanted, {}
+        self._waited = Counter({each: self._waited[each] for each in wanted if each in self._waited})
+        if not wanted:
+            return
+        if (
+            self.cache.tree.cache_controller.load_queue
+        ):  # of a request that SGLang has not admitted: its batch would not wait for ours
+            self.engine.wait_for_loads()
+        read = [req.context for req in admitted[:ADMITTED_SEEN] if isinstance(req, ContextReq) and req.is_virtual]
+        held = [each for each in read if each is not None and self.cache.is_resident(each)]
+        for each in held:
+            self.cache.hold(each)
+        try:
+            for each in wanted.values():
+                if each.id not in self._coming and not self._begun(each, is_busy=bool(held)):
+                    return  # in the order of the queue, so that small ones do not overtake a large one for ever
+        finally:
+            for each in held:
+                self.cache.release(each)
+
+    def _begun(self, context: Context, *, is_busy: bool) -> bool:
+        """Whether the next one may be begun too. is_busy: whether something is about to run that will give room back."""
+        cache, engine = self.cache, self.engine
+        if context.node is None or not engine.may_load():
+            return False
         self.jobs.room.make(context.num_slots)
-        waits = self.engine.runs_something and not self.jobs.room.has_spare(context.num_slots)
-        if not waits:
-            if self.cache.tree.load_back(context.node):
-                self.cache.tree.ready_to_load_host_cache()
+        has_room = engine.free_slots() + cache.tree.evictable_size() >= context.num_slots
+        if not engine.runs_something or self.jobs.room.has_spare(context.num_slots):
+            if cache.tree.load_back(context.node):
+                cache.tree.ready_to_load_host_cache()
                 if context.num_shared:  # others may read the exact text before it at once
-                    self.engine.wait_for_loads()
+                    engine.wait_for_loads()
                 self._coming[context.id] = context, time.perf_counter()
                 return True
-            waits = bool(self.engine.runs_something or self._coming or self._held)
+            if has_room:
+                logger.warning("obcache: context %s cannot come back from host memory, and is compressed anew", context.id)
+                cache.retire(context)
+                return True
         self._waited[context.id] += 1
-        self._one_waits = waits and self._waited[context.id] <= MOST_WAITING_PASSES
-        if not self._one_waits:
-            del self._waited[context.id]
+        waits = engine.runs_something or is_busy or self._coming or self._held
+        if not waits or self._waited[context.id] > MOST_WAITING_PASSES:
             logger.warning("obcache: context %s has no room to come back from host memory, and is compressed anew", context.id)
-            self.cache.retire(context)
-        return self._one_waits
+            cache.retire(context)
+        return False
 
     def advance(self) -> None:
         """What has come back is there from now on. Called at the same points on all ranks."""
         self._release()
-        self._one_waits = False
         for identity, (context, started_at) in list(self._coming.items()):
             if context.node is not None and context.node in self.cache.tree.ongoing_load_back:
                 continue
             del self._coming[identity]
-            self._waited.pop(identity, None)
-            if self.cache.get(identity) is not context or not self.cache.is_on_host(context):
+            if self.cache.get(identity) is not context or context.is_queued or not self.cache.is_on_host(context):
                 continue
             if tree.place(self.cache.tree, context) != "device":
                 continue  # whoever asks for it has it looked for again
@@ -105,8 +143,9 @@ class HostMemory:
     def _located(self, context: Context) -> KeptTokens | None:
         """Where its tokens are now; None where a defect of this rank keeps it from knowing."""
         try:
-            found, kept = tree.compressed_slots(self.cache.tree, context), context.kept
-            assert found is not None and kept is not None
+            found = tree.compressed_slots(self.cache.tree, context)
+            assert found is not None and context.kept_away is not None
+            kept = context.kept_away.on(found[1].device)
             return kept.located(self.engine.kv_space, found[1]) if context.is_uneven else kept
         except Exception:
             logger.exception("obcache: context %s, back from host memory, cannot be read and is compressed anew", context.id)
@@ -115,7 +154,8 @@ class HostMemory:
     def _returned(self, context: Context, kept: KeptTokens, started_at: float) -> None:
         self.cache.returned(context, kept)
         self._held.append(context)
-        self.fresh.add(context.id)
+        assert context.resident is not None
+        self._fresh[context.id] = context.resident
         try:  # as in `Jobs`: whatever fails here on one rank changes no decision
             self.metrics.came_back(time.perf_counter() - started_at, context.own_slots)
             self.metrics.set_gauges(self.cache)
@@ -127,12 +167,17 @@ class HostMemory:
             self.cache.release(context)
         self._held = []
 
+    def deleted(self, context: Context) -> None:
+        """Its slots are to go as soon as it has no readers."""
+        self._fresh.pop(context.id, None)
+        if context in self._held:
+            self._held.remove(context)
+            self.cache.release(context)
+
     def forget(self) -> None:
         """The tree was reset. Before the cache is told so."""
-        self._coming.clear()
-        self._held.clear()
-        self._waited.clear()
-        self.fresh.clear()
+        for each in (self._wanted, self._coming, self._held, self._fresh, self._waited):
+            each.clear()
 
 
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"

@@ -32,7 +32,7 @@ from obcache_sglang.scheduler.lineage import find_again, known_settings, longest
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.named import named, namespace_of
 from obcache_sglang.scheduler.pressure import UnderPressure
-from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq, Verdict
+from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq, Verdict, is_decided
 from obcache_sglang.scheduler.room import Room
 from obcache_sglang.scheduler.shared_prefixes import SharedPrefixes
 from obcache_sglang.scheduler.stored import StoredContexts
@@ -130,7 +130,8 @@ class CompressionManager:
                 order, admitted = self._decide()
                 admitted = self.under_pressure.relieve(admitted)
                 # What was compressed in this pass changes what others read: these are decided on in the next one.
-                admitted = [req for req in admitted if not isinstance(req, ContextReq) or req.decided]
+                admitted = [req for req in admitted if is_decided(req)]
+                self.stored.host.bring(admitted)
             else:
                 self.under_pressure.relieve([])
         except Exception:  # a defect of ours must not end the scheduler
@@ -148,7 +149,7 @@ class CompressionManager:
             self.jobs.end_pass()
         try:
             # What came in during the pass was not asked to run.
-            self._release_pins_if_starved(result, asked=any(id(req) not in taken for req in admitted))
+            self._release_pins_if_starved(result, asked=any(id(req) not in taken and is_decided(req) for req in admitted))
             if self.metrics.pass_decided(seconds, engine.pool_slots - engine.free_slots()):
                 self.metrics.set_gauges(self.cache)
         except Exception:
@@ -197,11 +198,9 @@ class CompressionManager:
         return held
 
     def _is_admitted_exactly(self, req: Req) -> bool:
-        if not isinstance(req, ContextReq):
-            return True
-        verdict = self._serve_exact_contained(req)
-        req.decided = verdict is Verdict.ADMIT
-        return req.decided
+        if isinstance(req, ContextReq):
+            req.decided = self._serve_exact_contained(req) is Verdict.ADMIT
+        return is_decided(req)
 
     def queued(self, req: Req) -> None:
         """SGLang has put a request into the waiting queue: one of ours that comes while a batch is picked is not decided yet."""
@@ -393,6 +392,7 @@ class CompressionManager:
         """What nobody waits for makes way."""
         self.calibration.before_flush()
         self.jobs.give_engine_back()
+        self.engine.finish_loads()
 
     def after_flush(self) -> None:
         """The tree was reset: every context is gone."""

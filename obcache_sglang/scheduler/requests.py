@@ -211,6 +211,7 @@ class ContextReq(Req):
         super().init_next_round_input(tree_cache, cow_mamba)
         if tree_cache is not None and self.is_virtual:
             assert self.context is not None
+            # A context that is coming back from host memory has slots, and nothing in them yet.
             if self.prefix_len < self.context.num_slots or self.reads is not self.context.resident:
                 self._lose_context()
                 super().init_next_round_input(tree_cache, cow_mamba)
@@ -223,6 +224,11 @@ class ContextReq(Req):
         else:
             self.use_real_ids()
             self.decided = False
+
+
+def is_decided(req: Req) -> bool:
+    """Whether SGLang may admit a request: not one of ours whose context went after it was decided on."""
+    return not isinstance(req, ContextReq) or req.decided
 
 
 class JobId(str):

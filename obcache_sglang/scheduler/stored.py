@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 class StoredContexts:
-    """Of one scheduler. files: None without a folder."""
+    """Of one scheduler. files: None without a folder. host: those in host memory."""
 
     def __init__(self, jobs: Jobs, files: ContextFiles | None) -> None:
         self.jobs, self.engine, self.cache = jobs, jobs.engine, jobs.cache
         self._files = files
         self._is_off: str | None = None
-        self._host = HostMemory(jobs)
+        self.host = HostMemory(jobs)
         self.cache.on_deleted = self._deleted
         if files is None:
             return
@@ -49,7 +49,7 @@ class StoredContexts:
 
         Each question looks for a file once.
         """
-        if self._host.awaits(context):
+        if self.host.awaits(context):
             return True
         if self._files is None or self._is_off or context.namespace.lora_id is not None:
             return False
@@ -70,8 +70,7 @@ class StoredContexts:
 
     def tier(self, context: Context) -> str:
         """Where a context comes from for the question that reads it now: from host memory or the disk for the first one after it came from there."""
-        if context.id in self._host.fresh:
-            self._host.fresh.discard(context.id)
+        if self.host.is_fresh(context):
             return "host"
         if self._files is None or context.id not in self._loads.fresh:
             return "device"
@@ -136,7 +135,7 @@ class StoredContexts:
 
     def advance(self) -> None:
         """One step of each. Called at the same points on all ranks."""
-        self._host.advance()
+        self.host.advance()
         if self._files is not None:
             self._loads.advance()
             self._saves.advance()
@@ -153,7 +152,7 @@ class StoredContexts:
 
     def forget(self) -> None:
         """The tree was reset. Before the cache is told so."""
-        self._host.forget()
+        self.host.forget()
         if self._files is not None:
             self._loads.forget()
             self._saves.forget()
@@ -173,7 +172,7 @@ class StoredContexts:
 
     def _deleted(self, context: Context) -> None:
         """The cache has deleted a context: so is its file."""
-        self._host.fresh.discard(context.id)
+        self.host.deleted(context)
         if self._files is None or context.namespace.lora_id is not None:
             return
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import logging
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -111,13 +111,15 @@ def place(tree: UnifiedRadixCache, context: Context) -> Literal["device", "host"
         return None
     if known[-1].full_value_len == context.own_slots:
         return "device"
-    on_host = has_host_tier(tree) and known[-1].full_value_len is None and tree.is_backuped(known[-1].node_id)
+    if not has_host_tier(tree) or context.own_slots < tree.load_back_threshold:
+        return None  # HiCache does not bring back what is shorter
+    on_host = known[-1].full_value_len is None and tree.is_backuped(known[-1].node_id)
     return "host" if on_host else None
 
 
-def copy_to_host(tree: UnifiedRadixCache, node: int) -> None:
+def copy_to_host(tree: UnifiedRadixCache, node: int | None) -> None:
     """Where SGLang's policy copies every node to host memory as soon as it is made, does so with one whose content has come only now."""
-    if not has_host_tier(tree) or tree.is_write_back or tree.write_through_threshold > 1:
+    if node is None or not has_host_tier(tree) or tree.is_write_back or tree.write_through_threshold > 1:
         return
     try:
         tree._execute_and_commit_kv_backup(tree.tree_core.build_backup_kv_action(node))
@@ -207,14 +209,8 @@ def _is_free_leaf(tree: UnifiedRadixCache, node: int) -> bool:
     return has_host_tier(tree) and any(to_leaf[-1].node_id == node for to_leaf in next_victims(tree, MOST_LEAVES))
 
 
-def drop_ends(
-    tree: UnifiedRadixCache,
-    context: Context,
-    suffixes: Sequence[array[int]],
-    drop: Callable[[UnifiedRadixCache, int], bool] = drop_leaf,
-) -> list[array[int]]:
-    """Takes the paths of suffixes of a compressed context out of their slots, of all that are in the tree, up to the context; an empty one is
-    its own node. drop: how, leaf by leaf.
+def drop_ends(tree: UnifiedRadixCache, context: Context, suffixes: Sequence[array[int]]) -> list[array[int]]:
+    """Evicts the paths of suffixes of a compressed context, of all that are in the tree, up to the context; an empty one is its own node.
 
     Returns those of which a part is left. The tree can drop unlocked leaves only, and cannot list a node's children: so the deepest end
     of all suffixes goes first, which must be a leaf, or locked, as is then every node that it has in common with others.
@@ -233,7 +229,7 @@ def drop_ends(
             continue  # nothing of this suffix is left
         if -depth != bound:
             heapq.heappush(heap, (-depth, index))
-        elif not drop(tree, found.last_device_node):
+        elif not drop_leaf(tree, found.last_device_node):
             left.append(suffixes[index])
         elif depth > context.num_slots:
             heapq.heappush(heap, (1 - depth, index))  # what is left of this suffix ends before
@@ -250,7 +246,7 @@ TOUCHES = (
     use(f"{_TREE}.unlock", "call", "lets it be evicted", ("lock",)),
     use(f"{_TREE}.evictable_size", "call", "whether a node is locked by a request"),
     use(f"{_TREE}._drop_subtree_no_host", "call", "frees a context's slots", ("node_id", "tracker")),
-    use(_TREE, "read", "cache_controller: not None with HiCache"),
+    use(_TREE, "read", "cache_controller: not None with HiCache; load_back_threshold: slots, of what it brings back at least"),
     use(f"{_TREE}.is_backuped", "call", "whether a node has a copy in host memory", ("node_id",)),
     use(f"{_TREE}.is_write_back", "read", "whether nodes are copied to host memory when they are evicted, and not before"),
     use(f"{_TREE}.write_through_threshold", "read", "after how many uses they are copied otherwise"),

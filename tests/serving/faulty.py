@@ -106,13 +106,16 @@ UNDER_PRESSURE = (
 IN_HOST_MEMORY = (
     "scheduler.context_cache.ContextCache.is_on_host",
     "scheduler.context_cache.ContextCache.returned",
-    "scheduler.host_memory.HostMemory._bring",
+    "scheduler.host_memory.HostMemory._begun",
     "scheduler.host_memory.HostMemory._located",
     "scheduler.host_memory.HostMemory.advance",
     "scheduler.host_memory.HostMemory.awaits",
+    "scheduler.host_memory.HostMemory.bring",
     "scheduler.tree.place",
 )
 """Likewise, with contexts in host memory (`tests/serving/test_host_memory.py`)."""
+
+ALL = (*FAULTY, *UNDER_PRESSURE, *IN_HOST_MEMORY)
 
 
 class Faults:
@@ -141,8 +144,8 @@ class Faults:
 
     @contextmanager
     def of(self, *names: str) -> Iterator[None]:
-        """names: of `FAULTY`, `UNDER_PRESSURE` or `IN_HOST_MEMORY`, with or without `@rank`."""
-        unknown = [name for name in names if name.partition("@")[0] not in (*FAULTY, *UNDER_PRESSURE, *IN_HOST_MEMORY)]
+        """names: of `ALL`, with or without `@rank`."""
+        unknown = [name for name in names if name.partition("@")[0] not in ALL]
         assert not unknown, unknown
         self.clear()
         self._write(names)
@@ -190,7 +193,7 @@ def _patch(name: str, file: Path) -> None:
 
 def _patch_all() -> None:
     file = Path(os.environ[FAULTS_VARIABLE])
-    for name in (*FAULTY, *UNDER_PRESSURE):
+    for name in ALL:
         _patch(name, file)
 
 

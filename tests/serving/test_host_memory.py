@@ -200,7 +200,8 @@ def test_a_defect_ends_nothing_and_changes_no_answer(faulty: tuple[Asked, Faults
 )
 @pytest.mark.parametrize("setting", [("write_through", 16), ("write_back", 1)], ids=["write_through", "write_back"])
 def test_a_pool_for_three_of_twelve(model_dir: Path, tmp_path: Path, setting: tuple[str, int], more: tuple[str, ...]) -> None:
-    env = {**STRICT, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "60"}
+    cores = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|0"} if "--tp-size" in more else {}
+    env = {**STRICT, **cores, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "60"}
     with serve(model_dir, tmp_path / "log", flags(*setting, *more), env) as server:
         for _ in checked(server):
             asked = Asked(server, model_dir, 12)

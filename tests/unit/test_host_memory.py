@@ -197,6 +197,7 @@ def test_what_finds_no_room_is_compressed_anew_in_the_end(runs: bool, monkeypatc
     reqs = [drive.ask(tokens(0)), drive.ask(tokens(100), question=8)]
     for _ in range(3 if runs else 0):
         assert drive.step() == [] and drive.manager.cache.is_on_host(context), "it waits as long as something runs"
+    assert drive.step() == [] and context.state is ContextState.ABSENT
     admitted = drive.step()
     jobs = [each for each in admitted if isinstance(each, CompressionJob)]
     assert context in [each.context for each in jobs] and context.state is ContextState.ABSENT
@@ -419,11 +420,10 @@ def test_a_question_that_was_decided_before_its_context_went_and_came_reads_no_s
     assert drive.step() == [req] and req.is_virtual
     evict(drive, context)
     # As if the pass that looks at it had been left out.
-    host = drive.manager.stored._host
+    host = drive.manager.stored.host
     assert host.awaits(context)
-    settle(drive)
-    host.advance()
-    assert drive.matched(context) == context.num_slots
+    host.bring([])
+    assert drive.matched(context) == context.num_slots, "it has slots again, and nothing in them yet"
     adder, taken = SimpleNamespace(tree_cache=SimpleNamespace(), can_run_list=[]), list[Any]()
     adder.memory_budget = SimpleNamespace(total_offset=0)
 
@@ -435,11 +435,133 @@ def test_a_question_that_was_decided_before_its_context_went_and_came_reads_no_s
         req.init_next_round_input(drive.engine.tree)
         assert not req.is_virtual and not req.decided
         assert around_add_one_req(add_one_req, adder, req) is AddReqResult.CONTINUE and not taken, "it is decided on anew"
+        settle(drive)
         assert drive.step() == [req] and req.is_virtual
         req.reads = None
     req.init_next_round_input(drive.engine.tree)
     assert not req.is_virtual and req.exact_reason == "evicted", "in the end it is served exactly"
     assert around_add_one_req(add_one_req, adder, req) is AddReqResult.CONTINUE and taken == [req]
+
+
+@POLICIES
+def test_what_comes_back_undoes_no_decision_of_its_pass(policy: str) -> None:
+    """The pool is full. A question about a context in it stands before one about a context in host memory."""
+    drive = driven(policy)
+    away, _ = compress(drive, tokens(0))
+    evict(drive, away)
+    near, _ = compress(drive, tokens(100))
+    newer, _ = compress(drive, tokens(200))
+    taken = drive.engine.tree.token_to_kv_pool_allocator.alloc(POOL - 50)
+    cache = drive.manager.cache
+    lock = drive.engine.tree.lock(newer.node)
+    reqs = [drive.ask(tokens(100)), drive.ask(tokens(0), question=8), drive.ask(tokens(100), question=9)]
+    assert drive.step() == [reqs[0], reqs[2]]
+    assert cache.is_resident(near) and cache.is_on_host(away)
+    assert drive.step() == [reqs[0], reqs[2]]
+    for each in (reqs[0], reqs[2]):
+        drive.engine.queue.remove(each)
+    assert drive.step() == []
+    assert drive.step() == [reqs[1]] and reqs[1].tier == "host"
+    drive.engine.tree.unlock(lock)
+    drive.engine.tree.token_to_kv_pool_allocator.free(taken)
+
+
+def test_a_pin_is_not_given_up_for_a_request_that_is_decided_on_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    drive = driven("write_back")
+    pinned, _ = compress(drive, tokens(0))
+    drive.manager.cache.pin(pinned)
+    req = drive.ask(tokens(100))
+
+    def pick(running_batch: Any) -> tuple[None, Any]:
+        req.decided = False  # its context went
+        return None, running_batch
+
+    monkeypatch.setattr(drive.manager, "_decide", lambda: ([req], [req]))
+    req.decided = True
+    drive.manager.schedule(pick, drive.engine.running_batch_now())
+    assert pinned.pinned
+    req.decided = True
+    drive.manager.schedule(lambda running_batch: (None, running_batch), drive.engine.running_batch_now())
+    assert not pinned.pinned
+
+
+class Copy:
+    """Of HiCache's, which waits for its event."""
+
+    def __init__(self) -> None:
+        self.waits, self.finish_event = 0, self
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+def test_a_place_is_left_for_what_the_next_batch_brings_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiCache has three, and ends the scheduler where it has none. A flush waits for all: the slots are somebody else's afterwards."""
+    drive = driven("write_back")
+    context, _ = compress(drive, tokens(0))
+    evict(drive, context)
+    copies = [Copy() for _ in range(3)]
+    controller = drive.engine.tree.cache_controller
+    monkeypatch.setattr(drive.engine.tree, "check_hicache_events", lambda: None)
+    controller.ack_load_queue[:] = copies[:2]
+    drive.ask(tokens(0))
+    assert drive.step() == [] and not drive.manager.stored.host._coming, "the third one is SGLang's"
+    assert [each.waits for each in copies] == [0, 0, 0]
+    controller.ack_load_queue[:] = copies
+    drive.step()
+    assert [each.waits for each in copies] == [1, 0, 0]
+    drive.manager.before_flush()
+    assert [each.waits for each in copies] == [2, 1, 1]
+    controller.ack_load_queue.clear()
+    assert drive.step() == [] and drive.manager.stored.host._coming
+
+
+def test_what_is_too_short_for_hicache_to_bring_back_is_compressed_anew_at_once() -> None:
+    drive = driven("write_back")
+    eight = KeptTokens(torch.zeros(32, dtype=torch.int32), torch.arange(5) * 8)
+    context, _ = compress(drive, tokens(0, 16), eight)
+    assert context.num_slots == 8
+    evict(drive)
+    drive.ask(tokens(0, 16))
+    assert [type(each) for each in drive.step()] == [CompressionJob]
+
+
+def test_passes_that_others_waited_are_not_counted_for_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "MOST_WAITING_PASSES", 3)
+    drive = driven("write_back")
+    context, _ = compress(drive, tokens(0))
+    evict(drive, context)
+    taken = drive.engine.tree.token_to_kv_pool_allocator.alloc(POOL - 10)
+    drive.engine.running.append(drive.ask(tokens(300, 3)))
+    drive.engine.queue.clear()
+    for _ in range(3):
+        drive.ask(tokens(0))
+        drive.step()
+        drive.step()
+        drive.engine.queue.clear()  # its client has given up
+        drive.step()
+    assert drive.manager.cache.is_on_host(context)
+    drive.engine.tree.token_to_kv_pool_allocator.free(taken)
+
+
+def test_a_context_that_a_file_is_loaded_of_meanwhile_is_left_to_that() -> None:
+    drive = driven("write_back")
+    context, _ = compress(drive, tokens(0))
+    evict(drive, context)
+    drive.ask(tokens(0))
+    drive.step()
+    context.is_queued = True  # as `Loads` does, and reserves slots in the same pass
+    drive.step()
+    assert context.tree_lock is None and context.state is ContextState.ON_HOST
+    slots_of_it = drive.manager.cache.reserve(context)
+    assert slots_of_it is not None and context.state is ContextState.COMPRESSING
+    with pytest.raises(AssertionError, match="it has slots"):
+        drive.manager.cache.reserve(context)
+    drive.manager.cache.withdraw(context)
+    context.is_queued = False
+    drive.evict_all()
+    check_accounts(drive)
+    assert drive.engine.free_slots() == POOL
 
 
 def test_storage_is_refused_while_the_server_runs() -> None:
