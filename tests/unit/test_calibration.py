@@ -472,6 +472,16 @@ def test_as_many_as_were_asked_for_are_taken() -> None:
     assert waiting(drive) == [text(number) for number in range(1, 6)]
 
 
+def test_the_one_that_is_being_scored_is_one_of_them() -> None:
+    drive = collecting()
+    for number in range(1, 6):
+        drive.ask(text(number))
+    drive.engine.queue = []
+    assert len(jobs(drive.step())) == 1 and len(waiting(drive)) == 4
+    drive.ask(text(9))
+    assert text(9) not in waiting(drive)
+
+
 def test_a_context_that_is_skipped_is_made_up_for() -> None:
     drive = collecting()
     for number in range(1, 6):
