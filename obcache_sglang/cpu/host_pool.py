@@ -25,7 +25,7 @@ def serve_host_pools() -> None:
 
 
 def _allocate(dims: tuple[int, ...], *, dtype: torch.dtype, device: str, allocator: Any, **_: Any) -> torch.Tensor:
-    """As SGLang's, without pinning: nothing transfers."""
+    """As SGLang's, without pinning: nothing transfers. Returns a tensor of dims, mostly [2, layers, slots, heads, head_dim]."""
     buffer: torch.Tensor = allocator.allocate(dims, dtype=dtype, device=device)
     return buffer
 

@@ -84,7 +84,7 @@ def test_refused_models(tmp_path: Path, config: dict[str, Any], reason: str) -> 
         ("enable_two_batch_overlap", True, "leave out --enable-two-batch-overlap"),
         ("enable_session_radix_cache", True, "leave out --enable-session-radix-cache"),
         ("elastic_ep_backend", "mooncake", "leave out --elastic-ep-backend"),
-        ("enable_hierarchical_cache", True, "leave out --enable-hierarchical-cache"),
+        ("hicache_storage_backend", "file", "leave out --hicache-storage-backend"),
         ("pp_size", 2, "use --tp-size instead"),
         ("tokenizer_worker_num", 2, "leave out --tokenizer-worker-num"),
     ],
