@@ -171,6 +171,7 @@ def test_chats_are_found_by_what_their_template_makes_of_them(auto_server: Serve
     assert reports[1]["context_tokens"] == reports[2]["context_tokens"] >= 256
 
 
+@pytest.mark.long
 def test_documents_behind_a_longer_system_prompt_hold_no_slots_for_it(auto_server: Server, model_dir: Path) -> None:
     """Every application has one, and alone its documents are shorter than what would be kept of both."""
     flush(auto_server)
