@@ -99,15 +99,14 @@ def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kw
 
 def around_add_one_req(add_one_req: Any, adder: Any, req: Req, *args: Any, **kwargs: Any) -> Any:
     """SGLang counts the slots that a request's own tokens take; the final prefill of a compression takes those of its kept tokens too."""
+    if not is_decided(req):
+        # Its context went while the batch was picked: it stays in the queue, and the next pass decides.
+        return AddReqResult.CONTINUE
     manager, more = manager_of(adder.tree_cache), 0
     try:
         more = 0 if manager is None else manager.jobs.slots_to_admit(req)
     except Exception:
         logger.exception("obcache: counting the slots of request %s failed", req.rid)
-    if not is_decided(req):
-        return (
-            AddReqResult.CONTINUE
-        )  # its context went while the batch was picked: it stays in the queue, and the next pass decides
     adder.memory_budget.total_offset += more
     try:
         return add_one_req(adder, req, *args, **kwargs)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from obcache_sglang.kv.context import Context
+from obcache_sglang.kv.context import Context, ContextState
 from obcache_sglang.scheduler import tree
 
 if TYPE_CHECKING:
@@ -181,9 +181,9 @@ class Metrics:
 
         Returns the resident ones. Nothing is marked: ranks may look at different times.
         """
-        resident = [context for context in cache if cache.holds(context)]
-        made = [context for context in cache if context.is_made]
-        self._host_contexts = sum(tree.place(cache.tree, context) == "host" for context in made)
+        places = {context: tree.place(cache.tree, context) for context in cache if context.is_made}
+        resident = [each for each, place in places.items() if place == "device" and each.state is ContextState.RESIDENT]
+        self._host_contexts = list(places.values()).count("host")
         self._contexts = len(resident)
         self._pinned = sum(context.pinned for context in resident)
         self._slots_saved_now = sum(context.position_offset for context in resident)
