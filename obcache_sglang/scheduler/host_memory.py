@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 MOST_WAITING_PASSES = 512
 """For room beside what runs, before a context is compressed anew, which SGLang admits in its turn."""
 
-
 ADMITTED_SEEN = 16
 """Requests that may run in a pass, and whose contexts stay for it: the next pass sees the others."""
 
@@ -82,9 +81,8 @@ class HostMemory:
         self._waited = Counter({each: self._waited[each] for each in wanted if each in self._waited})
         if not wanted:
             return
-        if (
-            self.cache.tree.cache_controller.load_queue
-        ):  # of a request that SGLang has not admitted: its batch would not wait for ours
+        if self.cache.tree.cache_controller.load_queue:
+            # Of a request that SGLang has not admitted: its batch would not wait for what begins with ours.
             self.engine.wait_for_loads()
         read = [req.context for req in admitted[:ADMITTED_SEEN] if isinstance(req, ContextReq) and req.is_virtual]
         held = [each for each in read if each is not None and self.cache.is_resident(each)]
@@ -113,15 +111,17 @@ class HostMemory:
                 self._coming[context.id] = context, time.perf_counter()
                 return True
             if has_room:
-                logger.warning("obcache: context %s cannot come back from host memory, and is compressed anew", context.id)
-                cache.retire(context)
+                self._give_up(context, "HiCache refuses")
                 return True
         self._waited[context.id] += 1
         waits = engine.runs_something or is_busy or self._coming or self._held
         if not waits or self._waited[context.id] > MOST_WAITING_PASSES:
-            logger.warning("obcache: context %s has no room to come back from host memory, and is compressed anew", context.id)
-            cache.retire(context)
+            self._give_up(context, "there is no room")
         return False
+
+    def _give_up(self, context: Context, why: str) -> None:
+        logger.warning("obcache: context %s does not come back from host memory, and is compressed anew: %s", context.id, why)
+        self.cache.retire(context)
 
     def advance(self) -> None:
         """What has come back is there from now on. Called at the same points on all ranks."""
@@ -180,6 +180,6 @@ class HostMemory:
             each.clear()
 
 
-_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
-
-TOUCHES = (use(f"{_TREE}.load_back", "call", "brings a node back", ("node_id",)),)
+TOUCHES = (
+    use("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.load_back", "call", "brings a node back", ("node_id",)),
+)

@@ -21,6 +21,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
 from obcache_sglang.cpu.host_pool import serve_host_pools
+from obcache_sglang.cpu.platform import IO_BACKEND, LAYOUT
 from obcache_sglang.kv.cells import KeptTokens, create_one_space
 from obcache_sglang.kv.context import Context
 from obcache_sglang.messages import Plan
@@ -69,8 +70,8 @@ def make_tree(
         enable_hierarchical_cache=host is not None,
         hicache_ratio=host_ratio,
         hicache_write_policy=host or "write_through",
-        hicache_io_backend="direct",
-        hicache_mem_layout="layer_first",
+        hicache_io_backend=IO_BACKEND,
+        hicache_mem_layout=LAYOUT,
     )
     set_global_server_args_for_scheduler(server_args)
     pools = {"device": "cpu", "enable_memory_saver": False}
