@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import requests
 
@@ -119,20 +119,18 @@ def running(command: Sequence[str], port: int, log_file: Path, env: Mapping[str,
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with _signals_unwind():
         with log_file.open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **(env or {})},
-                # A group of its own, so that the scheduler and detokenizer end with it.
-                start_new_session=True,
-            )
+            process = start_process(command, log, {**os.environ, **(env or {})})
         server = Server(process, port, log_file)
         try:
             _wait_until_healthy(server)
             yield server
         finally:
             _stop(process)
+
+
+def start_process(command: Sequence[str], log: BinaryIO, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """The command as a child, in a group of its own: the scheduler and detokenizer end with it. The tests replace this function."""
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
 
 @contextlib.contextmanager

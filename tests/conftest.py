@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. A real server comes from `obcache_sglang.local_server.serve`; it starts in 20 s, so share it."""
+"""Fixtures shared by all tests. A real server comes from `obcache_sglang.local_server.serve`; its start takes longest, so share it."""
 
 from __future__ import annotations
 
