@@ -41,7 +41,7 @@ TOUCHES = (
     ),
 )
 
-NO_HICACHE_STORAGE = "HiCache's storage cannot hold compressed contexts: leave out --hicache-storage-backend (--obcache-folder keeps them in files)"
+NO_HICACHE_STORAGE = "HiCache's storage cannot hold compressed contexts: leave out --hicache-storage-backend (--obcache-folder and --obcache-save keep them in files)"
 
 # Server options (SGLang's field names), the values they may have, and what to change.
 _REQUIRED_OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (

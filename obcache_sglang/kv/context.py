@@ -105,6 +105,7 @@ class Context:
     slots_needed: about so many a compression of it takes at once; None until asked for.
     rungs: ids of the same tokens on the steps of the ladder (`ServerSettings.rungs`); None until asked for.
     file_name: what its files are called (`kv.files.file_name`); None until asked for.
+    is_offered: whether it has been in the queue of those to be saved since it was made (`Saves.wants`).
     tails: by context id, the tokens between the last whole page and the end that a client gave it.
     suffixes: what requests left in the tree after it, as token ids.
     suffixes_complete: whether that is all of it.
@@ -141,6 +142,7 @@ class Context:
     slots_needed: int | None = None
     rungs: list[str] | None = None
     file_name: str | None = None
+    is_offered: bool = False
     tails: OrderedDict[str, array[int]] = field(default_factory=OrderedDict)
     suffixes: dict[bytes, None] = field(default_factory=dict)
     suffixes_complete: bool = True

@@ -148,6 +148,20 @@ class Folder:
             self._sync()
         return len(mine)
 
+    def shrink(self, most_bytes: int) -> list[str]:
+        """Deletes the files of the contexts used longest ago, until all files take no more. Returns their names. Raises OSError."""
+        files: dict[str, list[Entry]] = {}
+        for each in self.entries():
+            files.setdefault(each.name, []).append(each)
+        left, gone = sum(each.num_bytes for mine in files.values() for each in mine), []
+        for name, mine in sorted(files.items(), key=lambda item: max(each.used_at for each in item[1])):
+            if left <= most_bytes:
+                break
+            self.delete(name)
+            gone.append(name)
+            left -= sum(each.num_bytes for each in mine)
+        return gone
+
     def clean(self) -> None:
         """Deletes what writers have left that did not live to finish. What cannot be deleted stays."""
         oldest = time.time() - ABANDONED_SECONDS

@@ -49,6 +49,7 @@ class ContextFiles:
     """Of one scheduler.
 
     served: what files must agree with. chooser: of `served_model.choosers`. space: as in `Compressor`.
+    save: as in `ServerSettings`. most_bytes: that all files of the folder may take; None for no limit.
     on_disk: names of the files that this rank knows of. bad: of those that turned out not to be what they should.
     going: of those that are being deleted, and of those that could not be.
     given_up: threads that nobody waits for any more.
@@ -61,6 +62,8 @@ class ContextFiles:
     chooser: Callable[[CompressionSettings], str]
     pool: MHATokenToKVPool
     space: KVSpace | None
+    save: str = "asked"
+    most_bytes: int | None = None
     on_disk: set[str] = field(default_factory=set)
     bad: set[str] = field(default_factory=set)
     going: set[str] = field(default_factory=set)
@@ -103,6 +106,10 @@ class ContextFiles:
         """Whether this rank has no reason not to look for a file."""
         return name != "" and name not in self.bad and name not in self.going and not self._is_stuck()
 
+    def may_write(self, name: str) -> bool:
+        """Whether this rank has no reason not to begin a file that nobody waits for."""
+        return name != "" and name not in self.going and not self._is_stuck()
+
     def _is_stuck(self) -> bool:
         """Whether a disk has not answered for so long that its file was given up, and still does not."""
         self.given_up = [each for each in self.given_up if each.is_alive]
@@ -136,6 +143,26 @@ class ContextFiles:
                 logger.warning("obcache: file %s could not be deleted, and is not used any more: %s", name, error)
 
         Errand(delete)
+
+    def make_room(self) -> None:
+        """A file was written, on all ranks: a thread of the first one deletes others, until all of them take no more than they may."""
+        most = self.most_bytes
+        if most is None or self.served.rank != 0:
+            return
+
+        def shrink() -> None:
+            try:
+                gone = self.folder.shrink(most)
+            except OSError as error:
+                logger.warning("obcache: folder %s may take more than it should: %s", self.folder.path, error)
+                return
+            for name in gone:
+                self.on_disk.discard(name)
+                self.expiring.pop(name, None)
+            if gone:
+                logger.info("obcache: %d contexts were deleted from folder %s to make room", len(gone), self.folder.path)
+
+        Errand(shrink)
 
     def expires(self, name: str, at: float | None) -> None:
         """A file lives as long as its context was to when it was saved."""

@@ -41,7 +41,10 @@ MAX_REPLAY_FACTOR = 4
 
 
 class Jobs:
-    """Of one scheduler. agree: whether all ranks say True. secret: what request ids cannot be guessed without."""
+    """Of one scheduler. agree: whether all ranks say True. secret: what request ids cannot be guessed without.
+
+    on_published: called with each context that questions may read from then on.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Jobs:
         self.room = room
         self.metrics = metrics
         self.agree = agree
+        self.on_published: Callable[[Context], None] = lambda context: None
         self.reservation = Reservation(engine, cache, agree)
         self._secret = secret
         self._num_jobs = 0
@@ -329,6 +333,7 @@ class Jobs:
     def publish(self, context: Context, kept: KeptTokens) -> None:
         """Questions may read a context from now on; it is pinned if one asked for that while it was served exactly."""
         self.cache.publish(context, kept)
+        self.on_published(context)
         if context.is_wanted_pinned:
             context.is_wanted_pinned = False
             self.room.pin(context)

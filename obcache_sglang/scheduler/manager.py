@@ -336,7 +336,7 @@ class CompressionManager:
             if not compressed_now:
                 context.reuses += 1
                 self.metrics.reused(context.num_tokens)
-            req.tier = self.stored.tier(context)
+            req.tier = self.stored.read(context, again=not compressed_now)
             req.report("compressed" if compressed_now else "reused")
             if req.plan.action == "compress":
                 return self._finish_without_forward(req)

@@ -115,6 +115,12 @@ class Metrics:
             self._prometheus.file_bytes_written.inc(num_bytes)
             self._prometheus.file_save_seconds.observe(seconds)
 
+    def unsaved(self) -> None:
+        """A context that was to be saved without anybody's asking was not."""
+        self._totals["file_unsaved"] += 1
+        if self._prometheus:
+            self._prometheus.file_unsaved.inc()
+
     def file_missed(self) -> None:
         """A file was looked for, and there was none that could be used."""
         self._totals["file_misses"] += 1
@@ -210,6 +216,7 @@ class Metrics:
             "host_slots_loaded",
             "file_loads",
             "file_saves",
+            "file_unsaved",
             "file_misses",
             "file_bytes_read",
             "file_bytes_written",
@@ -264,6 +271,7 @@ class _Prometheus:
         self.host_slots_loaded = counter("host_loaded_slots_total", "KV slots of the contexts that came back from host memory.")
         self.file_loads = counter("file_loads_total", "Contexts loaded from their files.")
         self.file_saves = counter("file_saves_total", "Contexts saved to files.")
+        self.file_unsaved = counter("file_unsaved_total", "Contexts that were to be saved by themselves, and were not.")
         self.file_misses = counter(
             "file_misses_total", "Files of contexts that were looked for, and were not there or not usable."
         )

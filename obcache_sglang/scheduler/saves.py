@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from http import HTTPStatus
 
 from obcache_sglang.errors import RequestError
@@ -21,10 +22,14 @@ from obcache_sglang.scheduler.jobs import Jobs
 logger = logging.getLogger(__name__)
 
 
+MOST_WAITING = 256
+"""Contexts that are to be saved by themselves and wait for their turn; of more the first to come is given up."""
+
+
 class Save(FileJob):
     """holds: whether the context is held (`ContextCache.hold`), until all of it is copied."""
 
-    def __init__(self, name: str, num_layers: int, context: Context, asked: str) -> None:
+    def __init__(self, name: str, num_layers: int, context: Context, asked: str | None) -> None:
         super().__init__(name, num_layers, asked)
         self.context = context
         self.writing: Writing | None = None
@@ -37,9 +42,20 @@ class Saves:
     def __init__(self, jobs: Jobs, files: ContextFiles) -> None:
         self.jobs, self.engine, self.cache, self.metrics, self.files = jobs, jobs.engine, jobs.cache, jobs.metrics, files
         self.under_way: list[Save] = []
+        self._waiting: OrderedDict[str, Context] = OrderedDict()
 
-    def begin(self, context: Context, asked: str) -> None:
-        """Raises RequestError. All ranks come here."""
+    def wants(self, context: Context) -> None:
+        """A context is to be saved without anybody's asking, when its turn comes; not the beginnings of one longer context, which has all of them."""
+        if context.is_offered or context.is_segment or context.namespace.lora_id is not None:
+            return
+        context.is_offered = True
+        self._waiting[context.id] = context
+        if len(self._waiting) > MOST_WAITING:
+            self._waiting.popitem(last=False)
+            self._unsaved()
+
+    def begin(self, context: Context, asked: str | None) -> None:
+        """Raises RequestError. All ranks come here. asked: None for one that nobody asked for."""
         if context.namespace.lora_id is not None:
             raise RequestError(
                 "Contexts of LoRA adapters are not saved: another adapter may be loaded under the same name, and would read them."
@@ -47,7 +63,11 @@ class Saves:
         if not self.cache.is_resident(context):
             where = "in host memory: ask it a question" if self.cache.is_on_host(context) else "not resident: compress it"
             raise RequestError(f"The context is {where}, then save it.", HTTPStatus.CONFLICT)
-        if any(save.context is context for save in self.under_way):
+        known = next((save for save in self.under_way if save.context is context), None)
+        if known is not None and known.asked is None:
+            known.asked = asked  # who asks now is told what comes of it
+            return
+        if known is not None:
             raise RequestError("The context is being saved already.", HTTPStatus.CONFLICT)
         if len(self.under_way) >= MOST_AT_ONCE:
             raise RequestError(f"{MOST_AT_ONCE} contexts are being saved. Save it when one of them is done.", HTTPStatus.CONFLICT)
@@ -70,8 +90,30 @@ class Saves:
         head, table = self.files.head(context), Table.of(context.tokens, context.judges, context.kept)
         save.transfer = save.writing = Writing(self.files.folder, save.name, head, table)
 
+    def _begin_waiting(self) -> None:
+        """Those whose turn has come; one place stays for operators. What is saved already is not saved again."""
+        while self._waiting and len(self.under_way) < MOST_AT_ONCE - 1:
+            _, context = self._waiting.popitem(last=False)
+            name = self.files.name(context)
+            if self.cache.get(context.id) is not context or self.jobs.agree(name in self.files.on_disk):
+                continue
+            try:
+                if not self.jobs.agree(self.files.may_write(name)):
+                    raise RequestError("The disk does not answer, or the context's file is being deleted.")
+                self.begin(context, None)
+            except RequestError as error:
+                logger.info("obcache: context %s is not saved: %s", context.id, error)
+                self._unsaved()
+
+    def _unsaved(self) -> None:
+        try:
+            self.metrics.unsaved()
+        except Exception:
+            logger.exception("obcache: updating the metrics failed")
+
     def advance(self) -> None:
         """One step of each."""
+        self._begin_waiting()
         for save in list(self.under_way):
             save.contained(self._copy, save)
             save.contained(save.look, self.engine)
@@ -108,6 +150,7 @@ class Saves:
         self.files.on_disk.add(save.name)
         self.files.bad.discard(save.name)
         self.files.expires(save.name, save.writing.expires_at)
+        self.files.make_room()
         seconds, num_bytes = time.perf_counter() - save.started_at, save.writing.num_bytes
         facts = {"name": save.context.id, "file": save.name, "bytes": num_bytes, "seconds": round(seconds, 3)}
         self.files.note(save.asked, {"state": "done", **facts})
@@ -122,6 +165,8 @@ class Saves:
         self.under_way.remove(save)
         self._let_go(save)
         error = save.error or why
+        if save.asked is None:
+            self._unsaved()
         logger.warning("obcache: context %s is not saved: %s", save.context.id, error)
         self.files.note(save.asked, {"state": "failed", "error": f"The context cannot be saved: {error}.", "missing": False})
         if save.writing is not None:
@@ -132,12 +177,18 @@ class Saves:
 
     def stop(self, context: Context) -> None:
         """A context is deleted: its slots may be another one's soon."""
+        self._waiting.pop(context.id, None)
         for save in [each for each in self.under_way if each.context is context]:
             save.error = save.error or "it was deleted meanwhile"
             self.end(save, "")
 
+    def forget_waiting(self) -> None:
+        """None of those that wait is saved."""
+        self._waiting.clear()
+
     def forget(self) -> None:
         """The tree was reset: nodes, locks and slots are gone. What is copied is written to its end."""
+        self.forget_waiting()
         for save in [each for each in self.under_way if each.holds]:
             save.holds, save.error = False, save.error or "the cache was flushed meanwhile"
             self.end(save, "")

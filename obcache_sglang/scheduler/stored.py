@@ -36,6 +36,7 @@ class StoredContexts:
         if files is None:
             return
         self._loads, self._saves = Loads(jobs, files), Saves(jobs, files)
+        jobs.on_published = self._published
         files.folder.clean()
         try:
             files.look()
@@ -68,8 +69,13 @@ class StoredContexts:
         loads = () if self._files is None else self._loads.under_way
         return next((load for load in loads if load.context is context), None)
 
-    def tier(self, context: Context) -> str:
-        """Where a context comes from for the question that reads it now: from host memory or the disk for the first one after it came from there."""
+    def read(self, context: Context, *, again: bool) -> str:
+        """Where a context comes from for the question that reads it now: from host memory or the disk for the first one after it came from there.
+
+        again: whether it was not compressed for this one.
+        """
+        if again:
+            self._wants(context, "reused")
         if self.host.is_fresh(context):
             return "host"
         if self._files is None or context.id not in self._loads.fresh:
@@ -140,6 +146,15 @@ class StoredContexts:
             self._loads.advance()
             self._saves.advance()
 
+    def _published(self, context: Context) -> None:
+        """Its content is there, which may be another one than before."""
+        context.is_offered = False
+        self._wants(context, "compressed")
+
+    def _wants(self, context: Context, since: str) -> None:
+        if self._files is not None and not self._is_off and self._files.save == since:
+            self._saves.wants(context)
+
     def due(self) -> list[float]:
         """When files are to be deleted, in seconds since the epoch."""
         return [] if self._files is None else list(self._files.expiring.values())
@@ -167,6 +182,7 @@ class StoredContexts:
         for save in list(self._saves.under_way):
             save.error = save.error or why
             self._saves.end(save, why)
+        self._saves.forget_waiting()
         self._is_off = why
         logger.warning("obcache: contexts are neither saved nor loaded any more: %s. Start the server again.", why)
 

@@ -204,7 +204,9 @@ class Wiring:
             raise HostError(
                 f"--obcache-folder cannot write a KV cache of {pool.dtype}. Set --kv-cache-dtype auto, or leave the folder out."
             )
-        return ContextFiles(Folder.opened(settings.folder), served, choosers(settings), pool, self.plan.space)
+        most_bytes = None if settings.folder_gb is None else int(settings.folder_gb * 1e9)
+        folder = Folder.opened(settings.folder)
+        return ContextFiles(folder, served, choosers(settings), pool, self.plan.space, settings.save, most_bytes)
 
 
 def manager_of(owner: Any) -> CompressionManager | None:

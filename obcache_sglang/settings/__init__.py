@@ -1,4 +1,4 @@
-"""Settings: `values` (what they are), `methods` (what each method decides), `options` (flags, checks, help), `sources`."""
+"""Settings: `values` (of a compression), `server`, `methods` (what each method decides), `options` (flags, checks, help), `sources`."""
 
 from obcache_sglang.settings.bounds import BOUNDS
 from obcache_sglang.settings.checks import number_or_text
@@ -12,6 +12,7 @@ from obcache_sglang.settings.options import (
     check_number,
     check_whole_number,
 )
+from obcache_sglang.settings.server import ServerSettings
 from obcache_sglang.settings.sources import (
     MADE_HERE,
     SETTINGS_ENV,
@@ -25,7 +26,7 @@ from obcache_sglang.settings.sources import (
     settings_from_python,
     with_gates,
 )
-from obcache_sglang.settings.values import CompressionSettings, ServerSettings
+from obcache_sglang.settings.values import CompressionSettings
 
 __all__ = [
     "BOUNDS",

@@ -19,6 +19,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
     "wait_seconds": (0, 600, "at most ten minutes"),
     "min_tokens": (1, _LONGEST_CONTEXT, "no context is longer"),
     "max_contexts": (1, 1 << 20, "the tokens of each stay in memory"),
+    "folder_gb": (0.001, 1e9, "a folder that holds no context is of no use"),
     "max_pinned_slots": (0, 1 << 40, "no KV pool is larger"),
 }
 """Lowest and highest value of every number that is not a fraction, and the reason for the bound."""

@@ -16,6 +16,7 @@ NORMALIZATIONS = ("layer", "none")
 MODES = ("marked", "auto", "prompt")
 WHENS = ("first", "idle", "pressure")
 CALIBRATES = ("off", "serve")
+SAVES = ("asked", "compressed", "reused")
 HEAD_ATTENTIONS = ("triton", "flashinfer")
 DECODE_GRAPHS = ("auto", "on", "off")
 
@@ -352,10 +353,30 @@ SERVER_OPTIONS = (
         "folder",
         text,
         (
-            "The one folder in which contexts last: they are saved there on request, and a question whose context lies there has it loaded "
+            "The one folder in which contexts last: they are saved there, and a question whose context lies there has it loaded "
             "instead of compressed. Servers of one model may share it. Default: none."
         ),
         metavar="DIR",
+        per_request=False,
+    ),
+    Option(
+        "save",
+        _one_of(SAVES),
+        (
+            "Which contexts are saved to --obcache-folder. asked: those that somebody asks for (POST /obcache/contexts/{name}/save). "
+            "compressed: each one once it is compressed. reused: each one once a second question reads it. Default: asked."
+        ),
+        metavar="|".join(SAVES),
+        per_request=False,
+    ),
+    Option(
+        "folder_gb",
+        lambda name, value: (
+            None if value is None else check_number(name, value, "what the files of the folder may take together")
+        ),
+        "Gigabytes (10^9 bytes) that the files of --obcache-folder may take; those used longest ago are deleted. Default: no limit.",
+        number_or_text,
+        "GB",
         per_request=False,
     ),
     Option(

@@ -13,7 +13,7 @@ from typing import Any
 
 from obcache_sglang.errors import ConfigError, InvalidValue
 from obcache_sglang.settings.options import OPTIONS, SERVER_OPTIONS
-from obcache_sglang.settings.values import ServerSettings
+from obcache_sglang.settings.server import ServerSettings
 
 SETTINGS_ENV = "OBCACHE_SGLANG_SETTINGS"
 """Environment variable that carries the server's settings, as JSON, from the launcher to every process it starts."""

@@ -16,10 +16,10 @@ import pytest
 import requests
 
 from obcache_sglang import contexts as command
-from obcache_sglang.kv.folder import KEY_FILE
+from obcache_sglang.kv.folder import KEY_FILE, SUFFIX
 from obcache_sglang.local_server import Server, serve
 from tests.serving.client import QUESTIONS, document, flush, generate, question, report
-from tests.serving.conftest import COMMON, STRICT, checked
+from tests.serving.conftest import COMMON, STRICT, checked, routed
 from tests.serving.test_lifetimes import wait_for
 
 L = 304
@@ -37,7 +37,7 @@ LONG = 1200
 
 @dataclass
 class Lasting:
-    """What a first server saved before it was killed. wanted: by budget, its answer. files: by budget, or what else they are of."""
+    """What a first server saved by itself before it was killed. wanted: by budget, its answer. files: by budget, or what else they are of."""
 
     folder: Path
     model_dir: Path
@@ -47,6 +47,13 @@ class Lasting:
     def ask(self, server: Server, budget: str, **fields: Any) -> dict[str, Any]:
         prompt = document(self.model_dir, L, TOPICS[budget]) + question(self.model_dir, QUESTIONS[0])
         return generate(server, prompt, obcache={"context_len": L, **WISHES[budget]}, max_new_tokens=12, **fields)
+
+    def new_file(self) -> str:
+        """The name of the one file that is not known yet, once it is there."""
+        known = {*self.files.values(), ""}
+        wait_for(lambda: {name.partition(".")[0] for name in os.listdir(self.folder) if name.endswith(SUFFIX)} - known)
+        (found,) = {name.partition(".")[0] for name in os.listdir(self.folder) if name.endswith(SUFFIX)} - known
+        return found
 
     def path(self, name: str) -> Path:
         return self.folder / f"{self.files[name]}.0of1.context.safetensors"
@@ -62,51 +69,48 @@ def save(server: Server, name: str, **headers: str) -> dict[str, Any]:
     return response.json()
 
 
-def hang_up(server: Server, name: str) -> None:
-    """Saves a context on a server that does not live to answer."""
-    with contextlib.suppress(requests.RequestException):
-        server.request("POST", f"/obcache/contexts/{name}/save")
+def hang_up(server: Server, prompt: list[int]) -> None:
+    """Has a context compressed, and so saved, on a server that may not live to answer."""
+    with contextlib.suppress(requests.RequestException, RuntimeError):
+        generate(server, prompt + [1], obcache={"context_len": len(prompt), "compression_ratio": 0.1}, max_new_tokens=1)
 
 
 @pytest.fixture(scope="module")
 def lasting(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lasting:
-    """Four contexts and one with a salt are saved; while a fifth one is, the server is killed."""
+    """Four contexts and one with a salt are saved without anybody's asking; while a fifth one is, the server is killed."""
     made = Lasting(tmp_path_factory.mktemp("lasting") / "folder", model_dir)
-    with serve(model_dir, made.folder.parent / "first", (*FLAGS, "--obcache-folder", str(made.folder)), STRICT) as server:
+    flags = (*FLAGS, "--obcache-folder", str(made.folder), "--obcache-save", "compressed", "--obcache-folder-gb", "1")
+    with serve(model_dir, made.folder.parent / "first", flags, STRICT) as server:
         for budget in TOPICS:
-            before = set(names(server))
             made.ask(server, budget)
             answer = made.ask(server, budget)
             assert (report(answer)["status"], report(answer)["tier"]) == ("reused", "device")
             made.wanted[budget] = answer["output_ids"]
-            (name,) = set(names(server)) - before
-            saved = save(server, name)
-            made.files[budget] = saved["file"]
+            made.files[budget] = made.new_file()
             kept = report(answer)["kept_tokens"]
-            assert saved["bytes"] < 1.03 * kept * 30 * 2 * 3 * 64 * 4
+            assert made.path(budget).stat().st_size < 1.03 * kept * 30 * 2 * 3 * 64 * 4
         compressed = server.post(
             "/obcache/compress", {"input_ids": document(model_dir, L, TOPICS["uniform"]), **WISHES["uniform"]}
         )
-        assert save(server, compressed["id"])["file"] == made.files["uniform"], "its id will do, too"
+        assert save(server, compressed["id"])["file"] == made.files["uniform"], "who asks for it is answered when it is there"
         made.ask(server, "uniform", cache_salt="one")
+        made.files["salted"] = made.new_file()
         (name,) = names(server, **{"X-Cache-Salt": "one"})
-        made.files["salted"] = save(server, name, **{"X-Cache-Salt": "one"})["file"]
+        assert save(server, name, **{"X-Cache-Salt": "one"})["file"] == made.files["salted"]
         listed = server.get("/obcache/files")["files"]
         assert {each["file"] for each in listed} == {made.files[budget] for budget in TOPICS}, "that of the salt is another's"
         assert all(each["on_disk"] for each in server.get("/obcache/contexts")["contexts"])
         text = server.request("GET", "/metrics").text
+        assert server.get("/obcache/status")["counters"]["file_saves"] == len(TOPICS) + 1 + 2, "each by itself, and two again"
         assert "sglang:obcache_file_saves_total" in text and "sglang:obcache_file_save_seconds" in text
         log = server.log()
         assert "Traceback" not in log and "leak" not in log, log[-4000:]
         prompt = document(model_dir, LONG)
-        before = set(names(server))
-        generate(server, prompt + [1], obcache={"context_len": LONG, "compression_ratio": 0.1}, max_new_tokens=1)
-        (name,) = set(names(server)) - before
-        saving = threading.Thread(target=hang_up, args=(server, name))
-        saving.start()
+        asking = threading.Thread(target=hang_up, args=(server, prompt))
+        asking.start()
         wait_for(lambda: list(made.folder.glob("*.partial")))
         os.killpg(server.process.pid, signal.SIGKILL)
-        saving.join()
+        asking.join()
     return made
 
 
@@ -209,6 +213,34 @@ def test_a_folder_that_cannot_be_written_says_so_and_the_server_goes_on(second: 
     finally:
         shutil.rmtree(lasting.folder, ignore_errors=True)
         shutil.move(moved, lasting.folder)
+
+
+@pytest.mark.long
+def test_replicas_that_share_a_folder_compress_each_document_once(model_dir: Path, tmp_path: Path) -> None:
+    number, flags = 12, (*FLAGS, "--obcache-folder", str(tmp_path / "folder"), "--obcache-save", "compressed")
+    prompts = [[1, 100 + each, *document(model_dir, L - 2)] for each in range(number)]
+    obcache = {"context_len": L}
+
+    def ask(server: Server, prompt: list[int]) -> tuple[str, list[int]]:
+        answer = generate(server, prompt + question(model_dir, QUESTIONS[0]), obcache=obcache, max_new_tokens=12)
+        return report(answer)["status"], answer["output_ids"]
+
+    with contextlib.ExitStack() as stack:
+        replicas = [stack.enter_context(serve(model_dir, tmp_path / f"replica{each}", flags, STRICT)) for each in range(2)]
+        router = stack.enter_context(routed(replicas, tmp_path, ("--policy", "round_robin")))
+        first = [ask(router, prompt) for prompt in prompts]
+        wait_for(lambda: len(list((tmp_path / "folder").glob(f"*{SUFFIX}"))) == number)
+        ask(router, [1, 2, 3])  # from now on each question goes to the other replica
+        again = [ask(router, prompt) for prompt in prompts]
+        assert [status for status, _ in first] == ["compressed"] * number
+        assert [status for status, _ in again] == ["reused"] * number
+        assert [answer for _, answer in first] == [answer for _, answer in again]
+        made = [each.get("/obcache/status")["counters"] for each in replicas]
+        assert sum(each["compressions"] for each in made) == number
+        assert sum(each["file_loads"] for each in made) == number
+        for replica in replicas:
+            for _ in checked(replica):
+                pass
 
 
 @pytest.mark.long

@@ -58,12 +58,20 @@ def kept_by(budget: str) -> KeptTokens:
 
 
 def server(
-    folder: Path, agree: Any = bool, size: int = 300, served: Served = SERVED, chooser: str = "", **settings: Any
+    folder: Path,
+    agree: Any = bool,
+    size: int = 300,
+    served: Served = SERVED,
+    chooser: str = "",
+    *,
+    save: str = "asked",
+    most_bytes: int | None = None,
+    **settings: Any,
 ) -> Driven:
     """A server whose contexts last in a folder."""
     made = make_tree(size, LAYERS, HEADS, getattr(torch, served.dtype))
     pool = made.token_to_kv_pool_allocator.get_kvcache()
-    files = ContextFiles(Folder.opened(folder), served, lambda settings: chooser, pool, KVSpace.of(pool))
+    files = ContextFiles(Folder.opened(folder), served, lambda settings: chooser, pool, KVSpace.of(pool), save, most_bytes)
     return Driven(size, agree=agree, tree=made, files=files, **{**BUDGETS["uniform"], **settings})
 
 
@@ -426,8 +434,8 @@ class Ranks:
         return found
 
 
-def rank_of_two(folder: Path, ranks: Ranks, rank: int) -> Driven:
-    return server(folder, agree=ranks.agree(rank), served=replace(SERVED, rank=rank, num_ranks=2))
+def rank_of_two(folder: Path, ranks: Ranks, rank: int, **options: Any) -> Driven:
+    return server(folder, agree=ranks.agree(rank), served=replace(SERVED, rank=rank, num_ranks=2), **options)
 
 
 def steps(drive: Driven, req: ContextReq, number: int = 60) -> list[str]:
@@ -835,3 +843,192 @@ def test_whether_one_file_is_there_is_told_without_the_others(tmp_path: Path, mo
     assert [each["file"] for each in listed(folder, SHARED, only=names[1])] == [names[1]] == opened
     assert listed(folder, Namespace(None, "another", None), only=names[1]) == listed(folder, SHARED, only="0" * 64) == []
     assert {each["file"] for each in listed(folder, SHARED)} == {*names}
+
+
+# --- saved without anybody's asking --------------------------------------------------------------------------------------------------
+
+
+def files_of(drive: Driven) -> ContextFiles:
+    found = drive.manager.stored._files
+    assert found is not None
+    return found
+
+
+def settled(drive: Driven, folder: Path) -> list[str]:
+    """The names of the files once nothing is being saved any more."""
+    deadline = time.monotonic() + 20
+    saves = drive.manager.stored._saves
+    drive.step()
+    while saves.under_way or saves._waiting:
+        assert time.monotonic() < deadline
+        drive.step()
+    return sorted(each.name for each in Folder.opened(folder).entries())
+
+
+def answered(drive: Driven, tokens: array[int] = CONTEXT) -> str:
+    """What a question comes to; it ends at once."""
+    req = drive.ask(tokens, question=9)
+    found = decided(drive, req)
+    drive.engine.queue[:] = [each for each in drive.engine.queue if each is not req]
+    return found
+
+
+def counters(drive: Driven) -> dict[str, Any]:
+    return drive.manager.metrics.to_dict()
+
+
+def test_each_context_is_saved_once_it_is_compressed(tmp_path: Path) -> None:
+    first = server(tmp_path, save="compressed")
+    context = compressed(first)
+    assert settled(first, tmp_path) == [files_of(first).name(context)]
+    assert answered(first) == "reused"
+    second = server(tmp_path, save="compressed")
+    assert answered(second) == "reused"
+    settled(second, tmp_path)
+    assert (counters(second)["file_loads"], counters(second)["file_saves"]) == (1, 0), "it was saved already"
+    assert counters(first)["file_saves"] == 1
+    assert first.accounts()[2] == second.accounts()[2] == 0, "nothing is held any more"
+
+
+def test_each_context_is_saved_once_a_second_question_reads_it(tmp_path: Path) -> None:
+    drive = server(tmp_path, save="reused")
+    first, second = compressed(drive), compressed(drive, tokens=array("q", range(500, 540)))
+    # Its first question, for which it was compressed, is not a second one.
+    assert settled(drive, tmp_path) == []
+    for _ in range(3):
+        assert answered(drive) == "reused"
+    assert settled(drive, tmp_path) == [files_of(drive).name(first)]
+    assert counters(drive)["file_saves"] == 1
+    assert answered(drive, second.tokens) == "reused"
+    assert len(settled(drive, tmp_path)) == 2
+
+
+def test_nothing_is_saved_that_nobody_asks_for_by_default(tmp_path: Path) -> None:
+    drive = server(tmp_path)
+    compressed(drive)
+    assert answered(drive) == "reused"
+    assert settled(drive, tmp_path) == []
+
+
+def test_one_that_is_gone_before_its_turn_is_counted_and_saved_when_it_is_made_again(tmp_path: Path) -> None:
+    drive = server(tmp_path, save="compressed")
+    saves = drive.manager.stored._saves
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(saves, "_begin_waiting", lambda: None)
+        context = compressed(drive)
+    drive.manager.cache.drop_node(context)
+    assert settled(drive, tmp_path) == []
+    assert counters(drive)["file_unsaved"] == 1
+    compressed(drive)
+    assert settled(drive, tmp_path) == [files_of(drive).name(context)]
+
+
+def test_of_too_many_the_first_to_come_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obcache_sglang.scheduler.saves.MOST_WAITING", 2)
+    drive = server(tmp_path, save="compressed")
+    saves = drive.manager.stored._saves
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(saves, "_begin_waiting", lambda: None)
+        made = [compressed(drive, tokens=array("q", range(first, first + 40))) for first in (100, 200, 300)]
+    assert settled(drive, tmp_path) == sorted(files_of(drive).name(each) for each in made[1:])
+    assert counters(drive)["file_unsaved"] == 1
+
+
+def test_a_deleted_one_is_not_saved(tmp_path: Path) -> None:
+    drive = server(tmp_path, save="compressed")
+    saves = drive.manager.stored._saves
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(saves, "_begin_waiting", lambda: None)
+        context = compressed(drive)
+    drive.manager.cache.delete(context)
+    drive.manager.sweep()
+    assert settled(drive, tmp_path) == []
+
+
+def test_updated_weights_end_what_waits(tmp_path: Path) -> None:
+    drive = server(tmp_path, save="compressed")
+    saves = drive.manager.stored._saves
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(saves, "_begin_waiting", lambda: None)
+        compressed(drive)
+    drive.manager.stored.turn_off("the weights were updated")
+    compressed(drive, tokens=array("q", range(500, 540)))
+    assert settled(drive, tmp_path) == []
+
+
+def test_one_place_stays_for_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive = server(tmp_path, save="compressed", size=2000)
+    may_go_on = threading.Event()
+    original = format_of_files.Writer.finish
+    monkeypatch.setattr(format_of_files.Writer, "finish", lambda writer: (may_go_on.wait(20), original(writer))[1])
+    made = [compressed(drive, tokens=array("q", range(first, first + 40))) for first in range(100, 700, 100)]
+    drive.step()
+    saves = drive.manager.stored._saves
+    assert len(saves.under_way) == 3 and len(saves._waiting) == 3
+    drive.manager.stored.save(made[-1], "a save")
+    may_go_on.set()
+    assert result(drive, "a save")["state"] == "done"
+    assert len(settled(drive, tmp_path)) == 6
+
+
+def test_who_asks_for_what_is_being_saved_is_told_what_comes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive = server(tmp_path, save="compressed")
+    may_go_on = threading.Event()
+    original = format_of_files.Writer.finish
+    monkeypatch.setattr(format_of_files.Writer, "finish", lambda writer: (may_go_on.wait(20), original(writer))[1])
+    context = compressed(drive)
+    drive.step()
+    drive.manager.stored.save(context, "a save")
+    with pytest.raises(RequestError, match="being saved already"):
+        drive.manager.stored.save(context, "another save")
+    may_go_on.set()
+    assert result(drive, "a save")["file"] == files_of(drive).name(context)
+    assert counters(drive)["file_saves"] == 1
+
+
+def test_ranks_stay_in_step_where_one_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks()
+    original = format_of_files.Writer.finish
+
+    def finish(writer: Any) -> int:
+        if writer.head.served.rank == 1 and writer.head.num_tokens == 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(writer)
+
+    monkeypatch.setattr(format_of_files.Writer, "finish", finish)
+
+    def write(rank: int) -> tuple[list[str], Any]:
+        drive = rank_of_two(tmp_path, ranks, rank, save="compressed")
+        compressed(drive)
+        kept = KeptTokens(kept_by("uniform").positions, kept_by("uniform").offsets)
+        longer = compressed(drive, tokens=array("q", range(500, 541)), kept=kept)
+        for _ in range(60):
+            drive.step()
+        return [files_of(drive).name(longer)], drive.accounts()
+
+    (one, accounts), (other, others) = ranks.run(write)
+    assert one == other and accounts == others and accounts[2] == 0
+    assert ranks.num_votes[0] == ranks.num_votes[1]
+    wait_for(lambda: sorted({each.name for each in Folder.opened(tmp_path).entries()}) == one)
+
+
+def test_the_folder_keeps_within_its_bounds_and_those_used_longest_ago_go(tmp_path: Path) -> None:
+    drive = server(tmp_path, save="compressed", size=2000)
+    made = []
+    for first in (100, 200, 300):
+        made.append(files_of(drive).name(compressed(drive, tokens=array("q", range(first, first + 40)))))
+        settled(drive, tmp_path)
+        os.utime(Folder.opened(tmp_path).path_of(made[-1], 0, 1), (first, first))
+    size = next(each.num_bytes for each in Folder.opened(tmp_path).entries())
+    tight = server(tmp_path, save="compressed", size=2000, most_bytes=3 * size)
+    # The first one is used again.
+    assert answered(tight, array("q", range(100, 140))) == "reused"
+    fourth = files_of(tight).name(compressed(tight, tokens=array("q", range(400, 440))))
+    settled(tight, tmp_path)
+    wait_for(lambda: len(Folder.opened(tmp_path).entries()) == 3)
+    assert {each.name for each in Folder.opened(tmp_path).entries()} == {made[0], made[2], fourth}
+    wait_for(lambda: files_of(tight).on_disk == {made[0], made[2], fourth})
+    # What went is compressed anew, and saved anew.
+    compressed(tight, tokens=array("q", range(200, 240)))
+    settled(tight, tmp_path)
+    wait_for(lambda: {each.name for each in Folder.opened(tmp_path).entries()} == {made[0], made[1], fourth})

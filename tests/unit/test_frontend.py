@@ -653,6 +653,7 @@ def test_metrics_count_once_for_status_and_prometheus():
     metrics.loaded(0.5, num_bytes=1000)
     metrics.saved(0.75, num_bytes=2000)
     metrics.file_missed()
+    metrics.unsaved()
     metrics.came_back(0.125, num_slots=30)
     cache = ContextCache(make_tree(200, host="write_back"), max_contexts=3)
     made = []
@@ -691,6 +692,7 @@ def test_metrics_count_once_for_status_and_prometheus():
         "slots_saved_now": 70,
         "file_loads": 1,
         "file_saves": 1,
+        "file_unsaved": 1,
         "file_misses": 1,
         "file_bytes_read": 1000,
         "file_bytes_written": 2000,
