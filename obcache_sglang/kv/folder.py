@@ -7,6 +7,7 @@ are not followed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ from typing import Any
 from obcache_sglang.errors import ConfigError, ObcacheError
 from obcache_sglang.kv.context import Namespace
 from obcache_sglang.kv.files import BadFile, Head, Reader, Table, Writer, describe, file_name
+
+logger = logging.getLogger(__name__)
 
 KEY_FILE = "obcache.key"
 SUFFIX = ".context.safetensors"
@@ -149,17 +152,26 @@ class Folder:
         return len(mine)
 
     def shrink(self, most_bytes: int) -> list[str]:
-        """Deletes the files of the contexts used longest ago, until all files take no more. Returns their names. Raises OSError."""
+        """Deletes the files of the contexts used longest ago, until all files take no more; first of all those that alone take more. What cannot be
+        deleted stays. Returns their names. Raises OSError where the folder cannot be read.
+        """
         files: dict[str, list[Entry]] = {}
         for each in self.entries():
             files.setdefault(each.name, []).append(each)
-        left, gone = sum(each.num_bytes for mine in files.values() for each in mine), []
-        for name, mine in sorted(files.items(), key=lambda item: max(each.used_at for each in item[1])):
+        sizes = {name: sum(each.num_bytes for each in mine) for name, mine in files.items()}
+        left, gone = sum(sizes.values()), []
+        order = sorted(files, key=lambda name: (sizes[name] <= most_bytes, max(each.used_at for each in files[name])))
+        for name in order:
             if left <= most_bytes:
                 break
-            self.delete(name)
+            try:
+                for each in files[name]:
+                    self.path_of(name, each.rank, each.num_ranks).unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("obcache: file %s could not be deleted to make room: %s", name, error)
+                continue
             gone.append(name)
-            left -= sum(each.num_bytes for each in mine)
+            left -= sizes[name]
         return gone
 
     def clean(self) -> None:

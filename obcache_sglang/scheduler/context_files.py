@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +42,9 @@ IDLE_WAIT_SECONDS = 0.005
 REFRESH_SECONDS = 2.0
 """Between two looks at which files there are, for lists."""
 
+TOUCH_SECONDS = 60.0
+"""Between two notes that a file's context was read."""
+
 MOST_RESULTS = 256
 """Of loads and saves that operators asked for, so many are remembered."""
 
@@ -50,7 +55,8 @@ class ContextFiles:
 
     served: what files must agree with. chooser: of `served_model.choosers`. space: as in `Compressor`.
     save: as in `ServerSettings`. most_bytes: that all files of the folder may take; None for no limit.
-    on_disk: names of the files that this rank knows of. bad: of those that turned out not to be what they should.
+    on_disk: names of the files that this rank knows of and can use. bad: of those that turned out not to be what they should. expired: of those whose
+    time had passed.
     going: of those that are being deleted, and of those that could not be.
     given_up: threads that nobody waits for any more.
     expiring: when files are to be deleted, by name, whether or not their contexts are resident; in seconds since the epoch.
@@ -66,11 +72,16 @@ class ContextFiles:
     most_bytes: int | None = None
     on_disk: set[str] = field(default_factory=set)
     bad: set[str] = field(default_factory=set)
+    expired: set[str] = field(default_factory=set)
     going: set[str] = field(default_factory=set)
     given_up: list[Reading | Writing] = field(default_factory=list)
     expiring: dict[str, float] = field(default_factory=dict)
     results: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
     _looked_at: float = 0.0
+    _touched: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    _shrinking: Errand | None = None
+    _is_to_shrink: bool = False
+    _shrunk: deque[str] = field(default_factory=deque)
 
     def head(self, context: Context) -> Head:
         """What a context's file says of itself."""
@@ -94,6 +105,8 @@ class ContextFiles:
 
         is_named: whether somebody asked for it by name. For whoever does so in another namespace it is not there: FileNotFoundError.
         """
+        if head.expires_at is not None and head.expires_at <= time.time():
+            self.expired.add(name)
         head.check(self.served, self.chooser(head.settings))
         if file_name(self.folder.key, head, namespace, table.tokens, table.judges) != name:
             if is_named:
@@ -119,7 +132,8 @@ class ContextFiles:
         """Which files there are. Raises OSError."""
         known = set(self.on_disk)
         mine = {name for name, num_ranks in self.folder.complete() if num_ranks == self.served.num_ranks}
-        self.on_disk = (mine | self.on_disk - known) - self.going  # what was saved meanwhile is there too
+        # What was saved meanwhile is there too; what cannot be used may be written anew.
+        self.on_disk = (mine | self.on_disk - known) - self.going - self.bad - self.expired
 
     def look_again(self) -> None:
         """As `look`, in a thread, if the last look was some time ago: for the next one who asks."""
@@ -144,25 +158,51 @@ class ContextFiles:
 
         Errand(delete)
 
-    def make_room(self) -> None:
-        """A file was written, on all ranks: a thread of the first one deletes others, until all of them take no more than they may."""
-        most = self.most_bytes
-        if most is None or self.served.rank != 0:
-            return
+    def written(self, name: str, expires_at: float | None) -> None:
+        """A file was written, on all ranks. It lives as long as its context was to when it was saved."""
+        self.on_disk.add(name)
+        self.bad.discard(name)
+        self.expired.discard(name)
+        self.expires(name, expires_at)
+        self._make_room()
 
-        def shrink() -> None:
-            try:
-                gone = self.folder.shrink(most)
-            except OSError as error:
-                logger.warning("obcache: folder %s may take more than it should: %s", self.folder.path, error)
-                return
-            for name in gone:
-                self.on_disk.discard(name)
-                self.expiring.pop(name, None)
+    def used(self, name: str) -> None:
+        """A context is read that has a file: a thread notes it, now and then, so that the file is not the first to go."""
+        now = time.monotonic()
+        if name not in self.on_disk or now - self._touched.get(name, -math.inf) < TOUCH_SECONDS or self._is_stuck():
+            return
+        self._touched[name] = now
+        self._touched.move_to_end(name)
+        if len(self._touched) > MOST_RESULTS:
+            self._touched.popitem(last=False)
+        Errand(lambda: self.folder.used(name, self.served.rank, self.served.num_ranks))
+
+    def is_too_large(self, head: Head) -> bool:
+        """Whether a context's files alone would take more than the folder may."""
+        return self.most_bytes is not None and head.served.num_ranks * head.spans()["v"][1] > self.most_bytes
+
+    def _make_room(self) -> None:
+        """A thread of the first rank deletes files, until all of them take no more than they may."""
+        if self.most_bytes is None or self.served.rank != 0:
+            return
+        self._is_to_shrink = True
+        if self._shrinking is None or not self._shrinking.is_alive:
+            self._shrinking = Errand(partial(self._shrink, self.most_bytes))
+
+    def _shrink(self, most_bytes: int) -> None:
+        while self._is_to_shrink:
+            self._is_to_shrink = False
+            gone = self.folder.shrink(most_bytes)
+            self._shrunk.extend(gone)
             if gone:
                 logger.info("obcache: %d contexts were deleted from folder %s to make room", len(gone), self.folder.path)
 
-        Errand(shrink)
+    def notice_shrunk(self) -> None:
+        """What the thread has deleted by now is not there any more."""
+        while self._shrunk:
+            name = self._shrunk.popleft()
+            self.on_disk.discard(name)
+            self.expiring.pop(name, None)
 
     def expires(self, name: str, at: float | None) -> None:
         """A file lives as long as its context was to when it was saved."""

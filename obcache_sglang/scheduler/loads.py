@@ -177,6 +177,7 @@ class Loads:
             logger.warning("obcache: file %s is not used: %s", load.name, load.error or why)
             if load.error is not None and not (load.reading is not None and load.reading.is_stalled):
                 self.files.bad.add(load.name)
+                self.files.on_disk.discard(load.name)
         error = f"The file cannot be loaded: {load.error or why}{' in this namespace' if load.is_missing else ''}."
         self.files.note(load.asked, {"state": "failed", "error": error, "missing": load.is_missing})
         try:

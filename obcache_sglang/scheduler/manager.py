@@ -363,7 +363,7 @@ class CompressionManager:
         if batch is not None or not running_batch.is_empty():
             self.jobs.not_starved()
         if asked and batch is None and self.engine.queue and running_batch.is_empty():
-            if not self.room.release_a_pin():
+            if not (self.stored.yields() or self.room.release_a_pin()):
                 self.jobs.end_a_waiting_segment()
             self.metrics.set_gauges(self.cache)
 

@@ -18,9 +18,13 @@ from obcache_sglang.scheduler import tree
 from obcache_sglang.scheduler.context_files import MOST_AT_ONCE, ContextFiles, FileJob, step_bytes
 from obcache_sglang.scheduler.file_threads import Writing
 from obcache_sglang.scheduler.jobs import Jobs
+from obcache_sglang.scheduler.requests import ContextReq
 
 logger = logging.getLogger(__name__)
 
+
+PASSES_AFTER_FAILURE = 256
+"""So many scheduling passes nothing is saved by itself after a disk has refused. Counted, not timed: clocks of ranks differ."""
 
 MOST_WAITING = 256
 """Contexts that are to be saved by themselves and wait for their turn; of more the first to come is given up."""
@@ -43,6 +47,7 @@ class Saves:
         self.jobs, self.engine, self.cache, self.metrics, self.files = jobs, jobs.engine, jobs.cache, jobs.metrics, files
         self.under_way: list[Save] = []
         self._waiting: OrderedDict[str, Context] = OrderedDict()
+        self._pause = 0
 
     def wants(self, context: Context) -> None:
         """A context is to be saved without anybody's asking, when its turn comes; not the beginnings of one longer context, which has all of them."""
@@ -51,8 +56,7 @@ class Saves:
         context.is_offered = True
         self._waiting[context.id] = context
         if len(self._waiting) > MOST_WAITING:
-            self._waiting.popitem(last=False)
-            self._unsaved()
+            self._unsaved(self._waiting.popitem(last=False)[1])
 
     def begin(self, context: Context, asked: str | None) -> None:
         """Raises RequestError. All ranks come here. asked: None for one that nobody asked for."""
@@ -63,7 +67,7 @@ class Saves:
         if not self.cache.is_resident(context):
             where = "in host memory: ask it a question" if self.cache.is_on_host(context) else "not resident: compress it"
             raise RequestError(f"The context is {where}, then save it.", HTTPStatus.CONFLICT)
-        known = next((save for save in self.under_way if save.context is context), None)
+        known = next((save for save in self.under_way if save.context.id == context.id), None)
         if known is not None and known.asked is None:
             known.asked = asked  # who asks now is told what comes of it
             return
@@ -71,6 +75,8 @@ class Saves:
             raise RequestError("The context is being saved already.", HTTPStatus.CONFLICT)
         if len(self.under_way) >= MOST_AT_ONCE:
             raise RequestError(f"{MOST_AT_ONCE} contexts are being saved. Save it when one of them is done.", HTTPStatus.CONFLICT)
+        if self.files.is_too_large(self.files.head(context)):
+            raise RequestError("Its files alone would take more than --obcache-folder-gb. Raise that, or keep less of it.")
         if not self.jobs.agree(self.files.name(context) not in self.files.going):
             raise RequestError(
                 "The context's file is being deleted, and the disk has not answered yet. Save it when that is done.",
@@ -91,25 +97,51 @@ class Saves:
         save.transfer = save.writing = Writing(self.files.folder, save.name, head, table)
 
     def _begin_waiting(self) -> None:
-        """Those whose turn has come; one place stays for operators. What is saved already is not saved again."""
-        while self._waiting and len(self.under_way) < MOST_AT_ONCE - 1:
-            _, context = self._waiting.popitem(last=False)
-            name = self.files.name(context)
-            if self.cache.get(context.id) is not context or self.jobs.agree(name in self.files.on_disk):
-                continue
-            try:
-                if not self.jobs.agree(self.files.may_write(name)):
-                    raise RequestError("The disk does not answer, or the context's file is being deleted.")
-                self.begin(context, None)
-            except RequestError as error:
-                logger.info("obcache: context %s is not saved: %s", context.id, error)
-                self._unsaved()
+        """The next one, if its turn has come: one at a time, so that little is locked at the pace of a disk. What is saved already is not saved again."""
+        self._pause = max(0, self._pause - 1)
+        if (
+            self._pause
+            or not self._waiting
+            or any(save.asked is None for save in self.under_way)
+            or len(self.under_way) >= MOST_AT_ONCE - 1
+        ):
+            return
+        # Whoever had it compressed says how long it is to live when it is read for the first time.
+        unsettled = {
+            id(req.context)
+            for req in self.engine.queue
+            if isinstance(req, ContextReq) and not req.is_virtual and req.plan.ttl_seconds is not None
+        }
+        context = next((each for each in self._waiting.values() if id(each) not in unsettled), None)
+        if context is None:
+            return
+        del self._waiting[context.id]
+        name = self.files.name(context)
+        if self.cache.get(context.id) is not context or self.jobs.agree(name in self.files.on_disk):
+            return
+        try:
+            if not self.jobs.agree(self.files.may_write(name)):
+                raise RequestError("The disk does not answer, or the context's file is being deleted.")
+            self.begin(context, None)
+        except RequestError as error:
+            logger.info("obcache: context %s is not saved: %s", context.id, error)
+            self._unsaved(context)
 
-    def _unsaved(self) -> None:
+    def _unsaved(self, context: Context) -> None:
+        """It may be offered again, when it is read, unless it never can be saved."""
+        context.is_offered = self.files.is_too_large(self.files.head(context))
         try:
             self.metrics.unsaved()
         except Exception:
             logger.exception("obcache: updating the metrics failed")
+
+    def yields(self) -> bool:
+        """Gives up a save that nobody asked for, and that locks its context: something else needs the room. Whether there was one."""
+        for save in [each for each in self.under_way if each.asked is None and each.holds]:
+            save.error = save.error or "its slots are needed"
+            self.end(save, "")
+            return True
+        return False
 
     def advance(self) -> None:
         """One step of each."""
@@ -147,10 +179,7 @@ class Saves:
     def _done(self, save: Save) -> None:
         assert save.writing is not None
         self.under_way.remove(save)
-        self.files.on_disk.add(save.name)
-        self.files.bad.discard(save.name)
-        self.files.expires(save.name, save.writing.expires_at)
-        self.files.make_room()
+        self.files.written(save.name, save.writing.expires_at)
         seconds, num_bytes = time.perf_counter() - save.started_at, save.writing.num_bytes
         facts = {"name": save.context.id, "file": save.name, "bytes": num_bytes, "seconds": round(seconds, 3)}
         self.files.note(save.asked, {"state": "done", **facts})
@@ -166,7 +195,8 @@ class Saves:
         self._let_go(save)
         error = save.error or why
         if save.asked is None:
-            self._unsaved()
+            self._unsaved(save.context)
+            self._pause = PASSES_AFTER_FAILURE
         logger.warning("obcache: context %s is not saved: %s", save.context.id, error)
         self.files.note(save.asked, {"state": "failed", "error": f"The context cannot be saved: {error}.", "missing": False})
         if save.writing is not None:
@@ -176,9 +206,9 @@ class Saves:
                 self.files.delete(save.name, after=save.writing)
 
     def stop(self, context: Context) -> None:
-        """A context is deleted: its slots may be another one's soon."""
+        """A context is deleted: its slots may be another one's soon. So is what an earlier record of the same content is being saved as."""
         self._waiting.pop(context.id, None)
-        for save in [each for each in self.under_way if each.context is context]:
+        for save in [each for each in self.under_way if each.context.id == context.id]:
             save.error = save.error or "it was deleted meanwhile"
             self.end(save, "")
 

@@ -74,8 +74,10 @@ class StoredContexts:
 
         again: whether it was not compressed for this one.
         """
-        if again:
-            self._wants(context, "reused")
+        if again and self._files is not None and self._files.save != "asked":
+            if not self._is_off:
+                self._saves.wants(context)
+            self._files.used(self._files.name(context))
         if self.host.is_fresh(context):
             return "host"
         if self._files is None or context.id not in self._loads.fresh:
@@ -143,16 +145,18 @@ class StoredContexts:
         """One step of each. Called at the same points on all ranks."""
         self.host.advance()
         if self._files is not None:
+            self._files.notice_shrunk()
             self._loads.advance()
             self._saves.advance()
+
+    def yields(self) -> bool:
+        """Whether something that nobody waits for has given way to what needs room."""
+        return self._files is not None and self._saves.yields()
 
     def _published(self, context: Context) -> None:
         """Its content is there, which may be another one than before."""
         context.is_offered = False
-        self._wants(context, "compressed")
-
-    def _wants(self, context: Context, since: str) -> None:
-        if self._files is not None and not self._is_off and self._files.save == since:
+        if self._files is not None and not self._is_off and self._files.save == "compressed":
             self._saves.wants(context)
 
     def due(self) -> list[float]:

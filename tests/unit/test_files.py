@@ -956,7 +956,7 @@ def test_updated_weights_end_what_waits(tmp_path: Path) -> None:
     assert settled(drive, tmp_path) == []
 
 
-def test_one_place_stays_for_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_stay_for_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drive = server(tmp_path, save="compressed", size=2000)
     may_go_on = threading.Event()
     original = format_of_files.Writer.finish
@@ -964,10 +964,11 @@ def test_one_place_stays_for_operators(tmp_path: Path, monkeypatch: pytest.Monke
     made = [compressed(drive, tokens=array("q", range(first, first + 40))) for first in range(100, 700, 100)]
     drive.step()
     saves = drive.manager.stored._saves
-    assert len(saves.under_way) == 3 and len(saves._waiting) == 3
-    drive.manager.stored.save(made[-1], "a save")
+    assert len(saves.under_way) == 1 and len(saves._waiting) == 5, "one at a time: it locks its context at the pace of a disk"
+    for number in range(1, 4):
+        drive.manager.stored.save(made[-number], f"save {number}")
     may_go_on.set()
-    assert result(drive, "a save")["state"] == "done"
+    assert [result(drive, f"save {number}")["state"] for number in range(1, 4)] == ["done"] * 3
     assert len(settled(drive, tmp_path)) == 6
 
 
@@ -996,6 +997,7 @@ def test_ranks_stay_in_step_where_one_cannot_write(tmp_path: Path, monkeypatch: 
         return original(writer)
 
     monkeypatch.setattr(format_of_files.Writer, "finish", finish)
+    monkeypatch.setattr("obcache_sglang.scheduler.saves.PASSES_AFTER_FAILURE", 5)
 
     def write(rank: int) -> tuple[list[str], Any]:
         drive = rank_of_two(tmp_path, ranks, rank, save="compressed")
@@ -1027,8 +1029,149 @@ def test_the_folder_keeps_within_its_bounds_and_those_used_longest_ago_go(tmp_pa
     settled(tight, tmp_path)
     wait_for(lambda: len(Folder.opened(tmp_path).entries()) == 3)
     assert {each.name for each in Folder.opened(tmp_path).entries()} == {made[0], made[2], fourth}
-    wait_for(lambda: files_of(tight).on_disk == {made[0], made[2], fourth})
+    wait_for(lambda: tight.step() is not None and files_of(tight).on_disk == {made[0], made[2], fourth})
     # What went is compressed anew, and saved anew.
     compressed(tight, tokens=array("q", range(200, 240)))
     settled(tight, tmp_path)
     wait_for(lambda: {each.name for each in Folder.opened(tmp_path).entries()} == {made[0], made[1], fourth})
+
+
+def test_what_is_saved_lives_no_longer_than_its_first_question_wants(tmp_path: Path) -> None:
+    drive = server(tmp_path, save="compressed")
+    context = compressed(drive, ttl_seconds=60.0)
+    assert context.expires_at is not None
+    settled(drive, tmp_path)
+    with Folder.opened(tmp_path).reading(files_of(drive).name(context), 0, 1) as reader:
+        assert reader.head.expires_at == context.expires_at
+
+
+def test_a_file_that_cannot_be_used_is_written_anew(tmp_path: Path) -> None:
+    first = server(tmp_path)
+    saved(first, compressed(first))
+    flip(the_file(tmp_path), -1)
+    second = server(tmp_path, save="compressed")
+    files_of(second).look()
+    compressed(second)
+    settled(second, tmp_path)
+    assert counters(second)["file_saves"] == 1
+    third = server(tmp_path)
+    assert decided(third, third.ask(CONTEXT)) == "reused"
+
+
+def test_so_is_one_whose_time_has_passed(tmp_path: Path) -> None:
+    first = server(tmp_path)
+    context = compressed(first)
+    context.expires_at = time.time() + 0.2
+    saved(first, context)
+    time.sleep(0.3)
+    second = server(tmp_path, save="compressed")
+    req = second.ask(CONTEXT)
+    assert decided(second, req) == "job"
+    files_of(second).look()  # somebody lists what there is
+    (job,) = second.manager.jobs.all()
+    second.forward(job, kept_by("uniform"))
+    second.end(job)
+    second.step()
+    settled(second, tmp_path)
+    assert counters(second)["file_saves"] == 1
+
+
+def test_a_file_larger_than_the_folder_may_be_is_not_written_and_costs_no_other(tmp_path: Path) -> None:
+    drive = server(tmp_path, save="compressed", size=2000)
+    names = []
+    for first in (100, 200):
+        names.append(files_of(drive).name(compressed(drive, tokens=array("q", range(first, first + 40)))))
+        settled(drive, tmp_path)
+    size = next(each.num_bytes for each in Folder.opened(tmp_path).entries())
+    files_of(drive).most_bytes = 3 * size
+    large = array("q", range(1000, 1400))
+    kept = KeptTokens(torch.arange(200, dtype=torch.int32).repeat(LAYERS * HEADS), torch.arange(LAYERS * HEADS + 1) * 200)
+    context = compressed(drive, tokens=large, kept=kept)
+    settled(drive, tmp_path)
+    with pytest.raises(RequestError, match="--obcache-folder-gb"):
+        drive.manager.stored.save(context, "a save")
+    # One that another server has written goes first of all.
+    files_of(drive).most_bytes = None
+    saved(drive, context)
+    assert Folder.opened(tmp_path).shrink(3 * size) == [files_of(drive).name(context)]
+    assert {each.name for each in Folder.opened(tmp_path).entries()} == set(names)
+
+
+def test_what_cannot_be_deleted_stays_and_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive = server(tmp_path, save="compressed", size=2000)
+    names = []
+    for first in (100, 200, 300, 400):
+        names.append(files_of(drive).name(compressed(drive, tokens=array("q", range(first, first + 40)))))
+        settled(drive, tmp_path)
+        os.utime(Folder.opened(tmp_path).path_of(names[-1], 0, 1), (first, first))
+    size = next(each.num_bytes for each in Folder.opened(tmp_path).entries())
+    original = Path.unlink
+
+    def unlink(path: Path, **options: Any) -> None:
+        if names[0] in path.name:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        original(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert Folder.opened(tmp_path).shrink(2 * size) == names[1:3]
+
+
+def test_what_is_read_again_and_again_is_not_the_first_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obcache_sglang.scheduler.context_files.TOUCH_SECONDS", 0.0)
+    drive = server(tmp_path, save="compressed", size=2000)
+    first, second = compressed(drive), compressed(drive, tokens=array("q", range(500, 540)))
+    settled(drive, tmp_path)
+    for number, each in enumerate((first, second)):
+        os.utime(Folder.opened(tmp_path).path_of(files_of(drive).name(each), 0, 1), (number, number))
+    assert answered(drive) == "reused"
+    wait_for(lambda: max(each.used_at for each in Folder.opened(tmp_path).entries()) > 100)
+    size = next(each.num_bytes for each in Folder.opened(tmp_path).entries())
+    assert Folder.opened(tmp_path).shrink(size) == [files_of(drive).name(second)]
+
+
+def test_a_deleted_context_does_not_come_back_as_what_an_earlier_record_of_it_was_saved_as(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive = server(tmp_path, save="compressed", size=2000, max_contexts=2)
+    may_go_on, original, begun = threading.Event(), format_of_files.Writer.finish, []
+
+    def finish(writer: Any) -> int:
+        begun.append(writer)
+        if len(begun) == 1:
+            may_go_on.wait(20)
+        return original(writer)
+
+    monkeypatch.setattr(format_of_files.Writer, "finish", finish)
+    old = compressed(drive)
+    name = files_of(drive).name(old)
+    wait_for(lambda: drive.step() is not None and begun and not drive.manager.stored._saves.under_way[0].holds)
+    for first in (500, 600):
+        compressed(drive, tokens=array("q", range(first, first + 40)))
+    assert drive.manager.cache.get(old.id) is None, "its record was forgotten"
+    new = compressed(drive)
+    assert new is not old and new.id == old.id
+    answer = control_calls.answer(drive.manager, {"op": "delete", "name": new.id, "namespace": None, "now": drive.now})
+    assert answer["ok"], answer
+    may_go_on.set()
+    settled(drive, tmp_path)
+    wait_for(lambda: name not in files_of(drive).going)
+    assert name not in {each.name for each in Folder.opened(tmp_path).entries()}
+
+
+def test_a_save_that_nobody_asked_for_gives_way_before_a_pin_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_threads, "BUFFER_BYTES", 1)
+    may_go_on, original = threading.Event(), format_of_files.Writer.layer
+    monkeypatch.setattr(format_of_files.Writer, "layer", lambda *given: (may_go_on.wait(20), original(*given))[1])
+    drive = server(tmp_path)
+    pinned, held = compressed(drive, tokens=array("q", range(900, 940))), compressed(drive)
+    drive.manager.cache.pin(pinned)
+    drive.manager.stored._saves.begin(held, None)
+    assert held.num_holders == 1
+    drive.ask(array("q", range(3000, 3060)))
+    nothing = (None, drive.engine.running_batch_now())
+    drive.manager._release_pins_if_starved(nothing, asked=True)
+    assert (held.num_holders, pinned.pinned) == (0, True)
+    drive.manager._release_pins_if_starved(nothing, asked=True)
+    assert not pinned.pinned
+    may_go_on.set()
+    assert counters(drive)["file_unsaved"] == 1
