@@ -4,9 +4,11 @@
 set -euo pipefail
 
 markers="not long"
+# Two at a time, each with half of the processors: servers of a small model gain little from more. Long tests have several servers themselves.
+workers=2
 case "${1:-}" in
     "") ;;
-    --all) markers="" ;;
+    --all) markers="" workers=0 ;;
     *)
         echo "usage: bash launch/test.sh [--all]    unknown argument: $1" >&2
         exit 2
@@ -34,8 +36,8 @@ others="$(mktemp)"
 others_pid=$!
 trap 'kill "$others_pid" 2>/dev/null || true; rm -f "$others"' EXIT
 status=0
-# Both wait a lot: for servers, and in one thread of Triton's interpreter.
-python -m pytest tests/serving -m "$markers" --durations=10 || status=$?
+# All of them wait a lot: for servers, and in one thread of Triton's interpreter.
+python -m pytest tests/serving -m "$markers" --numprocesses "$workers" --dist loadfile --durations=10 || status=$?
 wait "$others_pid" || status=$?
 cat "$others"
 exit "$status"

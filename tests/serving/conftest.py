@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 import time
@@ -33,6 +34,15 @@ def serving(model_dir: Path, folder: Path, flags: tuple[str, ...], env: dict[str
     """What a fixture yields from: a server, with its log in folder, that is `checked` at the end."""
     with serve(model_dir, folder / "log", flags, env) as running:
         yield from checked(running)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each of several workers of pytest-xdist has processors of its own for its servers: a small model gains nothing from a second one."""
+    worker, number = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    processors = sorted(os.sched_getaffinity(0))
+    if worker and number <= len(processors):
+        mine = processors[int(worker.removeprefix("gw")) :: number]
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", ",".join(map(str, mine)))
 
 
 @contextlib.contextmanager
