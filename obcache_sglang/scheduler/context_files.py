@@ -8,7 +8,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +57,7 @@ class ContextFiles:
     on_disk: names of the files that this rank knows of and can use. bad: of those that turned out not to be what they should. expired: of those whose
     time had passed.
     going: of those that are being deleted, and of those that could not be.
+    found: contexts in the folder, of all servers, and their files' bytes, when it was last looked at.
     given_up: threads that nobody waits for any more.
     expiring: when files are to be deleted, by name, whether or not their contexts are resident; in seconds since the epoch.
     results: of what control calls asked for, by the name that the call gave it.
@@ -73,14 +73,15 @@ class ContextFiles:
     on_disk: set[str] = field(default_factory=set)
     bad: set[str] = field(default_factory=set)
     expired: set[str] = field(default_factory=set)
+    found: tuple[int, int] = (0, 0)
     going: set[str] = field(default_factory=set)
     given_up: list[Reading | Writing] = field(default_factory=list)
     expiring: dict[str, float] = field(default_factory=dict)
     results: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
     _looked_at: float = 0.0
     _touched: OrderedDict[str, float] = field(default_factory=OrderedDict)
-    _shrinking: Errand | None = None
-    _is_to_shrink: bool = False
+    _tidying: Errand | None = None
+    _is_untidy: bool = False
     _shrunk: deque[str] = field(default_factory=deque)
 
     def head(self, context: Context) -> Head:
@@ -131,7 +132,9 @@ class ContextFiles:
     def look(self) -> None:
         """Which files there are. Raises OSError."""
         known = set(self.on_disk)
-        mine = {name for name, num_ranks in self.folder.complete() if num_ranks == self.served.num_ranks}
+        found = self.folder.complete()
+        mine = {name for name, num_ranks in found if num_ranks == self.served.num_ranks}
+        self.found = len(found), sum(each.num_bytes for files in found.values() for each in files)
         # What was saved meanwhile is there too; what cannot be used may be written anew.
         self.on_disk = (mine | self.on_disk - known) - self.going - self.bad - self.expired
 
@@ -164,7 +167,7 @@ class ContextFiles:
         self.bad.discard(name)
         self.expired.discard(name)
         self.expires(name, expires_at)
-        self._make_room()
+        self._tidy()
 
     def used(self, name: str) -> None:
         """A context is read that has a file: a thread notes it, now and then, so that the file is not the first to go."""
@@ -181,21 +184,21 @@ class ContextFiles:
         """Whether a context's files alone would take more than the folder may."""
         return self.most_bytes is not None and head.served.num_ranks * head.spans()["v"][1] > self.most_bytes
 
-    def _make_room(self) -> None:
-        """A thread of the first rank deletes files, until all of them take no more than they may."""
-        if self.most_bytes is None or self.served.rank != 0:
-            return
-        self._is_to_shrink = True
-        if self._shrinking is None or not self._shrinking.is_alive:
-            self._shrinking = Errand(partial(self._shrink, self.most_bytes))
+    def _tidy(self) -> None:
+        """A thread of the first rank deletes files, until all of them take no more than they may, and looks at what there is."""
+        if self.served.rank == 0:
+            self._is_untidy = True
+            if self._tidying is None or not self._tidying.is_alive:
+                self._tidying = Errand(self._shrink)
 
-    def _shrink(self, most_bytes: int) -> None:
-        while self._is_to_shrink:
-            self._is_to_shrink = False
-            gone = self.folder.shrink(most_bytes)
+    def _shrink(self) -> None:
+        while self._is_untidy:
+            self._is_untidy = False
+            gone = [] if self.most_bytes is None else self.folder.shrink(self.most_bytes)
             self._shrunk.extend(gone)
             if gone:
                 logger.info("obcache: %d contexts were deleted from folder %s to make room", len(gone), self.folder.path)
+            self.look()
 
     def notice_shrunk(self) -> None:
         """What the thread has deleted by now is not there any more."""

@@ -39,6 +39,7 @@ class Metrics:
         self._host_load_seconds = 0.0
         self._contexts = 0
         self._host_contexts = 0
+        self._in_folder = 0, 0
         self._pinned = 0
         self._waiting = 0
         self._waiting_seconds = 0.0
@@ -114,6 +115,15 @@ class Metrics:
             self._prometheus.file_saves.inc()
             self._prometheus.file_bytes_written.inc(num_bytes)
             self._prometheus.file_save_seconds.observe(seconds)
+
+    def in_folder(self, contexts: int, num_bytes: int) -> None:
+        """So many contexts lie in the folder, and their files have so many bytes."""
+        if (contexts, num_bytes) == self._in_folder:  # as in most passes
+            return
+        self._in_folder = contexts, num_bytes
+        if self._prometheus:
+            self._prometheus.folder_contexts.set(contexts)
+            self._prometheus.folder_bytes.set(num_bytes)
 
     def unsaved(self) -> None:
         """A context that was to be saved without anybody's asking was not."""
@@ -231,6 +241,8 @@ class Metrics:
             "exact": dict(self._exact),
             "contexts": self._contexts,
             "host_contexts": self._host_contexts,
+            "folder_contexts": self._in_folder[0],
+            "folder_bytes": self._in_folder[1],
             "pinned": self._pinned,
             "waiting": self._waiting,
             "waiting_seconds": self._waiting_seconds,
@@ -264,6 +276,8 @@ class _Prometheus:
         self.slots_saved = counter("slots_saved_total", "KV slots given back by compressions.")
         self.contexts = gauge("contexts", "Compressed contexts resident now.")
         self.host_contexts = gauge("host_contexts", "Compressed contexts that are in host memory alone now.")
+        self.folder_contexts = gauge("folder_contexts", "Contexts in the folder, whoever saved them, when it was last looked at.")
+        self.folder_bytes = gauge("folder_bytes", "Bytes of their files.")
         self.pinned = gauge("pinned_contexts", "Compressed contexts that are pinned now.")
         self.waiting = gauge("waiting_requests", "Requests that wait for a compression now.")
         self.evictions = counter("evictions_total", "Compressed contexts that were evicted to make room.")

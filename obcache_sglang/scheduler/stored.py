@@ -146,6 +146,7 @@ class StoredContexts:
         self.host.advance()
         if self._files is not None:
             self._files.notice_shrunk()
+            self.jobs.metrics.in_folder(*self._files.found)
             self._loads.advance()
             self._saves.advance()
 

@@ -887,6 +887,9 @@ def test_each_context_is_saved_once_it_is_compressed(tmp_path: Path) -> None:
     settled(second, tmp_path)
     assert (counters(second)["file_loads"], counters(second)["file_saves"]) == (1, 0), "it was saved already"
     assert counters(first)["file_saves"] == 1
+    (entry,) = Folder.opened(tmp_path).entries()
+    wait_for(lambda: first.step() is not None and counters(first)["folder_bytes"] == entry.num_bytes)
+    assert (counters(first)["folder_contexts"], counters(second)["folder_contexts"]) == (1, 1)
     assert first.accounts()[2] == second.accounts()[2] == 0, "nothing is held any more"
 
 

@@ -654,6 +654,7 @@ def test_metrics_count_once_for_status_and_prometheus():
     metrics.saved(0.75, num_bytes=2000)
     metrics.file_missed()
     metrics.unsaved()
+    metrics.in_folder(2, 5000)
     metrics.came_back(0.125, num_slots=30)
     cache = ContextCache(make_tree(200, host="write_back"), max_contexts=3)
     made = []
@@ -680,6 +681,8 @@ def test_metrics_count_once_for_status_and_prometheus():
         "compression_seconds": 0.5,
         "exact": {"session": 1},
         "host_contexts": 1,
+        "folder_contexts": 2,
+        "folder_bytes": 5000,
         "host_loads": 1,
         "host_slots_loaded": 30,
         "host_load_seconds": 0.125,
