@@ -133,6 +133,7 @@ def test_gates_are_those_of_calibrate_and_are_used_at_once(server: Server, model
     assert server.get("/obcache/status")["settings"]["gates"] == str(file)
 
 
+@pytest.mark.long
 def test_contexts_of_a_tenant_are_never_read_and_former_gates_keep_nothing(server: Server, model_dir: Path) -> None:
     """After the test above: contexts were compressed with its gates."""
     names = sorted(name for name, text in topics.items() if len(text) > 3000)

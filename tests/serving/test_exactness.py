@@ -24,7 +24,6 @@ CONTEXT_TOKENS = 541  # odd, and its window of 64 spans two prefill chunks of 51
 
 FIRST = [
     ("snapkv", "obcache-k", 0.5, "adakv"),
-    ("snapkv", "obcache-kv", 0.8, "global"),
     ("tova", "attention", 0.5, "uniform"),
     ("tova", "obcache-v", 0.8, "profile"),
     ("replay", "obcache-v", 0.8, "global"),

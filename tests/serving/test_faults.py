@@ -191,7 +191,7 @@ BESIDE = {
 """What is called only after another defect, and which."""
 
 
-USUAL = ("schedule", "keep")
+USUAL = ("schedule",)
 """Faults of every run; the others take twenty-five minutes more."""
 
 

@@ -105,8 +105,8 @@ def test_questions_are_answered_alike_either_way(server: Server, model_dir: Path
 
 
 def test_requests_that_run_meanwhile_are_not_changed(server: Server, model_dir: Path) -> None:
-    context = document(model_dir, 2000, "class")
-    running = {"prompt": document(model_dir, 60, "exceptions"), "obcache": False, "max_new_tokens": 150}
+    context = document(model_dir, 1200, "class")
+    running = {"prompt": document(model_dir, 60, "exceptions"), "obcache": False, "max_new_tokens": 100}
     running["sampling_params"] = {"ignore_eos": True}
     flush(server)
     alone = generate(server, **running)["output_ids"]

@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from obcache_sglang.local_server import Server
 from tests.serving.client import (
     QUESTIONS,
@@ -197,7 +199,7 @@ def test_retracted_requests_answer_as_if_alone(tight_server: Server, model_dir: 
         {
             "prompt": context + question(model_dir, f"\n\nPoint {i}:"),
             "obcache": wish(),
-            "max_new_tokens": 60,
+            "max_new_tokens": 48,
             "sampling_params": {"ignore_eos": True},
         }
         for i in range(4)
@@ -227,6 +229,7 @@ def used_slots(server: Server) -> int:
     return server.get("/v1/loads")["loads"][0]["num_used_tokens"]
 
 
+@pytest.mark.long
 def test_a_replay_shows_its_progress(server: Server, model_dir: Path) -> None:
     flush(server)
     length = 2003
@@ -247,6 +250,7 @@ def test_a_replay_shows_its_progress(server: Server, model_dir: Path) -> None:
     assert "nonsense" in refused.text
 
 
+@pytest.mark.long
 def test_hanging_up_in_the_middle_of_a_replay_ends_it(server: Server, model_dir: Path) -> None:
     flush(server)
     # Fifty passes: far from the last one, which is let finish, when its client is gone.

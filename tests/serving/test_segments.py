@@ -59,8 +59,8 @@ def prefilled_tokens(server: Server) -> int:
 
 @pytest.mark.parametrize(
     ("budget", "how"),
-    [("profile", "segment_tokens"), ("profile", "boundaries"), ("uniform", "boundaries"), ("profile", "exact_segments")]
-    + [pytest.param(budget, "segment_tokens", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global")]
+    [("uniform", "boundaries"), ("profile", "exact_segments"), pytest.param("profile", "boundaries", marks=pytest.mark.long)]
+    + [pytest.param(budget, "segment_tokens", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global", "profile")]
     + [pytest.param(budget, "exact_segments", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global")],
 )
 def test_same_tokens_as_transformers_pruned_after_each_segment(server: Server, model_dir: Path, budget: str, how: str) -> None:
