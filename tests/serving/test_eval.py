@@ -68,6 +68,7 @@ def test_ratio_zero_is_exact_and_ratio_nine_tenths_of_chance_is_not(run_dir: Pat
     assert right > 0
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_goes_on_where_it_was(server: Server, run_dir: Path, tmp_path: Path) -> None:
     def answers(lines: list[dict]) -> list[dict]:
         """What of an answer does not depend on what the server has cached."""

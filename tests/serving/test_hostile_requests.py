@@ -224,6 +224,7 @@ def test_who_names_requests_like_others_changes_nothing(server: Server, model_di
     assert generate(server, prompts[0], obcache=wish)["output_ids"] == exact[0]
 
 
+@pytest.mark.long
 def test_a_compression_is_not_ended_by_the_beginning_of_its_name(server: Server, model_dir: Path) -> None:
     """SGLang aborts whatever begins with the id of a request that a client aborts, also what is not the client's."""
     prompt = document(model_dir, 1500, "class") + question(model_dir, "\n\nIn short,")

@@ -75,6 +75,7 @@ def test_aborting_the_question_that_compresses_leaves_the_others(server: Server,
     assert compressions(server) == before + 1
 
 
+@pytest.mark.long
 def test_aborting_everyone_who_waits_ends_the_compression(server: Server, model_dir: Path) -> None:
     flush(server)
     prompt = document(model_dir, 2001) + question(model_dir, "\n\nIn short,")
@@ -280,6 +281,7 @@ def test_a_flush_in_the_middle_of_a_replay_waits_for_it(server: Server, model_di
     assert server.get("/obcache/contexts")["contexts"] == []
 
 
+@pytest.mark.long
 def test_a_replay_whose_exact_cache_is_evicted_reads_it_again(tight_server: Server, model_dir: Path) -> None:
     flush(tight_server)
     context = document(model_dir, L, "exceptions")

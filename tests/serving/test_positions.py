@@ -147,7 +147,8 @@ def test_a_global_budget_is_a_plain_sort_of_all_heads(server: Server, layers: li
     assert max(map(len, kept)) > 3 * min(map(len, kept))
 
 
-@pytest.mark.parametrize(("score", "ratio"), [("obcache-v", 0.9), pytest.param("obcache-kv", 0.7, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("score", "ratio"), [("obcache-v", 0.9), ("obcache-kv", 0.7)])
 def test_a_replay_divides_its_global_budget_by_measured_errors(
     server: Server, replays: dict[int, list[list[Layer]]], model_dir: Path, score: str, ratio: float
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_text_that_has_grown_costs_its_last_segments_only(server: Server, mode
     assert turns == [1000, 1100 - 896, 1150 - 1024, 1900 - 1024]
 
 
+@pytest.mark.long
 def test_a_pool_too_small_for_the_whole_compresses_it_by_segments(tight_server: Server, model_dir: Path) -> None:
     """1,312 tokens and the 384 that are kept are more than the pool's 1,536 slots; requests are retracted meanwhile."""
     context = document(model_dir, 1312, "customization")
