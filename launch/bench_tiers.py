@@ -31,15 +31,16 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=8, help="of each length (default: 8)")
     parser.add_argument("--ratio", type=float, default=0.7, help="compression ratio (default: 0.7)")
     parser.add_argument("--seed", type=int, default=0, help="of the documents (default: 0)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model (default: bfloat16)")
     arguments = parser.parse_args()
-    model = ensure_model("bfloat16")
+    model = ensure_model(arguments.dtype)
     tokenizer = AutoTokenizer.from_pretrained(model)
     for tokens in arguments.tokens:
         workload = make_workload(
             tokenizer, documents=arguments.documents + 1, tokens=tokens, questions=2, seed=arguments.seed, answer_tokens=1
         )
         with tempfile.TemporaryDirectory() as folder:
-            flags = ["--max-total-tokens", str(3 * workload.longest), "--chunked-prefill-size", "8192", "--enable-cache-report"]
+            flags = ["--max-total-tokens", str(3 * workload.longest), "--chunked-prefill-size", "8192", "--dtype", arguments.dtype]
             flags += ["--enable-hierarchical-cache", "--hicache-ratio", "2", "--obcache", "--obcache-gates", "smollm2-135m"]
             flags += [
                 "--obcache-compression-ratio",
@@ -52,7 +53,7 @@ def main() -> None:
             with serve(model, cache_dir() / "bench-tiers.log", flags) as server:
                 places = Places(server)
                 seconds = [places.measure(*workload.asks[2 * each : 2 * each + 2]) for each in range(arguments.documents + 1)][1:]
-        print(f"\n{tokens} tokens, {arguments.documents} documents, ratio {arguments.ratio:g}, bfloat16\n", flush=True)
+        print(f"\n{tokens} tokens, {arguments.documents} documents, ratio {arguments.ratio:g}, {arguments.dtype}\n", flush=True)
         print("| the context is | first token, median | of an exact prefill |\n|---|---|---|")
         for place in seconds[0]:
             ratio = paired_ratio([each[place] for each in seconds], [each[EXACT] for each in seconds])
