@@ -40,7 +40,14 @@ def main() -> None:
             tokenizer, documents=arguments.documents + 1, tokens=tokens, questions=2, seed=arguments.seed, answer_tokens=1
         )
         with tempfile.TemporaryDirectory() as folder:
-            flags = ["--max-total-tokens", str(3 * workload.longest), "--chunked-prefill-size", "8192", "--dtype", arguments.dtype]
+            flags = [
+                "--max-total-tokens",
+                str(3 * workload.longest),
+                "--chunked-prefill-size",
+                "8192",
+                "--dtype",
+                arguments.dtype,
+            ]
             flags += ["--enable-hierarchical-cache", "--hicache-ratio", "2", "--obcache", "--obcache-gates", "smollm2-135m"]
             flags += [
                 "--obcache-compression-ratio",
