@@ -75,5 +75,5 @@ def compressions(server: Server) -> int:
 
 
 def flush(server: Server) -> None:
-    response = server.request("POST", "/flush_cache", params={"timeout": 30})
+    response = server.request("POST", "/flush_cache", params={"timeout": 120})
     assert response.status_code == 200, response.text

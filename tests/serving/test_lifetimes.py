@@ -270,9 +270,9 @@ def test_hanging_up_in_the_middle_of_a_replay_ends_it(server: Server, model_dir:
 
 def test_a_flush_in_the_middle_of_a_replay_waits_for_it(server: Server, model_dir: Path) -> None:
     flush(server)
-    stream = progress(server, {"input_ids": document(model_dir, 2007, "class"), **REPLAY})
+    stream = progress(server, {"input_ids": document(model_dir, 1207, "class"), **REPLAY})
     for step in stream:
-        if step["progress"]["tokens"] > 2007:
+        if step["progress"]["tokens"] > 1207:
             break
     flush(server)
     *_, made = stream
