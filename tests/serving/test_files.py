@@ -19,7 +19,7 @@ from obcache_sglang import contexts as command
 from obcache_sglang.kv.folder import KEY_FILE, SUFFIX
 from obcache_sglang.local_server import Server, serve
 from tests.serving.client import QUESTIONS, document, flush, generate, question, report
-from tests.serving.conftest import COMMON, STRICT, checked, routed
+from tests.serving.conftest import COMMON, STRICT, checked
 from tests.serving.test_lifetimes import wait_for
 
 L = 304
@@ -227,11 +227,9 @@ def test_replicas_that_share_a_folder_compress_each_document_once(model_dir: Pat
 
     with contextlib.ExitStack() as stack:
         replicas = [stack.enter_context(serve(model_dir, tmp_path / f"replica{each}", flags, STRICT)) for each in range(2)]
-        router = stack.enter_context(routed(replicas, tmp_path, ("--policy", "round_robin")))
-        first = [ask(router, prompt) for prompt in prompts]
+        first = [ask(replicas[each % 2], prompt) for each, prompt in enumerate(prompts)]
         wait_for(lambda: len(list((tmp_path / "folder").glob(f"*{SUFFIX}"))) == number)
-        ask(router, [1, 2, 3])  # from now on each question goes to the other replica
-        again = [ask(router, prompt) for prompt in prompts]
+        again = [ask(replicas[1 - each % 2], prompt) for each, prompt in enumerate(prompts)]
         assert [status for status, _ in first] == ["compressed"] * number
         assert [status for status, _ in again] == ["reused"] * number
         assert [answer for _, answer in first] == [answer for _, answer in again]
