@@ -146,7 +146,10 @@ class StoredContexts:
         self.host.advance()
         if self._files is not None:
             self._files.notice_shrunk()
-            self.jobs.metrics.in_folder(*self._files.found)
+            try:  # as in `Jobs`: whatever fails here on one rank changes no decision
+                self.jobs.metrics.in_folder(*self._files.found)
+            except Exception:
+                logger.exception("obcache: updating the metrics failed")
             self._loads.advance()
             self._saves.advance()
 

@@ -10,7 +10,8 @@ import re
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -865,6 +866,32 @@ def settled(drive: Driven, folder: Path) -> list[str]:
     return sorted(each.name for each in Folder.opened(folder).entries())
 
 
+def names_in(folder: Path) -> set[str]:
+    """Of the contexts that have files there."""
+    return {each.name for each in Folder.opened(folder).entries()}
+
+
+def file_size(folder: Path) -> int:
+    """Of one of the files there, which are of equally long contexts."""
+    return Folder.opened(folder).entries()[0].num_bytes
+
+
+@contextmanager
+def nothing_begins(drive: Driven) -> Iterator[None]:
+    """What is to be saved waits, until the block ends."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(drive.manager.stored._saves, "_begin_waiting", lambda: None)
+        yield
+
+
+def finish_waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set no file becomes complete."""
+    may_go_on = threading.Event()
+    original = format_of_files.Writer.finish
+    monkeypatch.setattr(format_of_files.Writer, "finish", lambda writer: (may_go_on.wait(20), original(writer))[1])
+    return may_go_on
+
+
 def answered(drive: Driven, tokens: array[int] = CONTEXT) -> str:
     """What a question comes to; it ends at once."""
     req = drive.ask(tokens, question=9)
@@ -915,9 +942,7 @@ def test_nothing_is_saved_that_nobody_asks_for_by_default(tmp_path: Path) -> Non
 
 def test_one_that_is_gone_before_its_turn_is_counted_and_saved_when_it_is_made_again(tmp_path: Path) -> None:
     drive = server(tmp_path, save="compressed")
-    saves = drive.manager.stored._saves
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(saves, "_begin_waiting", lambda: None)
+    with nothing_begins(drive):
         context = compressed(drive)
     drive.manager.cache.drop_node(context)
     assert settled(drive, tmp_path) == []
@@ -929,9 +954,7 @@ def test_one_that_is_gone_before_its_turn_is_counted_and_saved_when_it_is_made_a
 def test_of_too_many_the_first_to_come_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("obcache_sglang.scheduler.saves.MOST_WAITING", 2)
     drive = server(tmp_path, save="compressed")
-    saves = drive.manager.stored._saves
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(saves, "_begin_waiting", lambda: None)
+    with nothing_begins(drive):
         made = [compressed(drive, tokens=array("q", range(first, first + 40))) for first in (100, 200, 300)]
     assert settled(drive, tmp_path) == sorted(files_of(drive).name(each) for each in made[1:])
     assert counters(drive)["file_unsaved"] == 1
@@ -939,9 +962,7 @@ def test_of_too_many_the_first_to_come_are_given_up(tmp_path: Path, monkeypatch:
 
 def test_a_deleted_one_is_not_saved(tmp_path: Path) -> None:
     drive = server(tmp_path, save="compressed")
-    saves = drive.manager.stored._saves
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(saves, "_begin_waiting", lambda: None)
+    with nothing_begins(drive):
         context = compressed(drive)
     drive.manager.cache.delete(context)
     drive.manager.sweep()
@@ -950,9 +971,7 @@ def test_a_deleted_one_is_not_saved(tmp_path: Path) -> None:
 
 def test_updated_weights_end_what_waits(tmp_path: Path) -> None:
     drive = server(tmp_path, save="compressed")
-    saves = drive.manager.stored._saves
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(saves, "_begin_waiting", lambda: None)
+    with nothing_begins(drive):
         compressed(drive)
     drive.manager.stored.turn_off("the weights were updated")
     compressed(drive, tokens=array("q", range(500, 540)))
@@ -961,9 +980,7 @@ def test_updated_weights_end_what_waits(tmp_path: Path) -> None:
 
 def test_places_stay_for_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drive = server(tmp_path, save="compressed", size=2000)
-    may_go_on = threading.Event()
-    original = format_of_files.Writer.finish
-    monkeypatch.setattr(format_of_files.Writer, "finish", lambda writer: (may_go_on.wait(20), original(writer))[1])
+    may_go_on = finish_waits(monkeypatch)
     made = [compressed(drive, tokens=array("q", range(first, first + 40))) for first in range(100, 700, 100)]
     drive.step()
     saves = drive.manager.stored._saves
@@ -977,9 +994,7 @@ def test_places_stay_for_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_who_asks_for_what_is_being_saved_is_told_what_comes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drive = server(tmp_path, save="compressed")
-    may_go_on = threading.Event()
-    original = format_of_files.Writer.finish
-    monkeypatch.setattr(format_of_files.Writer, "finish", lambda writer: (may_go_on.wait(20), original(writer))[1])
+    may_go_on = finish_waits(monkeypatch)
     context = compressed(drive)
     drive.step()
     drive.manager.stored.save(context, "a save")
@@ -1014,7 +1029,7 @@ def test_ranks_stay_in_step_where_one_cannot_write(tmp_path: Path, monkeypatch: 
     (one, accounts), (other, others) = ranks.run(write)
     assert one == other and accounts == others and accounts[2] == 0
     assert ranks.num_votes[0] == ranks.num_votes[1]
-    wait_for(lambda: sorted({each.name for each in Folder.opened(tmp_path).entries()}) == one)
+    wait_for(lambda: sorted(names_in(tmp_path)) == one)
 
 
 def test_the_folder_keeps_within_its_bounds_and_those_used_longest_ago_go(tmp_path: Path) -> None:
@@ -1024,19 +1039,19 @@ def test_the_folder_keeps_within_its_bounds_and_those_used_longest_ago_go(tmp_pa
         made.append(files_of(drive).name(compressed(drive, tokens=array("q", range(first, first + 40)))))
         settled(drive, tmp_path)
         os.utime(Folder.opened(tmp_path).path_of(made[-1], 0, 1), (first, first))
-    size = next(each.num_bytes for each in Folder.opened(tmp_path).entries())
+    size = file_size(tmp_path)
     tight = server(tmp_path, save="compressed", size=2000, most_bytes=3 * size)
     # The first one is used again.
     assert answered(tight, array("q", range(100, 140))) == "reused"
     fourth = files_of(tight).name(compressed(tight, tokens=array("q", range(400, 440))))
     settled(tight, tmp_path)
     wait_for(lambda: len(Folder.opened(tmp_path).entries()) == 3)
-    assert {each.name for each in Folder.opened(tmp_path).entries()} == {made[0], made[2], fourth}
+    assert names_in(tmp_path) == {made[0], made[2], fourth}
     wait_for(lambda: tight.step() is not None and files_of(tight).on_disk == {made[0], made[2], fourth})
     # What went is compressed anew, and saved anew.
     compressed(tight, tokens=array("q", range(200, 240)))
     settled(tight, tmp_path)
-    wait_for(lambda: {each.name for each in Folder.opened(tmp_path).entries()} == {made[0], made[1], fourth})
+    wait_for(lambda: names_in(tmp_path) == {made[0], made[1], fourth})
 
 
 def test_what_is_saved_lives_no_longer_than_its_first_question_wants(tmp_path: Path) -> None:
@@ -1085,7 +1100,7 @@ def test_a_file_larger_than_the_folder_may_be_is_not_written_and_costs_no_other(
     for first in (100, 200):
         names.append(files_of(drive).name(compressed(drive, tokens=array("q", range(first, first + 40)))))
         settled(drive, tmp_path)
-    size = next(each.num_bytes for each in Folder.opened(tmp_path).entries())
+    size = file_size(tmp_path)
     files_of(drive).most_bytes = 3 * size
     large = array("q", range(1000, 1400))
     kept = KeptTokens(torch.arange(200, dtype=torch.int32).repeat(LAYERS * HEADS), torch.arange(LAYERS * HEADS + 1) * 200)
@@ -1097,7 +1112,7 @@ def test_a_file_larger_than_the_folder_may_be_is_not_written_and_costs_no_other(
     files_of(drive).most_bytes = None
     saved(drive, context)
     assert Folder.opened(tmp_path).shrink(3 * size) == [files_of(drive).name(context)]
-    assert {each.name for each in Folder.opened(tmp_path).entries()} == set(names)
+    assert names_in(tmp_path) == set(names)
 
 
 def test_what_cannot_be_deleted_stays_and_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1107,7 +1122,7 @@ def test_what_cannot_be_deleted_stays_and_others_go(tmp_path: Path, monkeypatch:
         names.append(files_of(drive).name(compressed(drive, tokens=array("q", range(first, first + 40)))))
         settled(drive, tmp_path)
         os.utime(Folder.opened(tmp_path).path_of(names[-1], 0, 1), (first, first))
-    size = next(each.num_bytes for each in Folder.opened(tmp_path).entries())
+    size = file_size(tmp_path)
     original = Path.unlink
 
     def unlink(path: Path, **options: Any) -> None:
@@ -1128,7 +1143,7 @@ def test_what_is_read_again_and_again_is_not_the_first_to_go(tmp_path: Path, mon
         os.utime(Folder.opened(tmp_path).path_of(files_of(drive).name(each), 0, 1), (number, number))
     assert answered(drive) == "reused"
     wait_for(lambda: max(each.used_at for each in Folder.opened(tmp_path).entries()) > 100)
-    size = next(each.num_bytes for each in Folder.opened(tmp_path).entries())
+    size = file_size(tmp_path)
     assert Folder.opened(tmp_path).shrink(size) == [files_of(drive).name(second)]
 
 
@@ -1158,7 +1173,7 @@ def test_a_deleted_context_does_not_come_back_as_what_an_earlier_record_of_it_wa
     may_go_on.set()
     settled(drive, tmp_path)
     wait_for(lambda: name not in files_of(drive).going)
-    assert name not in {each.name for each in Folder.opened(tmp_path).entries()}
+    assert name not in names_in(tmp_path)
 
 
 def test_a_save_that_nobody_asked_for_gives_way_before_a_pin_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1178,3 +1193,14 @@ def test_a_save_that_nobody_asked_for_gives_way_before_a_pin_does(tmp_path: Path
     assert not pinned.pinned
     may_go_on.set()
     assert counters(drive)["file_unsaved"] == 1
+
+
+def test_a_gauge_that_cannot_be_set_ends_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = server(tmp_path), server(tmp_path)
+    saved(first, compressed(first))
+
+    def defect(*_: int) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(second.manager.metrics, "in_folder", defect)
+    assert decided(second, second.ask(CONTEXT)) == "reused"
