@@ -151,6 +151,11 @@ class Head:
         spans = self.spans()
         return tuple((spans[name][1] - spans[name][0]) // self.served.num_layers for name in ("k", "v"))  # type: ignore[return-value]
 
+    @property
+    def has_expired(self) -> bool:
+        """Whether its context was to be deleted by now."""
+        return self.expires_at is not None and self.expires_at <= time.time()
+
     def check(self, served: Served, chooser: str) -> None:
         """Raises BadFile, with the reason, for a file that another server wrote, and FileNotFoundError for one whose time has passed.
 
@@ -159,7 +164,7 @@ class Head:
         for name, mine in asdict(served).items():
             if (its := getattr(self.served, name)) != mine:
                 raise BadFile(f"was written with {name} {its}, and this server has {mine}")
-        if self.expires_at is not None and self.expires_at <= time.time():
+        if self.has_expired:
             raise FileNotFoundError
         if self.chooser != chooser:
             raise BadFile("was written with other gates, or another head profile")

@@ -13,7 +13,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,8 +145,7 @@ class Folder:
         if not is_name(name):
             return 0
         mine = [each for each in self.entries() if each.name == name]
-        for each in mine:
-            self.path_of(name, each.rank, each.num_ranks).unlink(missing_ok=True)
+        self._unlink(mine)
         if mine:
             self._sync()
         return len(mine)
@@ -165,8 +164,7 @@ class Folder:
             if left <= most_bytes:
                 break
             try:
-                for each in files[name]:
-                    self.path_of(name, each.rank, each.num_ranks).unlink(missing_ok=True)
+                self._unlink(files[name])
             except OSError as error:
                 logger.warning("obcache: file %s could not be deleted to make room: %s", name, error)
                 continue
@@ -183,6 +181,10 @@ class Folder:
                     with contextlib.suppress(OSError):
                         if file.stat(follow_symlinks=False).st_mtime < oldest:
                             os.unlink(file.path)
+
+    def _unlink(self, files: Iterable[Entry]) -> None:
+        for each in files:
+            self.path_of(each.name, each.rank, each.num_ranks).unlink(missing_ok=True)
 
     def _sync(self) -> None:
         """What was renamed or deleted stays so after a power cut."""

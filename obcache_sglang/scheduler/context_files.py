@@ -106,7 +106,7 @@ class ContextFiles:
 
         is_named: whether somebody asked for it by name. For whoever does so in another namespace it is not there: FileNotFoundError.
         """
-        if head.expires_at is not None and head.expires_at <= time.time():
+        if head.has_expired:
             self.expired.add(name)
         head.check(self.served, self.chooser(head.settings))
         if file_name(self.folder.key, head, namespace, table.tokens, table.judges) != name:
@@ -118,7 +118,7 @@ class ContextFiles:
 
     def may_read(self, name: str) -> bool:
         """Whether this rank has no reason not to look for a file."""
-        return name != "" and name not in self.bad and name not in self.going and not self._is_stuck()
+        return name not in self.bad and self.may_write(name)
 
     def may_write(self, name: str) -> bool:
         """Whether this rank has no reason not to begin a file that nobody waits for."""

@@ -137,11 +137,12 @@ class Saves:
 
     def yields(self) -> bool:
         """Gives up a save that nobody asked for, and that locks its context: something else needs the room. Whether there was one."""
-        for save in [each for each in self.under_way if each.asked is None and each.holds]:
-            save.error = save.error or "its slots are needed"
-            self.end(save, "")
-            return True
-        return False
+        save = next((each for each in self.under_way if each.asked is None and each.holds), None)
+        if save is None:
+            return False
+        save.error = save.error or "its slots are needed"
+        self.end(save, "")
+        return True
 
     def advance(self) -> None:
         """One step of each."""
