@@ -11,15 +11,16 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
-import scipy.stats  # type: ignore[import-untyped]
 from transformers import AutoTokenizer
 
 from launch.model import cache_dir, ensure_model
 from obcache_sglang.bench.workload import Ask, make_workload
+from obcache_sglang.eval.intervals import difference
 from obcache_sglang.local_server import Server, serve
+
+EXACT = "nowhere, read exactly"
 
 OTHER_TEXT_TOKENS = 256
 """Of each prompt that pushes contexts out of the pool."""
@@ -40,23 +41,10 @@ def main() -> None:
             tokenizer, documents=arguments.documents + 1, tokens=tokens, questions=2, seed=arguments.seed, answer_tokens=1
         )
         with tempfile.TemporaryDirectory() as folder:
-            flags = [
-                "--max-total-tokens",
-                str(3 * workload.longest),
-                "--chunked-prefill-size",
-                "8192",
-                "--dtype",
-                arguments.dtype,
-            ]
-            flags += ["--enable-hierarchical-cache", "--hicache-ratio", "2", "--obcache", "--obcache-gates", "smollm2-135m"]
-            flags += [
-                "--obcache-compression-ratio",
-                str(arguments.ratio),
-                "--obcache-folder",
-                folder,
-                "--obcache-save",
-                "compressed",
-            ]
+            pool = ("--max-total-tokens", str(3 * workload.longest), "--chunked-prefill-size", "8192", "--dtype", arguments.dtype)
+            host = ("--enable-hierarchical-cache", "--hicache-ratio", "2")
+            ours = ("--obcache", "--obcache-gates", "smollm2-135m", "--obcache-compression-ratio", str(arguments.ratio))
+            flags = (*pool, *host, *ours, "--obcache-folder", folder, "--obcache-save", "compressed")
             with serve(model, cache_dir() / "bench-tiers.log", flags) as server:
                 places = Places(server)
                 seconds = [places.measure(*workload.asks[2 * each : 2 * each + 2]) for each in range(arguments.documents + 1)][1:]
@@ -65,9 +53,6 @@ def main() -> None:
         for place in seconds[0]:
             ratio = paired_ratio([each[place] for each in seconds], [each[EXACT] for each in seconds])
             print(f"| {place} | {statistics.median(each[place] for each in seconds):.3f} s | {ratio} |", flush=True)
-
-
-EXACT = "nowhere, read exactly"
 
 
 class Places:
@@ -86,7 +71,8 @@ class Places:
         self.server.flush_cache()
         found["nowhere, compressed by gates"] = self.seconds(first, gate, "compressed")
         found["in the pool"] = self.seconds(second, gate, "reused", "device")
-        self._wait(lambda context: context["on_disk"])
+        while not self._context()["on_disk"]:
+            time.sleep(0.1)
         while self._context()["tier"] != "host":
             self._push()
         found["in host memory"] = self.seconds(second, gate, "reused", "host")
@@ -120,19 +106,15 @@ class Places:
         contexts = self.server.get("/obcache/contexts")["contexts"]
         return next(each for each in contexts if each["state"] in ("resident", "host"))
 
-    def _wait(self, condition: Callable[[dict[str, Any]], bool]) -> None:
-        while not condition(self._context()):
-            time.sleep(0.1)
-
 
 def paired_ratio(these: list[float], those: list[float]) -> str:
     """The geometric mean of the ratios of pairs, with its 95 % interval (Student's t of their logarithms)."""
-    logs = [math.log(one / other) for one, other in zip(these, those, strict=True)]
-    mean = statistics.fmean(logs)
-    if len(logs) < 2 or not any(logs):
-        return f"{math.exp(mean):.3f}x"
-    margin = scipy.stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return f"{math.exp(mean):.3f}x [{math.exp(mean - margin):.3f}, {math.exp(mean + margin):.3f}]"
+    logs = {index: [(math.log(one), math.log(other))] for index, (one, other) in enumerate(zip(these, those, strict=True))}
+    found = difference({"": logs}, bounded=False)
+    assert found is not None, "there are documents"
+    if found.equal or found.low is None or found.high is None:
+        return f"{math.exp(found.mean):.3f}x"
+    return f"{math.exp(found.mean):.3f}x [{math.exp(found.low):.3f}, {math.exp(found.high):.3f}]"
 
 
 if __name__ == "__main__":
