@@ -6,6 +6,7 @@ the launcher and the processes that it spawns are such forks; each gets the envi
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import gc
@@ -18,22 +19,25 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NoReturn
 
 # What SGLang imports and takes longest; a name that a later version lacks ends the tests' start with an ImportError.
 LIBRARIES = (
-    *("torch", "torch._inductor.compile_fx", "torch._inductor.select_algorithm", "torch.distributed.tensor", "torchvision"),
-    *(
-        "transformers",
-        "transformers.modeling_utils",
-        "transformers.processing_utils",
-        "flashinfer",
-        "openai",
-        "scipy",
-        "fastapi",
-        "aiohttp",
-    ),
+    "torch",
+    "torch._inductor.compile_fx",
+    "torch._inductor.select_algorithm",
+    "torch.distributed.tensor",
+    "torchvision",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.processing_utils",
+    "flashinfer",
+    "openai",
+    "scipy",
+    "fastapi",
+    "aiohttp",
 )
 # The scheduler and the detokenizer. Further processes (other ranks) are started anew, as without this module.
 CHILDREN_OF_A_LAUNCHER = 2
@@ -75,7 +79,7 @@ class _Started(subprocess.Popen[bytes]):
         self.returncode: int | None = None
         self._state, theirs = socket.socketpair()
         with theirs:
-            order = {"arguments": command[2:], "environment": dict(env), "folder": os.getcwd()}
+            order = {"arguments": command[2:], **_surroundings(env)}
             socket.send_fds(orders, [json.dumps(order).encode()], [theirs.fileno(), log.fileno()])
         try:
             self.pid = int(self._line())
@@ -143,8 +147,7 @@ def _launch(log: int, order: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    os.chdir(order["folder"])
-    _take_environment(order["environment"])
+    _move_to(order)
     waiting = [_child_that_waits() for _ in range(CHILDREN_OF_A_LAUNCHER)]
     anew = multiprocessing.util.spawnv_passfds
 
@@ -153,15 +156,9 @@ def _launch(log: int, order: dict[str, Any]) -> None:
             return anew(path, args, files)
         child, end = waiting.pop(0)
         code, *arguments = args[list(args).index("-c") + 1 :]
-        order = {
-            "code": code,
-            "arguments": arguments,
-            "environment": dict(os.environ),
-            "folder": os.getcwd(),
-            "files": list(files),
-        }
+        spawned = {"code": code, "arguments": arguments, "files": list(files), **_surroundings(os.environ)}
         with end:
-            socket.send_fds(end, [json.dumps(order).encode()], list(files))
+            socket.send_fds(end, [json.dumps(spawned).encode()], list(files))
         return child
 
     multiprocessing.util.spawnv_passfds = spawn  # type: ignore[assignment]
@@ -193,15 +190,20 @@ def _become_spawned(orders: socket.socket) -> None:
     for file, number in zip(aside, order["files"], strict=True):
         os.dup2(file, number)
         os.close(file)
-    os.chdir(order["folder"])
-    _take_environment(order["environment"])
+    _move_to(order)
     sys.argv[:] = ["-c", *order["arguments"]]
     exec(order["code"], {"__name__": "__main__"})
 
 
-def _take_environment(environment: dict[str, str]) -> None:
+def _surroundings(env: Mapping[str, str]) -> dict[str, Any]:
+    """What a process has of its starter beside files, for `_move_to`."""
+    return {"environment": dict(env), "folder": os.getcwd()}
+
+
+def _move_to(order: dict[str, Any]) -> None:
+    os.chdir(order["folder"])
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(order["environment"])
 
 
 def _run(what: Callable[[], None]) -> NoReturn:
@@ -218,9 +220,6 @@ def _run(what: Callable[[], None]) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        import atexit
-        import threading
-
         # What a finalizing interpreter does, as far as servers need it.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

@@ -50,9 +50,12 @@ class Lasting:
 
     def new_file(self) -> str:
         """The name of the one file that is not known yet, once it is there."""
-        known = {*self.files.values(), ""}
-        wait_for(lambda: {name.partition(".")[0] for name in os.listdir(self.folder) if name.endswith(SUFFIX)} - known)
-        (found,) = {name.partition(".")[0] for name in os.listdir(self.folder) if name.endswith(SUFFIX)} - known
+
+        def unknown() -> set[str]:
+            return {file.name.partition(".")[0] for file in self.folder.glob(f"*{SUFFIX}")} - {*self.files.values()}
+
+        wait_for(unknown)
+        (found,) = unknown()
         return found
 
     def path(self, name: str) -> Path:
