@@ -28,6 +28,9 @@ from obcache_sglang.support import NO_HICACHE_STORAGE
 
 logger = logging.getLogger(__name__)
 
+BUSY_SLEEP_MILLISECONDS = 2
+"""An idle scheduler sleeps so long between two steps of reading or writing files, which threads do meanwhile."""
+
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
@@ -95,6 +98,20 @@ def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kw
             raise
         logger.exception("obcache: a scheduling pass failed; SGLang picks the batch without it")
         return pick(scheduler, *args, **kwargs)
+
+
+def around_maybe_sleep_on_idle(sleep: Any, scheduler: Any) -> None:
+    """With `--sleep-on-idle` an idle scheduler makes one pass a second: files would be read and written at one step a second."""
+    manager, is_busy = manager_of(scheduler), False
+    try:
+        is_busy = manager is not None and manager.stored.is_busy
+    except Exception:
+        logger.exception("obcache: asking whether files of contexts are under way failed")
+    if is_busy and scheduler.idle_sleeper is not None:
+        # A request ends it at once, as it ends SGLang's own sleep.
+        scheduler.idle_sleeper.poller.poll(BUSY_SLEEP_MILLISECONDS)
+    else:
+        sleep(scheduler)
 
 
 def around_add_one_req(add_one_req: Any, adder: Any, req: Req, *args: Any, **kwargs: Any) -> Any:
@@ -372,6 +389,17 @@ TOUCHES: tuple[Touch, ...] = (
         "after",
         after_take_events,
         "KV events never carry virtual tokens",
+    ),
+    scheduler_hook(
+        "sglang.srt.managers.scheduler.Scheduler.maybe_sleep_on_idle",
+        "around",
+        around_maybe_sleep_on_idle,
+        "sleeps shortly while files of contexts are read or written",
+    ),
+    use(
+        "sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper",
+        "read",
+        "poller: what an idle scheduler waits for; idle_sleeper of the scheduler",
     ),
     use("sglang.srt.managers.schedule_policy.AddReqResult.CONTINUE", "read", "a request that is not admitted, and ends nothing"),
     use(

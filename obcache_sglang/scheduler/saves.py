@@ -58,6 +58,11 @@ class Saves:
         if len(self._waiting) > MOST_WAITING:
             self._unsaved(self._waiting.popitem(last=False)[1])
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the next pass has something to do here: not while a disk that has refused is left alone."""
+        return bool(self.under_way or (self._waiting and not self._pause))
+
     def begin(self, context: Context, asked: str | None) -> None:
         """Raises RequestError. All ranks come here. asked: None for one that nobody asked for."""
         if context.namespace.lora_id is not None:

@@ -43,6 +43,11 @@ class StoredContexts:
         except OSError as error:
             logger.warning("obcache: folder %s cannot be read: %s", files.folder.path, error)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a file is read or written, or is to be written next."""
+        return self._files is not None and bool(self._loads.under_way or self._saves.is_busy)
+
     # --- what questions ask -------------------------------------------------------------------------------------------------------
 
     def awaits(self, req: ContextReq, context: Context) -> bool:
