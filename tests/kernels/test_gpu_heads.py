@@ -244,7 +244,7 @@ def test_attention_with_large_groups(group_size: int, new: tuple[int, int, int, 
 
 # Not bfloat16: the interpreter multiplies its bits as integers.
 @pytest.mark.usefixtures("few_splits")
-@pytest.mark.parametrize("new", [DECODE, SHORT_EXTEND], ids=["decode", "extend"])
+@pytest.mark.parametrize("new", [DECODE, pytest.param(SHORT_EXTEND, marks=pytest.mark.long)], ids=["decode", "extend"])
 def test_attention_with_three_kv_heads_and_an_odd_head_dim_in_float16(new: tuple[int, int, int, int]) -> None:
     engine = Engine(mixed_requests(3, 63, new), 3, 80, torch.float16)
     engine.check_attention(2, engine.triton_step(2))
