@@ -26,6 +26,7 @@ from typing import Any, Literal, NoReturn
 from obcache_sglang import __version__
 from obcache_sglang.compress.gates import GateFile
 from obcache_sglang.compress.head_profile import AUTO, HeadProfile
+from obcache_sglang.compress.hidden_gates import find_hidden_gates, load_hidden_gates
 from obcache_sglang.errors import ConfigError, HostError
 from obcache_sglang.frontend.hooks import GUARD_TOUCHES
 from obcache_sglang.host import Touch, hook_in_place, hook_rows
@@ -99,7 +100,11 @@ def with_measured_files(settings: ServerSettings, model: str) -> ServerSettings:
         Folder.opened(settings.folder)
     head_profile = _measured_file("head_profile", settings.head_profile, HeadProfile.load, model)
     gates = _measured_file("gates", settings.gates, GateFile.load, model)
-    settings = replace(settings, head_profile=head_profile, gates=gates)
+    hidden_gates = settings.hidden_gates
+    if hidden_gates is not None:
+        # Fetched once, not by each process.
+        hidden_gates = str(find_hidden_gates(hidden_gates))
+    settings = replace(settings, head_profile=head_profile, gates=gates, hidden_gates=hidden_gates)
     if gates is None and settings.calibrate == "serve":
         return _with_gates_made_before(settings, model)
     return settings
@@ -213,6 +218,8 @@ def _check_before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any)
             HeadProfile.load(settings.head_profile).check_model(model_config.hf_config)
         if settings.gates is not None:
             GateFile.load(settings.gates).check_model(model_config.hf_config)
+        if settings.hidden_gates is not None:
+            load_hidden_gates(settings.hidden_gates).check_model(model_config.hf_config)
     except (ConfigError, HostError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 

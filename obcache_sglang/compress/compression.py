@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
     from obcache_sglang.compress.gates import Gates
     from obcache_sglang.compress.head_profile import HeadProfile
+    from obcache_sglang.compress.hidden_gates import HiddenGates
     from obcache_sglang.compress.replay import ReplayPass
     from obcache_sglang.compress.rotary import InverseRotary
     from obcache_sglang.kv.context import Context
 
 
 class UnsupportedAttention(Exception):
-    """A layer's attention is not what scores are defined for: capped logits, or cross attention."""
+    """A layer's attention is not what scores are defined for: capped logits, cross attention, or hidden states in another form."""
 
 
 def gate_scores_in_slots(
@@ -59,6 +60,7 @@ class Compressor:
     lanes: (first, last + 1) of a layer's KV heads that this rank has.
     gates: of this rank's heads, for method gate. rotaries: what reads K back to before RoPE for them, by layer id.
     gate_scores: scores the tokens in slots of the pool by gates; as `gate_scores_in_slots`.
+    hidden_gates: of this rank's heads, for method hidden-gate.
     """
 
     kv_pool: MHATokenToKVPool
@@ -70,6 +72,7 @@ class Compressor:
     gates: Gates | None = None
     rotaries: Mapping[int, InverseRotary] = field(default_factory=dict)
     gate_scores: Callable[..., torch.Tensor] = gate_scores_in_slots
+    hidden_gates: HiddenGates | None = None
 
     def budget(self, context: Context, most: list[int] | None = None) -> Budget:
         """What divides the kept tokens of a context.
@@ -98,7 +101,7 @@ class Compressor:
 class ScoringRows:
     """The rows of one forward that belong to one compression.
 
-    first_row: row of the query at position `first_position` in the forward's q. num_rows: 0 for methods without queries.
+    first_row: row of the token at position `first_position` in the forward. num_rows: 0 for methods that read no rows.
     slots: [tokens] int64, the rows in the KV pool of all tokens whose K and V are there after this forward's attention; with a base
         (`Compression`), the base's come first.
     last: whether the context is scored to the end, so that tokens are chosen and copied.
@@ -109,6 +112,20 @@ class ScoringRows:
     first_position: int
     slots: torch.Tensor
     last: bool
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer's attention call in a forward took and gave, row by row.
+
+    q, output: [rows, num_q_heads * head_dim], q after RoPE. lse: [rows, num_q_heads] float32; None where the backend does not give it.
+    hidden_states: [rows, hidden_size], what the layer's projections of queries, keys and values took; None where nobody reads them.
+    """
+
+    q: torch.Tensor
+    output: torch.Tensor
+    lse: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
 
 
 class Compression:
@@ -155,26 +172,25 @@ class Compression:
         """Whether the queries of this pass score."""
         return self.context.settings.own_queries_score or self.replay is not None
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the rows of this pass score: their queries or their hidden states."""
+        return self.reads_queries or self.context.settings.reads_hidden_states
+
     def score(
-        self,
-        compressor: Compressor,
-        rows: ScoringRows,
-        q: torch.Tensor | None,
-        output: torch.Tensor | None,
-        lse: torch.Tensor | None,
-        layer: RadixAttention,
+        self, compressor: Compressor, rows: ScoringRows, layer: RadixAttention, call: AttentionCall | None = None
     ) -> torch.Tensor | None:
         """The scores of this layer's tokens, [num_kv_heads, L] float32, or [1, L] for heads that keep the same ones.
 
-        None before the last chunk: they are kept here. q, output: [forward's rows, num_q_heads * head_dim] and lse:
-        [forward's rows, num_q_heads] float32, of the attention call; None for methods whose scores need no query. Raises
-        UnsupportedAttention.
+        None before the last chunk: they are kept here. call: None for methods whose scores need no rows. Raises UnsupportedAttention.
         """
         if layer.logit_cap > 0 or layer.is_cross_attention:
             raise UnsupportedAttention
         if self.reads_queries:
-            assert q is not None and output is not None
-            scores = self._add(compressor, rows, self._queries(compressor, rows, q, output, lse, layer), layer)
+            assert call is not None
+            scores = self._add(compressor, rows, self._queries(compressor, rows, call, layer), layer)
+        elif self.context.settings.reads_hidden_states:
+            scores = self._hidden_scores(compressor, rows, call, layer)
         elif self.context.settings.uses_gates:
             scores = self._gate_scores(compressor, rows, layer)
         else:
@@ -252,6 +268,23 @@ class Compression:
         scores[heads, positions] = gates.cell_scores(layer_id, heads, rotary(k.unsqueeze(1), positions).squeeze(1), v)
         return scores
 
+    def _hidden_scores(
+        self, compressor: Compressor, rows: ScoringRows, call: AttentionCall | None, layer: RadixAttention
+    ) -> torch.Tensor:
+        """The scores [num_kv_heads, L] float32 that hidden gates give this layer's tokens so far; 0 for those to come."""
+        assert compressor.hidden_gates is not None and call is not None
+        hidden = call.hidden_states
+        if not isinstance(hidden, torch.Tensor) or hidden.shape != (len(call.q), compressor.hidden_gates.hidden_size):
+            raise UnsupportedAttention
+        scores = self._scores.pop(layer.layer_id, None)
+        if scores is None:
+            shape = layer.tp_k_head_num, self.context.num_tokens
+            scores = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
+        mine = slice(rows.first_row, rows.first_row + rows.num_rows)
+        tokens = slice(rows.first_position, rows.first_position + rows.num_rows)
+        scores[:, tokens] = compressor.hidden_gates.scores(layer.layer_id, hidden[mine])
+        return scores
+
     def _to_choose_from(self) -> list[int] | None:
         """Tokens that each head of all layers has: what it kept of the base, and the new ones. None where that is the whole context."""
         if self.base is None or self._base_kept is None:
@@ -270,20 +303,18 @@ class Compression:
         self,
         compressor: Compressor,
         rows: ScoringRows,
-        q: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor | None,
+        call: AttentionCall,
         layer: RadixAttention,
     ) -> ScoringQueries:
-        """Those of this compression, [num_rows, num_q_heads, head_dim], out of a forward's. Arguments as in `score`."""
+        """Those of this compression, [num_rows, num_q_heads, head_dim], out of a forward's."""
         settings = self.context.settings
         mine = slice(rows.first_row, rows.first_row + rows.num_rows)
-        outputs = output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[mine]
+        outputs = call.output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[mine]
         weights = None
         if settings.weighs_queries or settings.measures_errors:
             weights = relative_error_weights(outputs, compressor.head_gains.get(layer.layer_id))
-        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[mine]
-        return ScoringQueries(queries, rows.first_position, layer.scaling, outputs, None if lse is None else lse[mine], weights)
+        queries, lse = call.q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)[mine], None if call.lse is None else call.lse[mine]
+        return ScoringQueries(queries, rows.first_position, layer.scaling, outputs, lse, weights)
 
     def _add(self, compressor: Compressor, rows: ScoringRows, queries: ScoringQueries, layer: RadixAttention) -> torch.Tensor:
         """The scores [num_kv_heads, L] float32 of this layer from all queries of this pass so far, these included."""

@@ -4,8 +4,7 @@ A gate belongs to one KV head of one layer. It is linear in K before RoPE, V, th
 logarithm of the OBCache-V score that a replay gives (`calibrate`). So the score of a token depends on nothing that comes after it: no
 query is needed, and a context can be compressed from its cached K and V alone.
 
-KVzap (arXiv 2601.07891) and Fast KVzip (arXiv 2601.17668) learn KVzip's scores from hidden states; these are no longer known when K and V
-are in the cache.
+Gates that read hidden states, which are no longer known when K and V are in the cache, are in `hidden_gates`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from obcache_sglang.compress.compression import Compression, Compressor, ScoringRows
+from obcache_sglang.compress.compression import AttentionCall, Compression, Compressor, ScoringRows
 from obcache_sglang.compress.replay import ReplayPass
 
 if TYPE_CHECKING:
@@ -44,15 +44,13 @@ class Measurement(Compression):
         self,
         compressor: Compressor,
         rows: ScoringRows,
-        q: torch.Tensor | None,
-        output: torch.Tensor | None,
-        lse: torch.Tensor | None,
         layer: RadixAttention,
+        call: AttentionCall | None = None,
     ) -> None:
-        """As of `Compression`: q, output [forward's rows, num_q_heads * head_dim], lse [forward's rows, num_q_heads]. Raises UnsupportedAttention."""
-        super().score(compressor, rows, q, output, lse, layer)
-        assert output is not None
-        squares = output[rows.first_row : rows.first_row + rows.num_rows].float().square().sum()
+        """As of `Compression`. Raises UnsupportedAttention."""
+        super().score(compressor, rows, layer, call)
+        assert call is not None
+        squares = call.output[rows.first_row : rows.first_row + rows.num_rows].float().square().sum()
         self._squares[layer.layer_id] = self._squares.get(layer.layer_id, 0) + squares
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -80,7 +80,7 @@ def inverse_rotaries(model: torch.nn.Module, num_layers: int) -> dict[int, Inver
     model: SGLang's, loaded. num_layers: that have a KV cache. Raises HostError where a layer's K cannot be read back.
     """
     found = {}
-    for name, module in _attentions(model):
+    for name, module in attentions(model):
         rotary = getattr(module, "rotary_emb", None)
         if rotary is None:
             raise HostError(f"--obcache-gates needs a model with rotary embeddings; {name} has none. Serve without gates.")
@@ -95,10 +95,10 @@ def inverse_rotaries(model: torch.nn.Module, num_layers: int) -> dict[int, Inver
 
 def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
     """SGLang's attention of each layer of a model, in order."""
-    return sorted((module.attn for _, module in _attentions(model)), key=lambda layer: int(layer.layer_id))
+    return sorted((module.attn for _, module in attentions(model)), key=lambda layer: int(layer.layer_id))
 
 
-def _attentions(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+def attentions(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """The modules of a model that hold a RadixAttention as `attn`, with their names."""
     return ((name, each) for name, each in model.named_modules() if isinstance(getattr(each, "attn", None), RadixAttention))
 

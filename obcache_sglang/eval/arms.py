@@ -195,6 +195,8 @@ def check_measured_files(arms: Iterable[Arm], flags: Sequence[str], option: str)
     arms = list(arms)
     if any(arm.method == "gate" for arm in arms) and "--obcache-gates" not in flags:
         raise ConfigError(f"an arm has method gate: say {option} '--obcache-gates FILE'.")
+    if any(arm.method == "hidden-gate" for arm in arms) and "--obcache-hidden-gates" not in flags:
+        raise ConfigError(f"an arm has method hidden-gate: say {option} '--obcache-hidden-gates FILE'.")
     if any(arm.budget == "profile" for arm in arms) and not {"--obcache-head-profile", "--obcache-gates"} & {*flags}:
         raise ConfigError(f"an arm has budget profile: say {option} '--obcache-head-profile FILE'.")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from obcache_sglang.compress.compression import Compressor, ScoringRows, UnsupportedAttention
+from obcache_sglang.compress.compression import AttentionCall, Compressor, ScoringRows, UnsupportedAttention
 from obcache_sglang.compress.scores import accumulate_scores_in_slots
 from obcache_sglang.host import use
 from obcache_sglang.kv.batch import BatchContexts
@@ -58,6 +58,7 @@ class ForwardPlan(BatchContexts):
         self.mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.agree: Callable[[bool], bool] = bool
         self._rows: list[tuple[CompressionJob, ScoringRows]] = []
+        self._hidden_states: torch.Tensor | None = None
 
     def plan_forward(self, forward_batch: ForwardBatch, batch: ScheduleBatch) -> None:
         """Offsets the positions of requests after a context, and plans the scoring of jobs.
@@ -101,11 +102,16 @@ class ForwardPlan(BatchContexts):
             job.error = "not_reserved"
             return None
         first_position = max(start, job.first_scoring_position)
-        if first_position >= end or not (last or job.compression.reads_queries):
+        if first_position >= end or not (last or job.compression.reads_rows):
             return None
         slots = self.req_to_token_pool.req_to_token[job.kv.req_pool_idx, :end].to(torch.int64)
-        num_rows = end - first_position if job.compression.reads_queries else 0
+        num_rows = end - first_position if job.compression.reads_rows else 0
         return ScoringRows(first_row + first_position - start, num_rows, first_position, slots, last)
+
+    def before_attention(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of a layer's attention module, for jobs that hidden states score. Never raises."""
+        if self._has_scored_rows:
+            self._hidden_states = kwargs.get("hidden_states")
 
     def after_attention(self, q: torch.Tensor, output: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
         """Scores this layer for the jobs in the forward; in their last chunk also selects and copies. Never raises.
@@ -113,26 +119,23 @@ class ForwardPlan(BatchContexts):
         q: [rows, num_q_heads * head_dim] after RoPE; output: the attention's, of the same shape.
         """
         lse, self.row_lse = self.row_lse, None
+        hidden_states, self._hidden_states = self._hidden_states, None
         if not self.is_scored(forward_batch):
             return
+        call = AttentionCall(q, output, lse, hidden_states)
         for job, rows in self._rows:
-            self.compress_layer(job, rows, layer, q, output, lse)
+            self.compress_layer(job, rows, layer, call)
 
     def compress_layer(
         self,
         job: CompressionJob | CachedCompression,
         rows: ScoringRows,
         layer: RadixAttention,
-        q: torch.Tensor | None = None,
-        output: torch.Tensor | None = None,
-        lse: torch.Tensor | None = None,
+        call: AttentionCall | None = None,
     ) -> None:
-        """Scores one layer for a job; in its last chunk also selects and copies. Never raises.
-
-        q, output, lse: of the attention call, as in `Compression.score`; None for a job whose scores need no query.
-        """
+        """Scores one layer for a job; in its last chunk also selects and copies. Never raises. call: as in `Compression.score`."""
         started_at = time.perf_counter()
-        scores = self._contained(job, job.compression.score, self.compressor, rows, q, output, lse, layer)
+        scores = self._contained(job, job.compression.score, self.compressor, rows, layer, call)
         if rows.last and job.context.settings.heads == "shared" and self.mean_over_ranks is not None:
             # A collective: every rank takes part, also one that has failed and has nothing to give.
             failed = scores is None

@@ -10,6 +10,7 @@ import torch
 
 from obcache_sglang.compress.gates import GateFile, Gates
 from obcache_sglang.compress.head_profile import HeadProfile, ModelIdentity
+from obcache_sglang.compress.hidden_gates import load_hidden_gates
 from obcache_sglang.compress.rotary import inverse_rotaries
 from obcache_sglang.errors import HostError
 from obcache_sglang.host import use
@@ -45,7 +46,7 @@ class RankGates:
         self.is_first = scheduler.attn_tp_group.rank_in_group == 0
 
     def load(self, settings: ServerSettings) -> None:
-        """Gates and head profile of files. Raises HostError and ConfigError."""
+        """Gates, hidden gates and head profile of files. Raises HostError and ConfigError."""
         config = self._scheduler.model_config.hf_config
         self._has_own_profile = settings.head_profile is not None
         if settings.gates is not None:
@@ -54,6 +55,11 @@ class RankGates:
             file = GateFile.load(settings.gates)
             file.check_model(config)
             self.install(self.own(file), file.profile)
+        if settings.hidden_gates is not None:
+            hidden = load_hidden_gates(settings.hidden_gates)
+            hidden.check_model(config)
+            dtype = self._scheduler.model_config.dtype
+            self._compressor.hidden_gates = hidden.lanes(*self.lanes).to(self._pool.device, dtype)
         if settings.head_profile is not None:
             self._compressor.head_profile = HeadProfile.load(settings.head_profile)
             self._compressor.head_profile.check_model(config)

@@ -384,11 +384,13 @@ class CompressionJob(Req):
 
     @property
     def first_scoring_position(self) -> int:
-        """Queries from here on, counted in `origin_input_ids`, must be computed, not found in the cache: they score."""
+        """Tokens from here on, counted in `origin_input_ids`, must be computed, not found in the cache: their queries or hidden states score."""
         num_tokens = self.context.num_tokens - self.position_offset
         settings = self.context.settings
         if settings.is_replay:
             return num_tokens
+        if settings.reads_hidden_states:
+            return 0
         if not settings.needs_queries:
             return num_tokens - 1
         return 0 if settings.window == EVERY_QUERY else max(0, num_tokens + len(self.context.judges) - self.window)

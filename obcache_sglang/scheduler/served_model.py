@@ -13,6 +13,7 @@ from sglang.srt.runtime_context import get_parallel
 from obcache_sglang.compress.gates import SUFFIX as GATES_SUFFIX
 from obcache_sglang.compress.head_profile import SUFFIX as PROFILE_SUFFIX
 from obcache_sglang.compress.head_profile import find_file
+from obcache_sglang.compress.hidden_gates import find_hidden_gates
 from obcache_sglang.host import use
 from obcache_sglang.kv.files import Served
 from obcache_sglang.settings import CompressionSettings, ServerSettings
@@ -47,23 +48,33 @@ def served_model(scheduler: Any, pool: Any) -> Served:
 
 
 def choosers(settings: ServerSettings) -> Callable[[CompressionSettings], str]:
-    """Gives the digest of what chooses tokens with some settings, beside the settings: the gates' file, or the head profile's; else ''."""
-    gates = profile = ""
+    """Gives the digest of what chooses tokens with some settings, beside the settings: the files of gates and head profile; else ''."""
+    gates = profile = hidden = ""
     if settings.gates is not None:
         gates = profile = _digest(find_file(settings.gates, "gates", GATES_SUFFIX, ""))
     if settings.head_profile is not None:
         profile = _digest(find_file(settings.head_profile, "head profile", PROFILE_SUFFIX, ""))
 
+    if settings.hidden_gates is not None:
+        path = find_hidden_gates(settings.hidden_gates)
+        files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
+        hidden = hashlib.blake2b("".join(map(_digest, files)).encode(), digest_size=16).hexdigest()
+
     def chooser(compression: CompressionSettings) -> str:
         """Of these settings."""
-        used = (gates if compression.uses_gates else "", profile if compression.budget == "profile" else "")
+        used = (
+            gates if compression.uses_gates else "",
+            hidden if compression.reads_hidden_states else "",
+            profile if compression.budget == "profile" else "",
+        )
         return "".join(dict.fromkeys(used))
 
     return chooser
 
 
 def _digest(file: Path) -> str:
-    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 TOUCHES = (

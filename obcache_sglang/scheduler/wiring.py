@@ -12,6 +12,7 @@ Around the attention backend's `forward` stand, from the inside out:
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_parallel
 
 from obcache_sglang.compress.head_gains import head_gains
-from obcache_sglang.compress.rotary import attention_layers
+from obcache_sglang.compress.rotary import attention_layers, attentions
 from obcache_sglang.compress.scores import accumulate_scores_in_slots
 from obcache_sglang.cpu.attention import CpuAttentionBackend
 from obcache_sglang.errors import HostError
@@ -85,6 +86,8 @@ class Wiring:
         )
         if settings.gates is not None:
             read_back_keys(plan.compressor, model_runner)
+        if settings.hidden_gates is not None:
+            _watch_hidden_states(model_runner.model, plan)
         overlay = _head_overlay(plan, model_runner, settings)
         backends = {id(b): b for b in (model_runner.attn_backend, model_runner.decode_attn_backend) if b is not None}.values()
         for backend in backends:
@@ -239,6 +242,17 @@ def _uneven_refusal(plan: ForwardPlan, server_args: Any) -> str | None:
     return None
 
 
+def _watch_hidden_states(model: torch.nn.Module, plan: ForwardPlan) -> None:
+    """The plan sees what each layer's attention takes in. Raises HostError for a model that does not pass it by that name."""
+    for name, module in attentions(model):
+        if "hidden_states" not in inspect.signature(module.forward).parameters:
+            raise HostError(
+                f"--obcache-hidden-gates reads hidden states, which {type(module).__name__} ({name}) does not take. It needs SGLang's own "
+                "implementation of a Llama or Qwen model. Serve without hidden gates."
+            )
+        module.register_forward_pre_hook(plan.before_attention, with_kwargs=True)
+
+
 def _scoring(model_runner: Any) -> Callable[..., None]:
     """How tokens in the pool are scored: on GPUs by a kernel that reads them where they lie."""
     if torch.device(model_runner.device).type != "cuda":
@@ -273,5 +287,13 @@ TOUCHES = (
         "model_runner, on which our wiring of a model hangs",
         ("model_runner",),
     ),
+    use(
+        "sglang.srt.models.llama.LlamaAttention.forward",
+        "read",
+        "hidden_states, by keyword: what hidden gates score",
+        ("hidden_states",),
+    ),
+    use("sglang.srt.models.qwen2.Qwen2Attention.forward", "read", "likewise", ("hidden_states",)),
+    use("sglang.srt.models.qwen3.Qwen3Attention.forward", "read", "likewise", ("hidden_states",)),
     use("sglang.srt.managers.tp_worker.TpModelWorker", "read", "model_runner: the scheduler's way to it"),
 )

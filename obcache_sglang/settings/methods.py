@@ -31,12 +31,16 @@ GATE_RECENT_TOKENS = 8
 """Last tokens of a context that gates keep, for the reason above: calibration's queries do not come right after them either."""
 
 
+HIDDEN_GATE_RECENT_TOKENS = 128
+"""Last tokens of a context that published gates keep: KVzap's sliding window (arXiv 2601.07891)."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One method.
 
     scored_by: whose queries score a context's tokens: its own last queries, the queries of a replay after it, or nobody's; gates look
-        at each token's own K and V instead.
+        at each token's own K and V instead, hidden gates at its hidden states.
     summary: for the help of `--obcache-method`.
     decides: settings that it sets unless they are given.
     with_budget: settings that it sets likewise, for one budget, by the budget's name.
@@ -50,7 +54,7 @@ class Method:
         `compress.ranking.position_scores`.
     """
 
-    scored_by: Literal["window", "replay", "gates", "nobody"]
+    scored_by: Literal["window", "replay", "gates", "hidden", "nobody"]
     summary: str
     decides: Mapping[str, Any] = field(default_factory=dict)
     with_budget: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -94,6 +98,14 @@ METHODS: dict[str, Method] = {
         window_reason="cannot be used with method=gate, which scores with no query. Remove window; recent_tokens keeps last tokens.",
         poolings=("none", "max"),
         recent_share=GATE_RECENT_SHARE,
+    ),
+    "hidden-gate": Method(
+        "hidden",
+        "no query; each token's hidden states, through published gates (KVzap, Fast KVzip) of --obcache-hidden-gates",
+        {"window": 1, "recent_tokens": HIDDEN_GATE_RECENT_TOKENS, "budget": "global"},
+        window=1,
+        window_reason="cannot be used with method=hidden-gate, which scores with no query. Remove window; recent_tokens keeps last tokens.",
+        poolings=("none", "max"),
     ),
     "streaming": Method(
         "nobody",
@@ -143,18 +155,21 @@ _DECIDED_BY_METHOD = frozenset({"window", "pooling", "kernel_size", "recent_toke
 _DECIDED_BY_PRESET = _DECIDED_BY_METHOD | {"sink_tokens"}
 
 
-def resolve(given: Mapping[str, Any], *, has_profile: bool, has_gates: bool) -> dict[str, Any]:
+def resolve(given: Mapping[str, Any], *, has_profile: bool, has_gates: bool, has_hidden_gates: bool) -> dict[str, Any]:
     """All settings that are given, or that the method or the preset decides. Others are left out.
 
-    has_profile: whether the server has a head profile. Then the default budget is `profile`, except for replay, which measures heads
-        itself.
+    has_profile: whether the server has a head profile. Then the default budget is `profile`, except for methods that compare all heads.
     has_gates: whether the server has gates. Then the default method of preset `default` is `gate`.
+    has_hidden_gates: likewise, for method `hidden-gate`, where there are no gates.
     Names are not checked here: unknown names raise KeyError.
     """
     preset = PRESETS[given.get("preset", "default")]
-    name = given.get("method", "gate" if has_gates and preset is PRESETS["default"] else preset.method)
+    default = preset.method
+    if preset is PRESETS["default"]:
+        default = "gate" if has_gates else "hidden-gate" if has_hidden_gates else default
+    name = given.get("method", default)
     method = METHODS[name]
-    if has_profile and method.scored_by != "replay":
+    if has_profile and "budget" not in method.decides:
         given = {"budget": "profile", **given}
     decided: dict[str, Any] = {"method": name, "window": 64, "budget": "uniform", "heads": "per-head", **method.decides}
     decided |= method.with_budget.get(given.get("budget", decided["budget"]), {})

@@ -105,7 +105,7 @@ COMPRESSION_OPTIONS = (
         _one_of(METHODS),
         "Which queries score a context's tokens. "
         + " ".join(f"{name}: {method.summary}." for name, method in METHODS.items())
-        + " Default: gate with --obcache-gates, else tova (presets kvpress and paper: snapkv).",
+        + " Default: gate with --obcache-gates, hidden-gate with --obcache-hidden-gates, else tova (presets kvpress and paper: snapkv).",
         metavar="|".join(METHODS),
     ),
     Option(
@@ -274,6 +274,16 @@ SERVER_OPTIONS = (
             "--gates, or the name of gates in the package."
         ),
         metavar="auto|FILE",
+        per_request=False,
+    ),
+    Option(
+        "hidden_gates",
+        text,
+        (
+            "Published gates score a token from its hidden states, while a context is prefilled (method hidden-gate becomes the default). A "
+            "directory of KVzap, a .pt file of Fast KVzip, or their names on the Hugging Face hub: OWNER/REPOSITORY, OWNER/REPOSITORY/FILE.pt."
+        ),
+        metavar="FILE|NAME",
         per_request=False,
     ),
     Option(

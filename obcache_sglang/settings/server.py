@@ -21,6 +21,7 @@ class ServerSettings:
     mode: `marked`: prompts say where their context ends; `auto`: prefixes that prompts share are contexts; `prompt`: the context is all of a prompt but its last token, which scores it.
     head_profile: file of a head profile, or the name of one in the package. Then the default budget is `profile`, except for replay.
     gates: file of gates, or the name of those in the package; they bring a head profile. Then the default method is `gate`.
+    hidden_gates: published gates that read hidden states, as of `find_hidden_gates`. Then the default method is `hidden-gate`, without `gates`.
     calibrate: `serve`: a server without gates makes them of the first contexts that are asked about.
     when: `first`: a context's first question compresses it; `idle`: questions are served exactly until the engine has nothing
         else to do or its pool gets tight; then their contexts are compressed; `pressure`: until the pool needs a context's room.
@@ -42,6 +43,7 @@ class ServerSettings:
     when: str = "first"
     head_profile: str | None = None
     gates: str | None = None
+    hidden_gates: str | None = None
     calibrate: str = "off"
     ladder: tuple[float, ...] = ()
     min_tokens: int = 256
@@ -121,6 +123,12 @@ class ServerSettings:
                 "gate",
                 f"needs a server started with --obcache-gates, or one that has made its own (POST /obcache/calibrate). Choose {', '.join(name for name in METHODS if name != compression.method)}.",
             )
+        if compression.reads_hidden_states and self.hidden_gates is None:
+            raise InvalidValue(
+                "method",
+                "hidden-gate",
+                f"needs a server started with --obcache-hidden-gates. Choose {', '.join(name for name in METHODS if name != compression.method)}.",
+            )
         return compression
 
     @classmethod
@@ -136,7 +144,10 @@ class ServerSettings:
             server.setdefault("when", "pressure")
         return cls(
             compression=CompressionSettings.resolve(
-                compression, has_profile="head_profile" in server or "gates" in server, has_gates="gates" in server
+                compression,
+                has_profile="head_profile" in server or "gates" in server,
+                has_gates="gates" in server,
+                has_hidden_gates="hidden_gates" in server,
             ),
             given=compression,
             **server,
@@ -153,7 +164,12 @@ class ServerSettings:
         kept = {name: value for name, value in self.given.items() if name not in dropped}
         given = {**kept, **overrides}
         return self._check_files(
-            CompressionSettings.resolve(given, has_profile=self.has_profile, has_gates=self.gates is not None)
+            CompressionSettings.resolve(
+                given,
+                has_profile=self.has_profile,
+                has_gates=self.gates is not None,
+                has_hidden_gates=self.hidden_gates is not None,
+            )
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -141,19 +141,20 @@ class CompressionSettings:
             )
 
     @classmethod
-    def resolve(cls, given: Mapping[str, Any], *, has_profile: bool = False, has_gates: bool = False) -> CompressionSettings:
+    def resolve(
+        cls, given: Mapping[str, Any], *, has_profile: bool = False, has_gates: bool = False, has_hidden_gates: bool = False
+    ) -> CompressionSettings:
         """Settings from the values that were given; the method and preset decide the rest (`settings.methods`).
 
         given: any of this class's field names; `window` may be "all".
-        has_profile: whether the server has a head profile. Then the default budget is `profile`, except for replay, which measures
-            heads itself.
-        has_gates: whether it has gates. Then the default method is `gate`.
+        has_profile, has_gates, has_hidden_gates: what the server has, on which defaults depend; as in `methods.resolve`.
         Raises InvalidValue.
         """
         for name in ("preset", "method"):
             if name in given:
                 OPTIONS[name].check(name, given[name])
-        return cls(**methods.resolve(given, has_profile=has_profile, has_gates=has_gates))
+        has = {"has_profile": has_profile, "has_gates": has_gates, "has_hidden_gates": has_hidden_gates}
+        return cls(**methods.resolve(given, **has))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; `from_dict` gives back an equal object."""
@@ -175,13 +176,18 @@ class CompressionSettings:
 
     @property
     def needs_queries(self) -> bool:
-        """Whether scoring reads attention queries; if not, gates or positions alone decide."""
+        """Whether scoring reads attention queries; if not, gates or positions decide."""
         return METHODS[self.method].scored_by in ("window", "replay")
 
     @property
     def uses_gates(self) -> bool:
         """Whether a token's own K and V score it, so that a context whose KV is cached needs no forward."""
         return METHODS[self.method].scored_by == "gates"
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Whether each token's hidden states score it, so that all of a context is prefilled."""
+        return METHODS[self.method].scored_by == "hidden"
 
     @property
     def own_queries_score(self) -> bool:

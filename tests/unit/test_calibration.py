@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from obcache_sglang import calibrate, measured_files, plugin
 from obcache_sglang.compress.calibration import Findings, is_left_out, normalised, scoring_settings
-from obcache_sglang.compress.compression import Compressor, ScoringRows
+from obcache_sglang.compress.compression import AttentionCall, Compressor, ScoringRows
 from obcache_sglang.compress.gates import GateFile, Gates
 from obcache_sglang.compress.head_profile import PACKAGED, HeadProfile, ModelIdentity
 from obcache_sglang.compress.measurement import Measurement
@@ -684,7 +684,7 @@ def test_a_text_is_scored_as_calibrate_scores_it() -> None:
                     layer_id=number, logit_cap=0, is_cross_attention=False, tp_q_head_num=4, tp_k_head_num=2,
                     v_head_dim=8, qk_head_dim=8, scaling=8**-0.5,
                 )  # fmt: skip
-                measurement.score(compressor, rows, *given, None, layer)
+                measurement.score(compressor, rows, layer, AttentionCall(*given))
     scores, squares = measurement.result()
     wanted = calibrate.Replay(model, "obcache-v").score(tokens, prompts, chunk_tokens=20)
     torch.testing.assert_close(normalised(scores, squares), wanted, rtol=1e-4, atol=1e-7)

@@ -55,10 +55,9 @@ def test_and_its_function_all_that_a_compression_does(every_other: None, budget:
     assert not compression.reads_queries
     sources, slots = torch.arange(1, TOKENS + 1), torch.arange(20, 20 + context.num_slots)
     rows = ScoringRows(0, 0, TOKENS - 1, sources, last=True)
-    nothing = torch.empty(0)
     for layer_id in range(LAYERS):
         layer = RadixAttention(HEADS, 4, 0.5, HEADS, layer_id=layer_id)
-        scores = compression.score(compressor, rows, nothing, nothing, None, layer)
+        scores = compression.score(compressor, rows, layer)
         assert scores is not None
         compression.keep(compressor, rows, scores, layer, slots)
     assert compression.kept is not None

@@ -129,7 +129,7 @@ class World:
         rows = ScoringRows(0, 0, num_tokens, sources if base_slots is None else torch.cat([base_slots, sources]), last=True)
         for layer_id in range(LAYERS):
             layer: Any = SimpleNamespace(layer_id=layer_id, logit_cap=0, is_cross_attention=False, tp_k_head_num=HEADS)
-            scores = compression.score(self.compressor, rows, None, None, None, layer)
+            scores = compression.score(self.compressor, rows, layer)
             assert scores is not None
             compression.keep(self.compressor, rows, scores, layer, slots)
         assert compression.kept is not None
