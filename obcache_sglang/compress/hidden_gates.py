@@ -161,12 +161,13 @@ class FastKVzip(HiddenGates):
     @classmethod
     def load(cls, file: Path) -> FastKVzip:
         """Reads a file of `torch.save`: under `module` a list of state dicts, one for each layer."""
-        # With it come a few numbers of NumPy's, as its authors' own loader allows them. Nothing else in a pickle is run.
+        # With it come a few numbers of NumPy's, under the names of its first and of its second release. Nothing else in a pickle is run.
         import numpy as np
-        from numpy._core.multiarray import _reconstruct
+        from numpy._core.multiarray import _reconstruct, scalar
 
-        reconstruct = (_reconstruct, "numpy.core.multiarray._reconstruct")
-        allowed: list[Any] = [reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+        modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+        allowed: list[Any] = [(each, f"{module}.{each.__name__}") for module in modules for each in (_reconstruct, scalar)]
+        allowed += [np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
         with torch.serialization.safe_globals(allowed):
             layers = torch.load(file, map_location="cpu", weights_only=True)["module"]
         num_heads, _, sinks, dim = layers[0]["k_base"].shape
@@ -232,6 +233,8 @@ def load_hidden_gates(path: str | Path) -> HiddenGates:
     path = Path(path)
     try:
         return KVzap.load(path) if path.is_dir() else FastKVzip.load(path)
+    except pickle.UnpicklingError as error:  # its own words advise to run whatever is in the file
+        raise ConfigError(f"hidden gates {path}: this cannot be read as tensors and numbers alone. Give {_FORMS}.") from error
     except (
         OSError,
         ValueError,
@@ -241,7 +244,6 @@ def load_hidden_gates(path: str | Path) -> HiddenGates:
         AttributeError,
         RuntimeError,
         SafetensorError,
-        pickle.UnpicklingError,
     ) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read ({str(error).strip().splitlines()[0]})"
         raise ConfigError(f"hidden gates {path}: this {what}. Give {_FORMS}.") from error

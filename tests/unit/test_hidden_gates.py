@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -55,7 +56,8 @@ def write_fast_kvzip(
         "b": (heads, 1, group),
     }
     modules = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(layers)]
-    torch.save({"module": modules, "args": {"lr": 0.1}}, file)
+    # As the published files, with numbers of NumPy's beside the tensors.
+    torch.save({"module": modules, "best": np.float64(0.5), "losses": np.ones(3, dtype=np.float32)}, file)
     return modules
 
 
