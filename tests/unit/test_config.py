@@ -65,7 +65,7 @@ def test_method_and_preset_decide_what_is_not_given(given, window, pooling, kern
         ({"compression_ratio": 1.2}, "1.2 is outside [0, 1)"),
         ({"compression_ratio": True}, "outside [0, 1)"),
         ({"compression_ratio": float("nan")}, "outside [0, 1)"),
-        ({"method": "kvzip"}, "choose snapkv, h2o, tova, replay, gate, streaming or random"),
+        ({"method": "kvzip"}, "choose snapkv, h2o, tova, replay, gate, hidden-gate, streaming or random"),
         ({"budget": "pyramid"}, "choose uniform, adakv, global or profile"),
         ({"budget": "adakv", "heads": "shared"}, "Set budget=uniform"),
         ({"adakv_safeguard": 1.5}, "1.5 is outside [0, 1]"),
