@@ -44,7 +44,7 @@ _DEFAULTS = """
 ## What each method and preset decides
 
 Settings that are not given, from the tables in `obcache_sglang/settings/methods.py`. On a server with a head profile the budget of every method
-but replay is `profile`, and heads are `per-head`.
+but `replay` and `hidden-gate` is `profile`, and heads are `per-head`.
 """
 
 _DECIDED = ("score", "window", "pooling", "kernel_size", "sink_tokens", "recent_tokens", "heads", "budget")

@@ -9,7 +9,17 @@ from typing import Any
 from obcache_sglang.errors import InvalidValue
 from obcache_sglang.settings.bounds import BOUNDS
 from obcache_sglang.settings.checks import ladder, marker, names, number_or_text, ratio, share, text
-from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, POOLINGS, PRESETS, REPLAY_RECENT_TOKENS, SCORES
+from obcache_sglang.settings.methods import (
+    BUDGETS,
+    EVERY_QUERY,
+    GATE_RECENT_TOKENS,
+    HIDDEN_GATE_RECENT_TOKENS,
+    METHODS,
+    POOLINGS,
+    PRESETS,
+    REPLAY_RECENT_TOKENS,
+    SCORES,
+)
 
 HEADS = ("per-head", "shared")
 NORMALIZATIONS = ("layer", "none")
@@ -163,7 +173,8 @@ COMPRESSION_OPTIONS = (
         _whole_number("the number of last tokens that are always kept"),
         (
             "Number of last tokens of a context that are always kept, if more than the window. Default: "
-            f"{REPLAY_RECENT_TOKENS} for replay with budget global (preset kvzip: 0), else 0."
+            f"{REPLAY_RECENT_TOKENS} for replay with budget global (preset kvzip: 0), {GATE_RECENT_TOKENS} for gate, "
+            f"{HIDDEN_GATE_RECENT_TOKENS} for hidden-gate, else 0."
         ),
         number_or_text,
         "TOKENS",
