@@ -113,6 +113,11 @@ class ScoringRows:
     slots: torch.Tensor
     last: bool
 
+    @property
+    def mine(self) -> slice:
+        """These rows, among the forward's."""
+        return slice(self.first_row, self.first_row + self.num_rows)
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -276,13 +281,9 @@ class Compression:
         hidden = call.hidden_states
         if not isinstance(hidden, torch.Tensor) or hidden.shape != (len(call.q), compressor.hidden_gates.hidden_size):
             raise UnsupportedAttention
-        scores = self._scores.pop(layer.layer_id, None)
-        if scores is None:
-            shape = layer.tp_k_head_num, self.context.num_tokens
-            scores = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
-        mine = slice(rows.first_row, rows.first_row + rows.num_rows)
+        scores = self._scores_so_far(layer, hidden.device)
         tokens = slice(rows.first_position, rows.first_position + rows.num_rows)
-        scores[:, tokens] = compressor.hidden_gates.scores(layer.layer_id, hidden[mine])
+        scores[:, tokens] = compressor.hidden_gates.scores(layer.layer_id, hidden[rows.mine])
         return scores
 
     def _to_choose_from(self) -> list[int] | None:
@@ -307,8 +308,7 @@ class Compression:
         layer: RadixAttention,
     ) -> ScoringQueries:
         """Those of this compression, [num_rows, num_q_heads, head_dim], out of a forward's."""
-        settings = self.context.settings
-        mine = slice(rows.first_row, rows.first_row + rows.num_rows)
+        settings, mine = self.context.settings, rows.mine
         outputs = call.output.view(-1, layer.tp_q_head_num, layer.v_head_dim)[mine]
         weights = None
         if settings.weighs_queries or settings.measures_errors:
@@ -319,9 +319,7 @@ class Compression:
     def _add(self, compressor: Compressor, rows: ScoringRows, queries: ScoringQueries, layer: RadixAttention) -> torch.Tensor:
         """The scores [num_kv_heads, L] float32 of this layer from all queries of this pass so far, these included."""
         context, settings, pool = self.context, self.context.settings, compressor.kv_pool
-        scores = self._scores.pop(layer.layer_id, None)
-        if scores is None:
-            scores = torch.zeros(layer.tp_k_head_num, context.num_tokens, dtype=torch.float32, device=queries.q.device)
+        scores = self._scores_so_far(layer, queries.q.device)
         if settings.measures_errors:
             self._sample(compressor, rows, queries, layer)
         visible, scored = rows.slots, scores
@@ -337,6 +335,13 @@ class Compression:
         compressor.accumulate(scored, queries, keys, values, visible, score=settings.score, reduce=settings.reduce)
         if scored is not scores:
             scores[:, chunk] = scored[:, num_sinks:]
+        return scores
+
+    def _scores_so_far(self, layer: RadixAttention, device: torch.device) -> torch.Tensor:
+        """Taken out of those of this pass: [num_kv_heads, L] float32, 0 in its first chunk."""
+        scores = self._scores.pop(layer.layer_id, None)
+        if scores is None:
+            scores = torch.zeros(layer.tp_k_head_num, self.context.num_tokens, dtype=torch.float32, device=device)
         return scores
 
     def _sample(self, compressor: Compressor, rows: ScoringRows, queries: ScoringQueries, layer: RadixAttention) -> None:

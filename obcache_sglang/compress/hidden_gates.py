@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+from obcache_sglang.compress.head_profile import ModelIdentity
 from obcache_sglang.errors import ConfigError, HostError
 
 if TYPE_CHECKING:
@@ -71,11 +72,13 @@ class HiddenGates(ABC):
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raises HostError when these gates are of a model of another shape. Nothing in them tells two models of one shape apart."""
-        text = config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        theirs = {"layers": len(self.layers), "KV heads": self.num_kv_heads, "hidden size": self.hidden_size}
-        model = {"layers": text.num_hidden_layers, "KV heads": heads, "hidden size": text.hidden_size}
-        wrong = [f"{name} {theirs[name]} instead of {model[name]}" for name in theirs if theirs[name] != model[name]]
+        model = ModelIdentity.of(config)
+        compared = {
+            "layers": (len(self.layers), model.num_hidden_layers),
+            "KV heads": (self.num_kv_heads, model.num_key_value_heads),
+            "hidden size": (self.hidden_size, model.hidden_size),
+        }
+        wrong = [f"{name} {its} instead of {served}" for name, (its, served) in compared.items() if its != served]
         if wrong:
             raise HostError(f"--obcache-hidden-gates are of another model: {', '.join(wrong)}. Give those of the served model.")
 
@@ -99,8 +102,7 @@ class KVzap(HiddenGates):
     @staticmethod
     def _of_heads(tensors: Mapping[str, torch.Tensor], first: int, last: int) -> dict[str, torch.Tensor]:
         """As of `HiddenGates`, from and to tensors [KV heads or a multiple, ...]."""
-        of_heads = {name: tensors[name][first:last] for name in ("weight", "bias")}
-        return {**tensors, **of_heads}
+        return {**tensors, **{name: tensors[name][first:last] for name in ("weight", "bias")}}
 
     @classmethod
     def load(cls, folder: Path) -> KVzap:
@@ -113,13 +115,13 @@ class KVzap(HiddenGates):
             with safe_open(file, "pt") as opened:
                 found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no dict)
         size, heads, units = config["input_dim"], config["output_dim"], config.get("hidden_dim")
+        names = {"weight": "weight", "bias": "bias"}
+        shapes = {"weight": [heads, size], "bias": [heads]}
+        if units is not None:
+            names = {"inner.weight": "0.weight", "inner.bias": "0.bias", "weight": "2.weight", "bias": "2.bias"}
+            shapes = {"inner.weight": [units, size], "inner.bias": [units], "weight": [heads, units], "bias": [heads]}
         layers = []
         for number in range(config["n_modules"]):
-            names = {"weight": "weight", "bias": "bias"}
-            shapes = {"weight": [heads, size], "bias": [heads]}
-            if units is not None:
-                names = {"inner.weight": "0.weight", "inner.bias": "0.bias", "weight": "2.weight", "bias": "2.bias"}
-                shapes = {"inner.weight": [units, size], "inner.bias": [units], "weight": [heads, units], "bias": [heads]}
             tensors = {name: found[f"layers.{number}.{theirs}"] for name, theirs in names.items()}
             layers.append(_checked(tensors, shapes, number))
         return cls(layers, heads, size)
@@ -151,12 +153,11 @@ class FastKVzip(HiddenGates):
     @staticmethod
     def _of_heads(tensors: Mapping[str, torch.Tensor], first: int, last: int) -> dict[str, torch.Tensor]:
         """As of `HiddenGates`, from and to tensors [KV heads or a multiple, ...]."""
-        num_heads = len(tensors["b"])
-        of_heads = {}
-        for name in ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_base", "b"):
-            each = tensors[name]
-            of_heads[name] = each.unflatten(0, (num_heads, -1))[first:last].flatten(0, 1)
-        return {**tensors, **of_heads}
+        num_heads, of_heads = len(tensors["b"]), ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_base", "b")
+        return {
+            **tensors,
+            **{name: tensors[name].unflatten(0, (num_heads, -1))[first:last].flatten(0, 1) for name in of_heads},
+        }
 
     @classmethod
     def load(cls, file: Path) -> FastKVzip:
@@ -211,7 +212,7 @@ def find_hidden_gates(name: str) -> Path:
         return Path(name)
     # A part of transformers' own dependencies; slow to import.
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     where = re.fullmatch(r"([^/]+/[^/]+)(?:/(.+\.pt))?", name)
     if where is None:
@@ -221,7 +222,7 @@ def find_hidden_gates(name: str) -> Path:
         if file is not None:
             return Path(hf_hub_download(repository, file))
         return Path(snapshot_download(repository, allow_patterns=["config.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, HFValidationError) as error:
         why = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"hidden gates {name!r}: there is no such file, and the Hugging Face hub did not give it ({why}). Give {_FORMS}."
@@ -229,7 +230,7 @@ def find_hidden_gates(name: str) -> Path:
 
 
 def load_hidden_gates(path: str | Path) -> HiddenGates:
-    """Reads gates. path: as of `find_hidden_gates`. Raises ConfigError."""
+    """Reads gates. path: where `find_hidden_gates` has found them. Raises ConfigError."""
     path = Path(path)
     try:
         return KVzap.load(path) if path.is_dir() else FastKVzip.load(path)

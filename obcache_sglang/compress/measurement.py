@@ -50,7 +50,7 @@ class Measurement(Compression):
         """As of `Compression`. Raises UnsupportedAttention."""
         super().score(compressor, rows, layer, call)
         assert call is not None
-        squares = call.output[rows.first_row : rows.first_row + rows.num_rows].float().square().sum()
+        squares = call.output[rows.mine].float().square().sum()
         self._squares[layer.layer_id] = self._squares.get(layer.layer_id, 0) + squares
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:

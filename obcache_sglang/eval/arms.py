@@ -193,10 +193,9 @@ def other_baselines(arm: Arm, arms: Iterable[Arm]) -> list[Arm]:
 def check_measured_files(arms: Iterable[Arm], flags: Sequence[str], option: str) -> None:
     """Raises ConfigError where an arm needs a head profile or gates and `flags`, which `option` gave, bring the server none."""
     arms = list(arms)
-    if any(arm.method == "gate" for arm in arms) and "--obcache-gates" not in flags:
-        raise ConfigError(f"an arm has method gate: say {option} '--obcache-gates FILE'.")
-    if any(arm.method == "hidden-gate" for arm in arms) and "--obcache-hidden-gates" not in flags:
-        raise ConfigError(f"an arm has method hidden-gate: say {option} '--obcache-hidden-gates FILE'.")
+    for method, flag in (("gate", "--obcache-gates"), ("hidden-gate", "--obcache-hidden-gates")):
+        if any(arm.method == method for arm in arms) and flag not in flags:
+            raise ConfigError(f"an arm has method {method}: say {option} '{flag} FILE'.")
     if any(arm.budget == "profile" for arm in arms) and not {"--obcache-head-profile", "--obcache-gates"} & {*flags}:
         raise ConfigError(f"an arm has budget profile: say {option} '--obcache-head-profile FILE'.")
 

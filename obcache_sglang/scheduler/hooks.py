@@ -391,7 +391,7 @@ TOUCHES: tuple[Touch, ...] = (
         "KV events never carry virtual tokens",
     ),
     scheduler_hook(
-        "sglang.srt.managers.scheduler.Scheduler.maybe_sleep_on_idle",
+        f"{_SCHEDULER}.maybe_sleep_on_idle",
         "around",
         around_maybe_sleep_on_idle,
         "sleeps shortly while files of contexts are read or written",

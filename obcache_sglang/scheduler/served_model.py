@@ -13,7 +13,6 @@ from sglang.srt.runtime_context import get_parallel
 from obcache_sglang.compress.gates import SUFFIX as GATES_SUFFIX
 from obcache_sglang.compress.head_profile import SUFFIX as PROFILE_SUFFIX
 from obcache_sglang.compress.head_profile import find_file
-from obcache_sglang.compress.hidden_gates import find_hidden_gates
 from obcache_sglang.host import use
 from obcache_sglang.kv.files import Served
 from obcache_sglang.settings import CompressionSettings, ServerSettings
@@ -54,9 +53,8 @@ def choosers(settings: ServerSettings) -> Callable[[CompressionSettings], str]:
         gates = profile = _digest(find_file(settings.gates, "gates", GATES_SUFFIX, ""))
     if settings.head_profile is not None:
         profile = _digest(find_file(settings.head_profile, "head profile", PROFILE_SUFFIX, ""))
-
     if settings.hidden_gates is not None:
-        path = find_hidden_gates(settings.hidden_gates)
+        path = Path(settings.hidden_gates)  # the launcher has found them
         files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
         hidden = hashlib.blake2b("".join(map(_digest, files)).encode(), digest_size=16).hexdigest()
 

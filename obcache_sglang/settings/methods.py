@@ -30,7 +30,6 @@ the KL divergence at 0.7 was a half higher, and with it no needle was lost."""
 GATE_RECENT_TOKENS = 8
 """Last tokens of a context that gates keep, for the reason above: calibration's queries do not come right after them either."""
 
-
 HIDDEN_GATE_RECENT_TOKENS = 128
 """Last tokens of a context that published gates keep: KVzap's sliding window (arXiv 2601.07891)."""
 

@@ -19,7 +19,7 @@ class ServerSettings:
 
     compression: the settings of a request that gives none.
     mode: `marked`: prompts say where their context ends; `auto`: prefixes that prompts share are contexts; `prompt`: the context is all of a prompt but its last token, which scores it.
-    head_profile: file of a head profile, or the name of one in the package. Then the default budget is `profile`, except for replay.
+    head_profile: file of a head profile, or the name of one in the package. Then the default budget is `profile`, except for methods that compare all heads.
     gates: file of gates, or the name of those in the package; they bring a head profile. Then the default method is `gate`.
     hidden_gates: published gates that read hidden states, as of `find_hidden_gates`. Then the default method is `hidden-gate`, without `gates`.
     calibrate: `serve`: a server without gates makes them of the first contexts that are asked about.
@@ -117,17 +117,18 @@ class ServerSettings:
                 "profile",
                 "needs a server started with --obcache-head-profile or --obcache-gates. Choose uniform, adakv or global.",
             )
+        others = ", ".join(name for name in METHODS if name != compression.method)
         if compression.uses_gates and self.gates is None:
             raise InvalidValue(
                 "method",
                 "gate",
-                f"needs a server started with --obcache-gates, or one that has made its own (POST /obcache/calibrate). Choose {', '.join(name for name in METHODS if name != compression.method)}.",
+                f"needs a server started with --obcache-gates, or one that has made its own (POST /obcache/calibrate). Choose {others}.",
             )
         if compression.reads_hidden_states and self.hidden_gates is None:
             raise InvalidValue(
                 "method",
                 "hidden-gate",
-                f"needs a server started with --obcache-hidden-gates. Choose {', '.join(name for name in METHODS if name != compression.method)}.",
+                f"needs a server started with --obcache-hidden-gates. Choose {others}.",
             )
         return compression
 

@@ -73,7 +73,7 @@ def compress(server: Server, tokens: list[int], **settings: Any) -> list[list[se
 
 @pytest.mark.parametrize("budget", ["global", "uniform"])
 def test_a_server_keeps_what_the_gates_say(hidden_server: Server, model_dir: Path, gates: Path, budget: str) -> None:
-    """Over three chunks of a prefill, also where the text is cached already; 0.6 % are left for float32 noise at the edge of the kept set."""
+    """Over five chunks of a prefill, also where the text is cached already; 0.6 % are left for float32 noise at the edge of the kept set."""
     tokens = document(model_dir, L, "calls")
     wanted = kept_by_reference(scored_by_reference(model_dir, gates, tokens), budget)
     flush(hidden_server)

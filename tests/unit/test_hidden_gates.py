@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig
 
 from obcache_sglang.compress.compression import AttentionCall, Compression, Compressor, ScoringRows, UnsupportedAttention
 from obcache_sglang.compress.hidden_gates import find_hidden_gates, load_hidden_gates
@@ -112,8 +113,7 @@ def test_scores_of_fast_kvzip(tmp_path: Path) -> None:
 
 def test_gates_of_a_model_of_another_shape_are_refused(tmp_path: Path) -> None:
     write_kvzap(tmp_path, units=None)
-    config: Any = SimpleNamespace(num_hidden_layers=LAYERS, num_key_value_heads=HEADS, hidden_size=SIZE)
-    config.get_text_config = lambda: config
+    config = LlamaConfig(num_hidden_layers=LAYERS, num_attention_heads=2 * HEADS, num_key_value_heads=HEADS, hidden_size=SIZE)
     load_hidden_gates(tmp_path).check_model(config)
     config.num_hidden_layers, config.hidden_size = 5, 32
     with pytest.raises(HostError, match="layers 3 instead of 5, hidden size 24 instead of 32"):
