@@ -2,9 +2,6 @@
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from array import array
 from types import SimpleNamespace
 
@@ -713,22 +710,22 @@ def test_metrics_count_once_for_status_and_prometheus():
     assert REGISTRY.get_sample_value("sglang:obcache_reuses_total", labels) == 2
 
 
-def test_every_family_of_metrics_has_a_sample_before_anything_happened(tmp_path):
+def test_every_family_of_metrics_has_a_sample_before_anything_happened(tmp_path, monkeypatch):
     """Prometheus's collector for several processes shows a gauge that was never set without labels, and `sglang-router` refuses to join that with
     the labels of another replica."""
-    program = """
-from prometheus_client import CollectorRegistry
-from prometheus_client.multiprocess import MultiProcessCollector
-from obcache_sglang.scheduler.context_cache import ContextCache
-from obcache_sglang.scheduler.metrics import Metrics
-Metrics.create(True, {"model_name": "m"})
-families = list(MultiProcessCollector(CollectorRegistry()).collect())
-print(len(families), *(each.name for each in families if not each.samples))
-"""
-    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    said = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout.split()
-    assert int(said[0]) > 10
-    assert said[1:] == []
+    from prometheus_client import REGISTRY, CollectorRegistry, values
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    # As in a process that imports prometheus_client with that variable set, and has no metrics yet.
+    monkeypatch.setattr(values, "ValueClass", values.MultiProcessValue())
+    monkeypatch.setattr(REGISTRY, "_names_to_collectors", {})
+    monkeypatch.setattr(REGISTRY, "_collector_to_names", {})
+    Metrics.create(True, {"model_name": "m"})
+    families = list(MultiProcessCollector(CollectorRegistry()).collect())
+    values.close_all_multiprocess_files()
+    assert len(families) > 10
+    assert [each.name for each in families if not each.samples] == []
 
 
 def test_a_context_in_the_frontend_language_ends_with_the_marker():
