@@ -227,7 +227,7 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_splits")
-@pytest.mark.parametrize(("group_size", "num_slots"), [(1, 500), (3, 500)])
+@pytest.mark.parametrize(("group_size", "num_slots"), [(1, 100), (3, 500)])
 @pytest.mark.parametrize("new", [DECODE, EXTEND], ids=["decode", "extend"])
 def test_attention_equals_float64(group_size: int, num_slots: int, new: tuple[int, int, int, int]) -> None:
     engine = Engine(mixed_requests(2, num_slots, new), 2, 16, torch.float32)
