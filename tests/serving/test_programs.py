@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from obcache_sglang import local_server
 from obcache_sglang.local_server import Server, serve
 from tests.serving.client import compressions, document, generate_together, question, report
 from tests.serving.conftest import COMMON, STRICT
 
-# Engines start processes, which import the main module again: hence a file with a guard.
-ENGINE_PROGRAM = """
-import sys
-from obcache_sglang.engine import Engine
-
-if __name__ == "__main__":
-    engine = Engine(model_path=sys.argv[1], dtype="float32", max_total_tokens=4096, obcache={"min_tokens": 32})
-    document = "The quick brown fox jumps over the lazy dog. " * 20
-    made = engine.compress(text=document)
-    assert made["status"] == "compressed", made
-    prompts = [document + "<|obcache|>" + question for question in ("So", "But", "And")]
-    answers = engine.generate(prompts, {"temperature": 0, "max_new_tokens": 4})
-    assert [answer["meta_info"]["obcache"]["status"] for answer in answers] == ["reused"] * 3, answers
-    assert [context["name"] for context in engine.contexts()] == [engine.context(made["id"])["name"]]
-    assert engine.obcache_status()["counters"]["compressions"] == 1
-    told = engine.generate([document + f"<|obcache:ratio={ratio}|>So" for ratio in (0.25, 0.75)], {"max_new_tokens": 4})
-    assert [answer["meta_info"]["obcache"]["compression_ratio"] for answer in told] == [0.25, 0.75], told
-    assert engine.delete_context(made["id"]) == "deleted"
-    engine.shutdown()
-    print("engine: all good")
-"""
-
 
 def test_the_offline_engine(model_dir: Path, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(ENGINE_PROGRAM)
-    ran = subprocess.run([sys.executable, program, model_dir], capture_output=True, text=True, timeout=400, check=False)
-    assert "engine: all good" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-3000:]
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "tests.serving.offline_engine", str(model_dir)]
+    with log.open("wb") as output:
+        process = local_server.start_process(command, output, os.environ)
+    try:
+        process.wait(400)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    said = log.read_text(errors="replace")
+    assert "engine: all good" in said, said[-6000:]
 
 
 def test_the_frontend_language_example(server: Server) -> None:
