@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,31 @@ def pytest_configure(config: pytest.Config) -> None:
     if worker and number <= len(processors):
         mine = processors[int(worker.removeprefix("gw")) :: number]
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", ",".join(map(str, mine)))
+
+
+# They ask for `tight_server` or `stock_server`.
+TOGETHER = (
+    "test_auto",
+    "test_client",
+    "test_gates",
+    "test_lifetimes",
+    "test_marker_options",
+    "test_named_contexts",
+    "test_segments",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file is one worker's, and those together are the same one's, so that their servers start once. With pytest 9.2 `loadgroup` groups nothing."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "together" if Path(file).stem in TOGETHER else file
+
+    return Together(config, log)
 
 
 @contextlib.contextmanager
