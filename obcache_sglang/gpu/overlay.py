@@ -1,7 +1,7 @@
 """Requests after contexts with per-head budgets, beside any of SGLang's attention backends.
 
 The backend computes a batch as it always does, and knows nothing of such contexts: what it computed for the requests after one
-is replaced. Batches without such a request take the backend's own path alone; decode batches of nothing else skip it.
+is replaced. Batches without such a request take the backend's own path alone; batches of nothing else skip it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class HeadOverlay:
             requests = self.plan.uneven_contexts(forward_batch)
             if not requests:
                 return attention_forward(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs)
-            alone = forward_batch.forward_mode.is_decode() and len(requests) == q.shape[0]
+            num_rows = len(requests) if forward_batch.forward_mode.is_decode() else sum(forward_batch.extend_seq_lens_cpu)
+            alone = len(requests) == forward_batch.batch_size and q.shape[0] == num_rows  # and no row of padding
             if alone and save_kv_cache and k is not None and v is not None:
                 location = KVWriteLoc(forward_batch.out_cache_loc, None)
                 self.plan.kv_pool.set_kv_buffer(layer, location, k, v, layer.k_scale, layer.v_scale)
@@ -60,6 +61,7 @@ class HeadOverlay:
             else:
                 output = attention_forward(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs)
             self._replace(q, layer, forward_batch, output, requests)
+            self.plan.row_lse = None  # not of what the replaced rows attend to
             return output
 
         return forward

@@ -37,13 +37,14 @@ TOLERANCE = {torch.float32: 3e-6 if DEVICE == "cpu" else 5e-3, torch.float16: 2e
 class Request:
     """kept: cells of each head of each layer, in order, or none; earlier: ordinary tokens before the new ones.
 
-    exact: tokens that every head has before its cells.
+    exact: tokens that every head has before its cells. unseen: tokens after the cells that no head reads.
     """
 
     earlier: int
     num_new: int
     kept: list[int] = field(default_factory=list)
     exact: int = 0
+    unseen: int = 0
 
 
 def evenly(total: int, parts: int) -> list[int]:
@@ -91,7 +92,7 @@ class Engine:
             num_slots = self.num_slots(request)
             slots = [free.pop() for _ in range(num_slots + request.earlier + request.num_new)]
             self.req_to_token[self.rows[number], : len(slots)] = torch.tensor(slots, dtype=torch.int32)
-            cell, own = 0, slots[request.exact : num_slots]
+            cell, own = 0, slots[request.exact : num_slots - request.unseen]
             for layer in range(NUM_LAYERS):
                 for head in range(num_kv_heads):
                     places = [(layer, slot, head) for slot in slots[: request.exact]]
@@ -107,7 +108,7 @@ class Engine:
             assert cell == len(own) * NUM_LAYERS * num_kv_heads
 
     def num_slots(self, request: Request) -> int:
-        return request.exact + sum(request.kept) // (NUM_LAYERS * self.num_kv_heads)
+        return request.exact + sum(request.kept) // (NUM_LAYERS * self.num_kv_heads) + request.unseen
 
     def batch(self, dtype: torch.dtype = torch.int64) -> HeadBatch:
         """The batch as an engine gives it; max_entries is as small as it may be."""
@@ -227,10 +228,14 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_splits")
-@pytest.mark.parametrize(("group_size", "num_slots"), [(1, 100), (3, 500)])
-@pytest.mark.parametrize("new", [DECODE, EXTEND], ids=["decode", "extend"])
-def test_attention_equals_float64(group_size: int, num_slots: int, new: tuple[int, int, int, int]) -> None:
-    engine = Engine(mixed_requests(2, num_slots, new), 2, 16, torch.float32)
+@pytest.mark.parametrize(
+    ("new", "group_size", "num_slots"),
+    [(DECODE, 1, 100), (EXTEND, 1, 100), (DECODE, 3, 500), pytest.param(EXTEND, 3, 500, marks=pytest.mark.long)],
+)
+def test_attention_equals_float64(new: tuple[int, int, int, int], group_size: int, num_slots: int) -> None:
+    """Also of a local pass of a replay: the first tokens of its context, none of the next ones, and all after these."""
+    local = Request(earlier=30, num_new=new[2], kept=[0] * 2 * NUM_LAYERS, exact=8, unseen=50)
+    engine = Engine([*mixed_requests(2, num_slots, new), local], 2, 16, torch.float32)
     engine.check_attention(group_size, engine.triton_step(group_size))
 
 
@@ -319,7 +324,7 @@ def test_nothing_waits_for_the_device(new: tuple[int, int, int, int], monkeypatc
 @pytest.mark.parametrize("new", [DECODE, SHORT_EXTEND], ids=["decode", "extend"])
 @pytest.mark.parametrize("mixed", [True, False], ids=["beside-an-ordinary-request", "alone"])
 def test_overlay_on_a_stock_backend(new: tuple[int, int, int, int], mixed: bool) -> None:
-    """SGLang's own backend computes the ordinary request; where there is none, decode does not ask it at all."""
+    """SGLang's own backend computes the ordinary request; where there is none, it is not asked at all."""
     requests = mixed_requests(2, 63, new)[0 if mixed else 1 :]
     engine = Engine(requests, 2, 16, torch.float32)
     batch, group_size = engine.batch(), 3
@@ -351,7 +356,7 @@ def test_overlay_on_a_stock_backend(new: tuple[int, int, int, int], mixed: bool)
     )
     backend = TorchNativeAttnBackend(runner)
     uneven = engine.uneven_contexts(batch)
-    plan = SimpleNamespace(serial=0, kv_pool=engine.pool, uneven_contexts=lambda batch: uneven)
+    plan = SimpleNamespace(serial=0, kv_pool=engine.pool, uneven_contexts=lambda batch: uneven, row_lse=torch.zeros(1))
     asked = []
 
     def stock(*args: object, **kwargs: object) -> torch.Tensor:
@@ -368,7 +373,8 @@ def test_overlay_on_a_stock_backend(new: tuple[int, int, int, int], mixed: bool)
         output = overlay.over(stock)(q, k, v, layer, forward_batch)
         expected = engine.expected(q.double().cpu(), number, group_size, 0.3)
         torch.testing.assert_close(output.double().cpu(), expected, rtol=0, atol=TOLERANCE[engine.dtype])
-    assert len(asked) == (NUM_LAYERS if mixed or not decode else 0)
+    assert plan.row_lse is None, "the backend's are not of what the replaced rows attend to"
+    assert len(asked) == (NUM_LAYERS if mixed else 0)
 
 
 @pytest.mark.usefixtures("few_splits")
