@@ -59,15 +59,23 @@ TOGETHER = (
 )
 
 
+# Its few tests take long and ask for the server that each worker has.
+SPREAD = "test_exactness"
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each file is one worker's, and those together are the same one's, so that their servers start once. With pytest 9.2 `loadgroup` groups nothing."""
+    """Each file is one worker's, and those together are the same one's, so that their servers start once. With pytest 9.2 `loadgroup` groups nothing.
+
+    Those with most tests come first, so that what is spread comes last: no worker waits for long while the other one ends.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class Together(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "together" if Path(file).stem in TOGETHER else file
+            name = Path(file).stem
+            return "together" if name in TOGETHER else nodeid if name == SPREAD else file
 
     return Together(config, log)
 

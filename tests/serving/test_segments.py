@@ -59,7 +59,8 @@ def prefilled_tokens(server: Server) -> int:
 
 @pytest.mark.parametrize(
     ("budget", "how"),
-    [("uniform", "boundaries"), ("profile", "exact_segments"), pytest.param("profile", "boundaries", marks=pytest.mark.long)]
+    [("profile", "exact_segments")]
+    + [pytest.param(budget, "boundaries", marks=pytest.mark.long) for budget in ("uniform", "profile")]
     + [pytest.param(budget, "segment_tokens", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global", "profile")]
     + [pytest.param(budget, "exact_segments", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global")],
 )
