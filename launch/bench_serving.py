@@ -1,7 +1,7 @@
 """What compression costs and what a later question saves, on real servers:  python -m launch.bench_serving
 
 Prints three tables: a context's compression by a window, by a window with a head profile, by gates (prefilled, and from its cached exact KV)
-and by replay, against its exact prefill (which is what the first question waits for with --obcache-when idle), with the share spent on scoring, selecting and copying; time
+and by replay, whole and local, against its exact prefill (which is what the first question waits for with --obcache-when idle), with the share spent on scoring, selecting and copying; time
 to the first token of a later question, exact radix hit against compressed hit, in turn; and plain requests (no compression asked
 for) on a server with --obcache against one without, burst by burst. Machines are noisy: medians, and ratios pair by pair.
 """
@@ -17,11 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from launch.model import cache_dir, ensure_model
+from obcache_sglang.eval.arms import Arm, parse_arms
 from obcache_sglang.eval.prose import opticks
 from obcache_sglang.local_server import Server, serve
 
-GATE = ("gate", "obcache-v", "profile")
-ARMS = (("snapkv", "obcache-k", "adakv"), ("snapkv", "obcache-k", "profile"), GATE, ("replay", "obcache-v", "global"))
+ARMS = parse_arms(
+    (
+        "snapkv/obcache-k/adakv",
+        "snapkv/obcache-k/profile",
+        "gate/obcache-v/profile",
+        "replay/obcache-v/global",
+        "replay/obcache-v/global+replay_attention=local",
+    ),
+    [0.7],
+    ["agnostic"],
+)[1:]
 IN_PLACE = "gate, exact KV cached"
 COMMON = ("--chunked-prefill-size", "8192", "--sleep-on-idle")
 
@@ -39,11 +49,11 @@ def main() -> None:
     # Room for a context, its compressed copy and a replay's chunk, several times.
     common = (*COMMON, "--max-total-tokens", str(8 * len(ids)), *(() if arguments.model else ("--dtype", arguments.dtype)))
     flags = (*common, "--obcache", *(() if arguments.model else ("--obcache-gates", "smollm2-135m")))
-    arms = [arm for arm in ARMS if arguments.model is None or arm[2] != "profile"]
+    arms = [arm for arm in ARMS if arguments.model is None or arm.budget != "profile"]
     with serve(model_dir, logs / "bench-obcache.log", flags) as server:
         generate(server, ids[:200])
         print(
-            "\ntokens  slots  arm                          s  scoring share  / exact prefill, pair by pair (min median max)",
+            "\ntokens  slots  arm                                                  s  scoring share  / exact prefill, pair by pair (min median max)",
             flush=True,
         )
         for length in arguments.tokens:
@@ -73,12 +83,12 @@ def generate(server: Server, ids: list[int], *, obcache: Any = False, max_new_to
     return time.perf_counter() - start
 
 
-def compression_rows(server: Server, ids: list[int], arms: Sequence[tuple[str, str, str]], repeats: int) -> Iterator[str]:
+def compression_rows(server: Server, ids: list[int], arms: Sequence[Arm], repeats: int) -> Iterator[str]:
     runs: dict[str, list[dict[str, Any]]] = {}
     exact = []
 
-    def compress(name: str, arm: tuple[str, str, str], *, counts: bool) -> None:
-        made = server.post("/obcache/compress", {"input_ids": ids, **dict(zip(("method", "score", "budget"), arm, strict=True))})
+    def compress(name: str, arm: Arm, *, counts: bool) -> None:
+        made = server.post("/obcache/compress", {"input_ids": ids, **arm.wish})
         if counts:
             runs.setdefault(name, []).append(server.get(f"/obcache/contexts/{made['id']}"))
 
@@ -87,16 +97,17 @@ def compression_rows(server: Server, ids: list[int], arms: Sequence[tuple[str, s
         seconds = generate(server, ids)
         if repeat:  # the first warms up
             exact.append(seconds)
-        if GATE in arms:
-            compress(IN_PLACE, GATE, counts=bool(repeat))
         for arm in arms:
+            if arm.method == "gate":
+                generate(server, ids)
+                compress(IN_PLACE, arm, counts=bool(repeat))
             server.flush_cache()
-            compress("/".join(arm), arm, counts=bool(repeat))
+            compress(f"{arm.method}/{arm.score}/{arm.budget} {arm.options}", arm, counts=bool(repeat))
     for name, made in runs.items():
         seconds = statistics.median(run["seconds"] for run in made)
         share = statistics.median(run["scoring_seconds"] / run["seconds"] for run in made)
         ratios = spread([run["seconds"] / prefill for run, prefill in zip(made, exact, strict=True)])
-        yield f"{len(ids):6d} {made[0]['slots']:6d}  {name:24s} {seconds:5.2f} {share:14.1%}  {ratios}"
+        yield f"{len(ids):6d} {made[0]['slots']:6d}  {name:48s} {seconds:5.2f} {share:14.1%}  {ratios}"
 
 
 def first_token_row(server: Server, ids: list[int], repeats: int) -> str:

@@ -57,6 +57,7 @@ class CompressionParams(TypedDict, total=False):
     adakv_safeguard: float
     normalization: str
     replay_chunk: int
+    replay_attention: str
     segment_tokens: int | None
     exact_segments: int
     pin: bool

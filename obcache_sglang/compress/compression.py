@@ -323,18 +323,22 @@ class Compression:
         if settings.measures_errors:
             self._sample(compressor, rows, queries, layer)
         visible, scored = rows.slots, scores
-        if settings.replay_sees_chunk_only and self.replay is not None:
-            # Its queries see the sinks, the chunk they repeat and each other, and score the chunk.
-            chunk, num_sinks = slice(self.replay.first, self.replay.last), min(settings.sink_tokens, self.replay.first)
-            visible = torch.cat([visible[:num_sinks], visible[chunk], visible[context.num_tokens :]])
-            queries = replace(queries, start=len(visible) - rows.num_rows, lse=None)
-            scored = torch.nn.functional.pad(scored[:, chunk], (num_sinks, 0))
+        if self.replay is not None and (self.replay.is_local or settings.replay_sees_chunk_only):
+            # Its queries score the chunk that they repeat. They see it, what is before it, and each other.
+            chunk = slice(self.replay.first, self.replay.last)
+            before = [visible[: self.replay.num_sinks], visible[self.replay.first_seen : chunk.start]]
+            if not self.replay.is_local:  # KVzip's queries see all, and share their softmax as if they did not
+                before, queries = [visible[: min(settings.sink_tokens, chunk.start)]], replace(queries, lse=None)
+            visible = torch.cat([*before, visible[chunk], visible[self.replay.num_before(context.num_tokens) :]])
+            queries = replace(queries, start=len(visible) - rows.num_rows)
+            num_before = sum(map(len, before))
+            scored = torch.nn.functional.pad(scored[:, chunk], (num_before, 0))
         if not settings.weighs_queries:
             queries = replace(queries, weights=None)
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         compressor.accumulate(scored, queries, keys, values, visible, score=settings.score, reduce=settings.reduce)
         if scored is not scores:
-            scores[:, chunk] = scored[:, num_sinks:]
+            scores[:, chunk] = scored[:, num_before:]
         return scores
 
     def _scores_so_far(self, layer: RadixAttention, device: torch.device) -> torch.Tensor:
@@ -347,13 +351,13 @@ class Compression:
     def _sample(self, compressor: Compressor, rows: ScoringRows, queries: ScoringQueries, layer: RadixAttention) -> None:
         """Takes some of a replay's queries, for `_measured_errors`."""
         assert self.replay is not None and queries.weights is not None
-        num_tokens, device = self.context.num_tokens, queries.q.device
-        first = rows.first_position - num_tokens
-        chosen = sampled_rows(self.replay.first + first, rows.num_rows, num_tokens)
+        num_before, device = self.replay.num_before(self.context.num_tokens), queries.q.device
+        first = rows.first_position - num_before
+        chosen = sampled_rows(self.replay.first + first, rows.num_rows, self.context.num_tokens)
         if chosen.start == chosen.stop:
             return
         seen = torch.arange(first + 1, first + rows.num_rows + 1, device=device)[chosen]
-        after = rows.slots[num_tokens:]
+        after = rows.slots[num_before:]
         pool = compressor.kv_pool
         keys, values = (get(layer.layer_id)[after] for get in (pool.get_key_buffer, pool.get_value_buffer))
         sample = SampledQueries.take(queries.q[chosen], queries.weights[chosen], keys, values, seen, queries.scale)

@@ -109,6 +109,9 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         if context is None or not context.is_uneven:
             return _Sequence(slots, num_new)
         assert self.plan is not None and self.plan.space is not None
+        if len(context.kept.positions) == context.num_exact * self.plan.space.num_heads:
+            # No head has more of it than what stays exact: ordinary rows, for all heads at once.
+            return _Sequence(torch.cat([slots[: context.num_exact], slots[context.num_slots :]]), num_new)
         lanes = torch.arange(self.plan.space.num_kv_heads, dtype=torch.int32)
         return _Sequence(slots, num_new, context.kept, self.plan.space.rows(0, slots[context.num_slots :], lanes[:, None]))
 

@@ -158,7 +158,7 @@ def _things(arm: Arm) -> dict[str, str | None]:
     things["scores relative to their layer's output"] = None if settings.score == "attention" else _yes(settings.weighs_queries)
     things["budget divided by measured errors"] = _yes(settings.measures_errors)
     if settings.method != "replay":
-        things["replay_chunk"] = None
+        things["replay_chunk"] = things["replay_attention"] = None
     if settings.budget != "adakv":
         things["adakv_safeguard"] = None
     return {name.replace("_", " "): value for name, value in things.items()} | {"mode": arm.mode}

@@ -19,6 +19,8 @@ from obcache_sglang.compress.compression import AttentionCall, Compressor, Scori
 from obcache_sglang.compress.scores import accumulate_scores_in_slots
 from obcache_sglang.host import use
 from obcache_sglang.kv.batch import BatchContexts
+from obcache_sglang.kv.cells import KeptTokens
+from obcache_sglang.kv.context import KeptContext
 from obcache_sglang.scheduler.in_place import CachedCompression
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
-    from obcache_sglang.kv.context import KeptContext
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ class ForwardPlan(BatchContexts):
             _end_unplanned(batch)
 
     def _plan(self, forward_batch: ForwardBatch, batch: ScheduleBatch, contexts: list[KeptContext | None]) -> None:
+        contexts = [self._seen_by_local_pass(req) or context for req, context in zip(batch.reqs, contexts, strict=True)]
         if any(contexts):
             offset_positions(forward_batch, contexts, batch.extend_lens)
             self._contexts = contexts
@@ -107,6 +108,17 @@ class ForwardPlan(BatchContexts):
         slots = self.req_to_token_pool.req_to_token[job.kv.req_pool_idx, :end].to(torch.int64)
         num_rows = end - first_position if job.compression.reads_rows else 0
         return ScoringRows(first_row + first_position - start, num_rows, first_position, slots, last)
+
+    def _seen_by_local_pass(self, req: Req) -> KeptContext | None:
+        """What a local pass of a replay sees of its context before `ReplayPass.first_seen`, as if a compression had left that; None for others."""
+        if not isinstance(req, CompressionJob) or req.replay is None or not req.replay.is_local or req.error == "evicted":
+            return None
+        assert self.space is not None, "settings allow it only where heads may keep different numbers of tokens"
+        num_sinks, first_seen, num_heads = req.replay.num_sinks, req.replay.first_seen, self.space.num_heads
+        device = self.space.k.device
+        positions = torch.arange(num_sinks, dtype=torch.int32, device=device).repeat(num_heads)
+        kept = KeptTokens(positions, torch.arange(num_heads + 1, device=device) * num_sinks, num_exact=num_sinks)
+        return KeptContext(first_seen, num_sinks, req.position_offset, first_seen > num_sinks, kept)
 
     def before_attention(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of a layer's attention module, for jobs that hidden states score. Never raises."""

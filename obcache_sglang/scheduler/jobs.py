@@ -173,9 +173,12 @@ class Jobs:
         return job
 
     def _hold_exact(self, job: CompressionJob) -> None:
-        """Keeps the exact tokens that a job's context begins with from being evicted, once they are cached."""
-        needs = job.context.num_exact > 0 and job.base is None and not job.reads_exact
-        if needs and job.exact_lock is None and (exact := tree.exact_beginning(self.cache.tree, job.context)) is not None:
+        """Keeps the exact tokens that a job reads from being evicted, once they are cached: those that its context begins with; for a local
+        pass, which alone would hold no more than it stands after, the whole context."""
+        is_local = job.replay is not None and job.replay.is_local
+        needs = is_local or (job.context.num_exact > 0 and job.base is None and not job.reads_exact)
+        find = tree.exact_slots if is_local else tree.exact_beginning
+        if needs and job.exact_lock is None and (exact := find(self.cache.tree, job.context)) is not None:
             job.exact_lock = self.cache.tree.lock(exact[0])
 
     def _replay_passes(self, context: Context) -> list[ReplayPass] | None:
@@ -185,8 +188,8 @@ class Jobs:
         if self._prompts is None:
             self._prompts = ReplayPrompts(self.engine.tokenizer)
         room = self.engine.context_len - context.num_tokens - self._prompts.num_tokens - 1
-        chunk = min(context.settings.replay_chunk, room)
-        return self._prompts.passes(context.tokens, chunk) if chunk > 0 else None
+        chunk, local = min(context.settings.replay_chunk, room), context.settings.replay_attention == "local"
+        return self._prompts.passes(context.tokens, chunk, local=local, page_size=self.cache.page_size) if chunk > 0 else None
 
     def started(self, job: CompressionJob) -> None:
         """The pass under way starts it: it is not in the queue yet."""

@@ -257,6 +257,7 @@ class CompressionJob(Req):
     base: the compressed context before the segment; None for the first one, and for a context that is compressed whole. reads: what is left of it.
     holds_base: whether the base is held (`ContextCache.hold`), until the job ends.
     exact_lock: of the tree's, on the exact tokens that the context begins with, until the job ends; None where there are none, or a base is held.
+        Of local passes of a replay, on the whole context's.
     has_room: whether room was made for it.
     starved_passes: of the scheduler, in which it waited, nothing ran and nothing was admitted.
     target: the whole context, which questions wait for.
@@ -318,7 +319,9 @@ class CompressionJob(Req):
                     self.replay, *self.passes = like.passes
                     self.compression = like.compression
                     self.compression.next_pass(self.replay)
-        tokens = context.tokens + (context.judges if self.replay is None else self.replay.tokens)
+        tokens = context.tokens + context.judges
+        if self.replay is not None:
+            tokens = context.tokens[: self.replay.num_before(context.num_tokens)] + self.replay.tokens
         if reads_exact:
             tokens = context.tokens[: context.num_exact]
         elif base is not None:
@@ -363,7 +366,8 @@ class CompressionJob(Req):
         own = self.kv.kv_committed_len if self.kv.holds_kv else len(self.origin_input_ids) if self.finished() else 0
         if self.base is not None or self.target is not self.context or self.context.num_exact:
             return max(own + self.position_offset, 0 if self.base is None else self.base.num_tokens), self.target.num_tokens
-        found = 0 if self.replay is None else self.context.num_tokens  # the passes find the context cached
+        # The passes find the context cached.
+        found = 0 if self.replay is None else self.replay.num_before(self.context.num_tokens)
         total = self.earlier_tokens + len(self.origin_input_ids) - found + sum(len(each.tokens) for each in self.passes)
         return self.earlier_tokens + max(0, own - found), total
 
@@ -379,7 +383,9 @@ class CompressionJob(Req):
 
     @property
     def position_offset(self) -> int:
-        """As of a question after the base."""
+        """As of a question after the base; in a replay, as of one after the context."""
+        if self.replay is not None:
+            return self.context.num_tokens - self.replay.num_before(self.context.num_tokens)
         return 0 if self.base is None else self.base.position_offset
 
     @property
@@ -396,9 +402,13 @@ class CompressionJob(Req):
         return 0 if settings.window == EVERY_QUERY else max(0, num_tokens + len(self.context.judges) - self.window)
 
     def init_next_round_input(self, tree_cache: BasePrefixCache | None = None, cow_mamba: bool | None = None) -> None:
-        """SGLang's, with a last check: virtual ids that the tree does not hold must never reach the model's embedding."""
+        """SGLang's, with a last check: virtual ids that the tree does not hold must never reach the model's embedding, and local passes read no
+        part of the context again."""
         super().init_next_round_input(tree_cache, cow_mamba)
-        if tree_cache is not None and self.base is not None and self.prefix_len < self.base.num_slots:
+        needed = 0 if self.base is None else self.base.num_slots
+        if self.replay is not None and self.replay.is_local:
+            needed = self.replay.last
+        if tree_cache is not None and self.prefix_len < needed:
             self.error = "evicted"
             self.set_finish_with_abort("The beginning of the context is gone.", HTTPStatus.INTERNAL_SERVER_ERROR)
             super().init_next_round_input(tree_cache, cow_mamba)

@@ -13,6 +13,11 @@ SCORES = ("attention", "obcache-v", "obcache-k", "obcache-kv")
 POOLINGS = ("none", "average", "max")
 BUDGETS = ("uniform", "adakv", "global", "profile")
 
+REPLAY_ATTENTIONS = ("whole", "local")
+
+LOCAL_REPLAY_CHUNK = 256
+"""Context tokens that a local pass of a replay reads again, unless it is said."""
+
 EVERY_QUERY = 0
 """`CompressionSettings.window` of a method that scores with every query of the context (h2o, given as "all") or of the replay."""
 
@@ -137,7 +142,7 @@ class Preset:
     replay_sees_chunk_only: bool = False
 
 
-_KVZIP = {"method": "replay", "score": "attention", "budget": "global"}
+_KVZIP = {"method": "replay", "score": "attention", "budget": "global", "replay_attention": "whole"}
 
 PRESETS: dict[str, Preset] = {
     "default": Preset("tova", for_method={"snapkv": {"budget": "adakv"}, "h2o": {"budget": "adakv"}}),
@@ -175,6 +180,8 @@ def resolve(given: Mapping[str, Any], *, has_profile: bool, has_gates: bool, has
     decided |= {**preset.decides, **preset.for_method.get(name, {})}
     if given.get("heads") == "shared" and decided["budget"] == "adakv":
         decided["budget"] = "uniform"  # heads that keep the same tokens have nothing to divide
+    if {**decided, **given}.get("replay_attention") == "local":
+        decided["replay_chunk"] = LOCAL_REPLAY_CHUNK
     if given.get("pooling") == "none":
         decided["kernel_size"] = 1
     elif given.get("pooling") is not None:

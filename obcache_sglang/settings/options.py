@@ -17,6 +17,7 @@ from obcache_sglang.settings.methods import (
     METHODS,
     POOLINGS,
     PRESETS,
+    REPLAY_ATTENTIONS,
     REPLAY_RECENT_TOKENS,
     SCORES,
 )
@@ -247,9 +248,18 @@ COMPRESSION_OPTIONS = (
     Option(
         "replay_chunk",
         _whole_number("the number of context tokens that one replay pass re-reads"),
-        "For method replay: number of context tokens that one pass reads again. Default: 2048.",
+        "For method replay: number of context tokens that one pass reads again. Default: 2048 (replay_attention local: 256).",
         number_or_text,
         "TOKENS",
+    ),
+    Option(
+        "replay_attention",
+        _one_of(REPLAY_ATTENTIONS),
+        (
+            "For method replay: what a pass attends to. whole: the context. local: the context's first tokens, the chunk that it reads "
+            "again and 64 tokens before that; far cheaper for long contexts; with per-head budgets only. Default: whole."
+        ),
+        metavar="|".join(REPLAY_ATTENTIONS),
     ),
 )
 

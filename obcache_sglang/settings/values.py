@@ -50,6 +50,8 @@ class CompressionSettings:
         shares of the server's head profile.
     adakv_safeguard: the part of an equal share that each head keeps whatever the other heads score, in [0, 1]; for adakv.
     replay_chunk: context tokens that one replay pass reads again; method replay only.
+    replay_attention: what the queries of a replay pass attend to, beside each other; method replay only. `whole`: the context. `local`: its
+        first tokens, the chunk that the pass reads again, and some tokens before that (`compress.replay`).
     segment_tokens: method gate only. Longer contexts are compressed segment by segment (`segment_start`); None for whole ones.
     boundaries: method gate only. Where segments of the context end that other prompts share, such as a system prompt or a turn of a
         conversation: token counts, ascending. Of each context only those that lie in it (`within`).
@@ -77,6 +79,7 @@ class CompressionSettings:
     adakv_safeguard: float = 0.2
     normalization: str = "layer"
     replay_chunk: int = 2048
+    replay_attention: str = "whole"
     segment_tokens: int | None = None
     boundaries: tuple[int, ...] = ()
     exact_segments: int = 0
@@ -119,6 +122,13 @@ class CompressionSettings:
         if self.exact_segments and method.scored_by != "gates":
             raise InvalidValue(
                 "exact_segments", self.exact_segments, f"can be used with method=gate only, not with {self.method}. Remove it."
+            )
+        if self.is_replay and self.replay_attention == "local" and self.budget == "uniform":
+            raise InvalidValue(
+                "replay_attention",
+                "local",
+                "needs attention that reads a part of a context, which budget=uniform can do without. Set budget=global, profile or adakv, "
+                "or replay_attention=whole.",
             )
         if self.pooling not in method.poolings:
             raise InvalidValue(
@@ -171,6 +181,8 @@ class CompressionSettings:
         for name in ("segment_tokens", "boundaries", "exact_segments", "exact_tokens"):
             if not values[name]:  # a later setting, which changes nothing of what was stored without it
                 del values[name]
+        if values["replay_attention"] == "whole":  # likewise
+            del values["replay_attention"]
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

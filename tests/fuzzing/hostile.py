@@ -42,6 +42,7 @@ _VALUES: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
     "max_kept_tokens": ((1, 16, 1000), (None, 0)),
     "adakv_safeguard": ((0, 0.2, 1), (1.5,)),
     "replay_chunk": ((32, 100, 1 << 20), (31, 1)),
+    "replay_attention": (("whole", "local"), ("Local", 1)),
     "context_len": ((1, 40, 64, 100), (10**6, 0, -1)),
     "pin": ((True, False), ("yes", 1)),
     "ttl_seconds": ((1, 2.5, 60, 366 * 86400), (0, -1, 10**400)),

@@ -145,6 +145,7 @@ def test_an_evicted_context_comes_back(tight_server: Server, model_dir: Path) ->
     assert again["output_ids"] == first[0]["output_ids"]
 
 
+@pytest.mark.long
 def test_compressions_wait_for_each_other_before_contexts_are_evicted(tight_server: Server, model_dir: Path) -> None:
     """41 contexts of 32 slots fit into the pool of 1536 while one of them is compressed (64 and 32), not with the four of a chunk."""
     flush(tight_server)
@@ -159,6 +160,7 @@ def test_compressions_wait_for_each_other_before_contexts_are_evicted(tight_serv
     assert len(resident) == len(bodies)
 
 
+@pytest.mark.long
 def test_answered_questions_yield_before_idle_contexts(tight_server: Server, model_dir: Path) -> None:
     """Ten different questions leave more in the pool of 1536 than it has; the context that nobody asks meanwhile is older."""
     idle, asked = (document(model_dir, L, topic) for topic in ("numbers", "class"))
@@ -193,6 +195,7 @@ def test_pinned_contexts_yield_before_anything_hangs(tight_server: Server, model
     flush(tight_server)
 
 
+@pytest.mark.long
 def test_retracted_requests_answer_as_if_alone(tight_server: Server, model_dir: Path) -> None:
     """SGLang retracts one of several decoding requests every 40 steps here, as it does when the pool is full."""
     context = document(model_dir, L, "exceptions")
@@ -282,10 +285,13 @@ def test_a_flush_in_the_middle_of_a_replay_waits_for_it(server: Server, model_di
 
 
 @pytest.mark.long
-def test_a_replay_whose_exact_cache_is_evicted_reads_it_again(tight_server: Server, model_dir: Path) -> None:
+@pytest.mark.parametrize("attention", ["whole", "local"])
+def test_a_replay_whose_exact_cache_is_evicted_reads_it_again(tight_server: Server, model_dir: Path, attention: str) -> None:
+    """Between local passes it is not evicted."""
     flush(tight_server)
     context = document(model_dir, L, "exceptions")
-    asked = {"prompt": context + question(model_dir, "\n\nIn short,"), "obcache": wish(method="replay", replay_chunk=40)}
+    settings = wish(method="replay", replay_chunk=40, replay_attention=attention)
+    asked = {"prompt": context + question(model_dir, "\n\nIn short,"), "obcache": settings}
     alone = generate(tight_server, **asked)
     flush(tight_server)
     # Each of these wants most of the pool, so that nothing that is not in use stays in it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from transformers import AutoTokenizer, DynamicCache
 
 from obcache_sglang.compress.measured_errors import divide_by_errors, kept_numbers, sampled_rows
 from obcache_sglang.compress.reference import attention, pruning_errors, score_tokens
+from obcache_sglang.compress.replay import ReplayPrompts
 from obcache_sglang.local_server import Server
 from obcache_sglang.settings import CompressionSettings
 from tests.serving.client import ask_by_id, generate, report
@@ -20,6 +24,7 @@ from tests.unit.test_kvpress import (
     FIXTURE,
     KVZIP_RUNS,
     Layer,
+    RunModel,
     as_asked,
     kept_by_kvpress,
     kept_by_us,
@@ -116,7 +121,7 @@ def test_a_window_that_spans_two_chunks_scores_as_one(
     assert share_kept(kept_by_server(server, **wish), kept_by_us(layers, settings)) >= 0.994
 
 
-@pytest.mark.parametrize("score", ["attention", "obcache-v", "obcache-kv"])
+@pytest.mark.parametrize("score", ["attention", "obcache-v", pytest.param("obcache-kv", marks=pytest.mark.long)])
 def test_a_global_budget_is_a_plain_sort_of_all_heads(server: Server, layers: list[Layer], model_dir: Path, score: str) -> None:
     """In float64: pooled scores, each query's relative to what its layer gives, the window first, and the best of the rest."""
     window, kernel = 64, 5
@@ -147,53 +152,135 @@ def test_a_global_budget_is_a_plain_sort_of_all_heads(server: Server, layers: li
     assert max(map(len, kept)) > 3 * min(map(len, kept))
 
 
+@dataclass(frozen=True)
+class Pass:
+    """first, last: the tokens that it repeats. layers: q of its queries, k and v of the context and of its own tokens. seen: [tokens], which of
+    these its queries attend to, and so does their softmax for scores."""
+
+    first: int
+    last: int
+    layers: list[Layer]
+    seen: torch.Tensor
+
+
+@pytest.fixture
+def whole_passes(replays: dict[int, list[list[Layer]]]) -> list[Pass]:
+    """Of 300 tokens, as KVPress's KVzip makes them."""
+    passes = zip(KVZIP_RUNS["0.8-300"]["passes"], replays[300], strict=True)
+    return [Pass(each["first"], each["last"], layers, torch.arange(len(layers[0][1]))) for each, layers in passes]
+
+
+@pytest.fixture
+def local_passes(run_model: RunModel, model_dir: Path) -> list[Pass]:
+    """Of 300 tokens: each alone after its chunk, what is shortly before, and the first tokens, at the positions after the context."""
+    context = array("q", FIXTURE["kvzip"]["token_ids"])
+    of_context, passes = run_model(list(context), DynamicCache()), []
+    for each in ReplayPrompts(AutoTokenizer.from_pretrained(model_dir)).passes(context, 300, local=True):
+        seen = torch.tensor([*range(min(8, max(0, each.first - 64))), *range(max(0, each.first - 64), each.last)])
+        cache = DynamicCache()
+        for number, (_, k, v, _) in enumerate(of_context):
+            cache.update(*(kv[seen].transpose(0, 1)[None].clone() for kv in (k, v)), number)
+        layers = []
+        for (_, *of_all, _), (q, *of_pass, scale) in zip(
+            of_context, run_model(list(each.tokens), cache, first_position=len(context)), strict=True
+        ):
+            k, v = (torch.cat([kv, own[len(seen) :]]) for kv, own in zip(of_all, of_pass, strict=True))
+            layers.append((q, k, v, scale))
+        own = torch.arange(len(context), len(context) + len(each.tokens))
+        passes.append(Pass(each.first, each.last, layers, torch.cat([seen, own])))
+    return passes
+
+
+def replay_scores(passes: list[Pass], number: int, projection: torch.Tensor | None, score: str, num_tokens: int) -> torch.Tensor:
+    """Scores [kv heads, num_tokens] float64 of a layer's tokens. A whole pass scores all of the context, a local one the chunk that it repeats.
+
+    projection: of the layer, where each query's scores are relative to what the layer gives.
+    """
+    scores = torch.zeros(passes[0].layers[number][1].shape[1], num_tokens, dtype=torch.float64)
+    for each in passes:
+        q, k, v, scale = each.layers[number]
+        seen_k, seen_v, start = k[each.seen].double(), v[each.seen].double(), len(each.seen) - len(q)
+        weights = None if projection is None else relative(outputs_of(attended(q, seen_k, seen_v, start, scale)), projection)
+        of_seen = score_tokens(q, seen_k, seen_v, start=start, scale=scale, score=score, query_weights=weights)
+        first, last = (each.first, each.last) if start < num_tokens else (0, num_tokens)
+        scores[:, first:last] += of_seen[:, (each.seen >= first) & (each.seen < last)]
+    scores[:, :4] = scores[:, -8:] = torch.inf
+    return scores
+
+
+def kept_by_replay(server: Server, **wish: Any) -> list[set[int]]:
+    wish = {"method": "replay", "budget": "global", "replay_chunk": 300, **wish}
+    return [head for layer in kept_by_server(server, token_ids=FIXTURE["kvzip"]["token_ids"], **wish) for head in layer]
+
+
+def test_a_local_replay_scores_each_chunk_by_the_pass_that_repeats_it(server: Server, local_passes: list[Pass]) -> None:
+    """In float64, a plain sort of all heads."""
+    num_tokens, num_layers = len(FIXTURE["kvzip"]["token_ids"]), len(local_passes[0].layers)
+    scores = torch.cat([replay_scores(local_passes, number, None, "obcache-v", num_tokens) for number in range(num_layers)])
+    total = int(num_tokens * (1 - 0.8)) * len(scores)
+    wanted = torch.zeros(scores.numel(), dtype=torch.bool)
+    wanted[scores.flatten().argsort(descending=True, stable=True)[:total]] = True
+    kept = kept_by_replay(server, score="obcache-v", compression_ratio=0.8, normalization="none", replay_attention="local")
+    assert sum(map(len, kept)) == total
+    in_both = sum(int(row[sorted(head)].sum()) for row, head in zip(wanted.view(scores.shape), kept, strict=True))
+    assert in_both >= 0.994 * total
+    whole = kept_by_replay(server, score="obcache-v", compression_ratio=0.8, normalization="none")
+    assert sum(len(ours & other) for ours, other in zip(kept, whole, strict=True)) < 0.97 * total  # the comparison can fail
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("kind", ["whole", "local"])
 @pytest.mark.parametrize(("score", "ratio"), [("obcache-v", 0.9), ("obcache-kv", 0.7)])
 def test_a_replay_divides_its_global_budget_by_measured_errors(
-    server: Server, replays: dict[int, list[list[Layer]]], model_dir: Path, score: str, ratio: float
+    server: Server, model_dir: Path, request: pytest.FixtureRequest, kind: str, score: str, ratio: float
 ) -> None:
-    """In float64: each head keeps the best tokens of its own, as many as take away most error of some queries of all passes."""
-    run = KVZIP_RUNS["0.8-300"]
-    token_ids, passes = FIXTURE["kvzip"]["token_ids"], replays[300]
-    num_tokens, num_layers, num_lanes = len(token_ids), len(passes[0]), passes[0][0][1].shape[1]
-    total = int(num_tokens * (1 - ratio)) * num_layers * num_lanes
+    """In float64: each head keeps the best tokens of its own, as many as take away most error of some queries of all passes.
+
+    Errors are of attention to all of the context, also where a pass sees a part of it.
+    """
+    passes: list[Pass] = request.getfixturevalue(f"{kind}_passes")
+    num_tokens, num_layers = len(FIXTURE["kvzip"]["token_ids"]), len(passes[0].layers)
     numbers = kept_numbers(4 + 8, num_tokens)
     orders, errors = [], []
     for number in range(num_layers):
         projection = output_projection(model_dir, number)
-        scores = torch.zeros(num_lanes, num_tokens, dtype=torch.float64)
-        seen = []  # of each pass: attention weights of the sampled queries of each head, values, weights of these queries
-        for replay, layers_of_pass in zip(run["passes"], passes, strict=True):
-            q, k, v, scale = layers_of_pass[number]
-            group, k, v = q.shape[1] // num_lanes, k.double(), v.double()
-            attended = [
-                attention(q[:, h].double(), k[:, h // group], v[:, h // group], start=num_tokens, scale=scale)
-                for h in range(q.shape[1])
-            ]
-            query_weights = relative(torch.stack([output for _, _, output in attended], dim=1), projection)
-            scores += score_tokens(q, k, v, start=num_tokens, scale=scale, score=score, query_weights=query_weights)[
-                :, :num_tokens
-            ]
-            rows = sampled_rows(replay["first"], len(q), num_tokens)
-            seen.append(([weights[rows] for _, weights, _ in attended], v, query_weights[rows]))
-        scores[:, :4] = scores[:, -8:] = torch.inf
+        sampled = []  # of each pass: attention weights of the sampled queries of each head, values, weights of these queries
+        for each in passes:
+            q, k, v, scale = each.layers[number]
+            group, k, v = q.shape[1] // k.shape[1], k.double(), v.double()
+            of_seen = attended(q, k[each.seen], v[each.seen], len(each.seen) - len(q), scale)
+            rows = sampled_rows(each.first, len(q), num_tokens)
+            weights_of_all = [weights[rows] for _, weights, _ in attended(q, k, v, num_tokens, scale)]
+            sampled.append((weights_of_all, v, relative(outputs_of(of_seen), projection)[rows]))
+        scores = replay_scores(passes, number, projection, score, num_tokens)
         for lane, order in enumerate(scores.argsort(dim=-1, descending=True, stable=True)):
             orders.append(order.tolist())
             lost = torch.zeros(len(numbers), dtype=torch.float64)
             for column, count in enumerate(numbers):
-                for weights, v, query_weights in seen:
+                for weights, v, query_weights in sampled:
                     kept = torch.ones(len(v), dtype=torch.bool)
                     kept[order[count:]] = False
                     for h in range(lane * group, (lane + 1) * group):
                         lost[column] += (pruning_errors(weights[h], v[:, lane], kept) * query_weights[:, h]).sum()
             errors.append(lost)
+    total = int(num_tokens * (1 - ratio)) * len(orders)
     counts = divide_by_errors(torch.stack(errors), numbers, total)
-    wish = {"method": "replay", "budget": "global", "score": score, "compression_ratio": ratio, "replay_chunk": 300}
-    kept_heads = [head for layer in kept_by_server(server, token_ids=token_ids, **wish) for head in layer]
+    kept_heads = kept_by_replay(server, score=score, compression_ratio=ratio, replay_attention=kind)
     assert sum(map(len, kept_heads)) == total
     wanted = [set(order[:count]) for order, count in zip(orders, counts, strict=True)]
     assert sum(len(ours & theirs) for ours, theirs in zip(kept_heads, wanted, strict=True)) >= 0.994 * total
     assert max(counts) > 10 * min(counts)
+
+
+def outputs_of(attended: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """[queries, heads, head_dim] of what `attention` gave for each head."""
+    return torch.stack([output for _, _, output in attended], dim=1)
+
+
+def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, scale: float) -> list[tuple[torch.Tensor, ...]]:
+    """What `attention` gives for each query head. q: [queries, q heads, dim]; k, v: [tokens, kv heads, dim] float64."""
+    group = q.shape[1] // k.shape[1]
+    return [attention(q[:, h].double(), k[:, h // group], v[:, h // group], start=start, scale=scale) for h in range(q.shape[1])]
 
 
 def relative(outputs: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,9 @@ def test_method_and_preset_decide_what_is_not_given(given, window, pooling, kern
         ({"method": "replay", "window": 64}, "cannot be used with method=replay"),
         ({"preset": "kvzip", "score": "obcache-v"}, "score=attention"),
         ({"preset": "kvzip", "method": "snapkv"}, "method=replay"),
+        ({"preset": "kvzip", "replay_attention": "local"}, "replay_attention=whole"),
+        ({"method": "replay", "budget": "uniform", "replay_attention": "local"}, "Set budget=global, profile or adakv"),
+        ({"replay_attention": "near"}, "choose whole or local"),
         ({"normalization": "head"}, "choose layer or none"),
         ({"window": "all"}, "h2o only"),
         ({"window": 0, "method": "h2o", "score": None}, "choose attention"),
@@ -298,6 +301,16 @@ def test_a_budget_that_was_given_holds_for_every_method():
     adakv = settings_from_python({"budget": "adakv", "score": "obcache-k"})
     assert adakv.compression_for({"preset": "kvzip"}).budget == "global"  # kvzip is one thing
     assert settings_from_python(True).compression_for({"method": "tova"}).budget == "uniform"
+
+
+def test_a_local_replay_reads_shorter_chunks_unless_told():
+    server = settings_from_python({"method": "replay", "replay_attention": "local"})
+    assert server.compression.replay_chunk == 256
+    assert server.compression_for({"replay_attention": "whole"}).replay_chunk == 2048
+    assert server.compression_for({"replay_chunk": 100}).replay_chunk == 100
+    assert server.compression_for({"preset": "kvzip"}).replay_attention == "whole"
+    # Where a replay does not score, it may be said all the same: for the requests that ask for one.
+    assert settings_from_python({"replay_attention": "local"}).compression_for({"method": "replay"}).replay_attention == "local"
 
 
 @pytest.mark.parametrize(

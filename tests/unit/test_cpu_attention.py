@@ -253,7 +253,7 @@ class UnevenEngine(Engine):
         kept = KeptTokens(torch.zeros(num_cells, dtype=torch.int32), offsets, self.space.cell_rows(slots.long()).int())
         first = self.layer.layer_id * self.space.num_kv_heads
         heads = [cells[:, offsets[head] : offsets[head + 1]] for head in range(first, first + self.space.num_kv_heads)]
-        context = Reader(kept=kept, num_slots=num_slots, is_uneven=True)
+        context = Reader(kept=kept, num_slots=num_slots, num_exact=0, is_uneven=True)
         return context, slots, heads
 
 
@@ -345,6 +345,37 @@ def test_heads_of_different_length(
     backend.plan = SimpleNamespace(contexts=lambda batch: behind, space=engine.space)
     output = engine.attend(backend, Batch(forward_batch, torch.cat(q).flatten(1), torch.cat(k), torch.cat(v)))
     torch.testing.assert_close(output.double(), torch.cat(expected).flatten(1), atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("num_exact", [0, 8])
+def test_what_no_head_keeps_is_not_read(num_exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local pass of a replay: some first tokens, none of the next 42, which are NaN here, 30 more and 10 new ones."""
+    engine = UnevenEngine(9, 3, torch.float32, monkeypatch)
+    slots, seen = engine.take(num_exact + 42 + 40), num_exact + 40
+    keys, values = engine.random(2, seen, 3, HEAD_DIM)
+    read = torch.cat([slots[:num_exact], slots[-40:]]).long()
+    engine.token_to_kv_pool.get_key_buffer(1)[read[:-10]] = keys[:-10]
+    engine.token_to_kv_pool.get_value_buffer(1)[read[:-10]] = values[:-10]
+    engine.req_to_token_pool.req_to_token[1, : len(slots)] = slots
+    q = engine.random(10, 9, HEAD_DIM)
+    forward_batch = ForwardBatch(
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=1,
+        input_ids=torch.zeros(10, dtype=torch.int64),
+        req_pool_indices=torch.tensor([1]),
+        seq_lens=torch.tensor([len(slots)]),
+        out_cache_loc=slots[-10:].long(),
+        seq_lens_sum=len(slots),
+    )
+    forward_batch.extend_prefix_lens, forward_batch.extend_seq_lens = torch.tensor([len(slots) - 10]), torch.tensor([10])
+    kept = KeptTokens(torch.arange(num_exact).repeat(9), torch.arange(10) * num_exact, num_exact=num_exact)
+    context = Reader(kept=kept, num_slots=num_exact + 42, num_exact=num_exact, is_uneven=True)
+    backend = CpuAttentionBackend(engine)
+    backend.plan = SimpleNamespace(contexts=lambda batch: [context], space=engine.space)
+    output = engine.attend(backend, Batch(forward_batch, q.flatten(1), keys[-10:], values[-10:]))
+    expected, lse = attention(q, keys, values, engine.layer.scaling)
+    torch.testing.assert_close(output.double(), expected.flatten(1), atol=TOLERANCE[torch.float32], rtol=0)
+    torch.testing.assert_close(backend.plan.row_lse.double(), lse, atol=1e-5, rtol=0)
 
 
 def test_readers_of_an_even_context_are_attended_together_too() -> None:

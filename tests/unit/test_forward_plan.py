@@ -13,8 +13,9 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
+from obcache_sglang.compress.replay import ReplayPass
 from obcache_sglang.errors import HostError
-from obcache_sglang.kv.context import Context, Namespace
+from obcache_sglang.kv.context import SHARED, Context, Namespace
 from obcache_sglang.messages import Plan
 from obcache_sglang.scheduler.forward import ForwardPlan
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq, JobId
@@ -97,6 +98,31 @@ def test_without_a_plan_nobody_reads_at_wrong_positions(plan: ForwardPlan, monke
 def test_ordinary_batches_take_no_vote(plan: ForwardPlan) -> None:
     plan.agree = lambda vote: 1 / 0
     batch, forward_batch = batch_of(Req("b", "", array("q", [5]), SamplingParams()))
+    plan.plan_forward(forward_batch, batch)
+    assert plan.contexts(forward_batch) is None
+
+
+@pytest.mark.parametrize(("first", "sees"), [(80, [*range(8), *range(16, 90)]), (50, range(90))], ids=["far", "near"])
+def test_a_local_pass_sees_its_chunk_what_is_before_and_the_first_tokens(plan: ForwardPlan, first: int, sees: Any) -> None:
+    """At the positions after the whole context."""
+    tokens = array("q", range(100))
+    settings = CompressionSettings.resolve({"method": "replay", "replay_attention": "local"})
+    context, like = Context("0" * 32, SHARED, settings, tokens, 50), behind_context("x", 0)
+    passes = [ReplayPass(array("q", [7] * 5), first, 90, True), ReplayPass(array("q", [7]), 90, 100, True)]
+    job = CompressionJob(context, CompressionJob(context, like, rid="a" * 32, passes=passes), rid="b" * 32)
+    job.kv.req_pool_idx = 2
+    batch = SimpleNamespace(reqs=[job], prefix_lens=[90], extend_lens=[5])
+    mode = SimpleNamespace(is_extend=lambda: True)
+    forward_batch = SimpleNamespace(rids=[job.rid], positions=torch.arange(90, 95), forward_mode=mode)
+    plan.plan_forward(forward_batch, batch)
+    assert forward_batch.positions.tolist() == list(range(100, 105))
+    (seen,) = plan.contexts(forward_batch)
+    assert seen.is_uneven == (first == 80)
+    assert seen.kept.positions.tolist() == [*range(seen.num_exact)] and seen.kept.bounds == [0, seen.num_exact]
+    assert [*range(seen.num_exact), *range(seen.num_slots, 90)] == [*sees]
+    (planned,) = plan._rows
+    assert (planned[1].num_rows, planned[1].first_position) == (5, 90)
+    job.error = "evicted"  # its ids are not the context's any more
     plan.plan_forward(forward_batch, batch)
     assert plan.contexts(forward_batch) is None
 

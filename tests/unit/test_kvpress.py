@@ -30,13 +30,14 @@ PRESSES = {
 KVZIP_RUNS = {f"{run['compression_ratio']}-{run['chunk_size']}": run for run in FIXTURE["kvzip"]["runs"]}
 
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
-RunModel = Callable[[list[int], DynamicCache], list[Layer]]
+RunModel = Callable[..., list[Layer]]
 
 
 @pytest.fixture(scope="module")
 def run_model(model_dir: Path) -> RunModel:
     """Runs token ids behind what a cache holds. Returns per layer q [tokens, q heads, dim] of these tokens, k and v
-    [cached and new tokens, kv heads, dim] of all, after RoPE, and the scale of the logits."""
+    [cached and new tokens, kv heads, dim] of all, after RoPE, and the scale of the logits. first_position: of the first of
+    them, where that is not the number of cached tokens."""
     recorded: list[Layer] = []
 
     def recording_attention(module: Any, query: Any, key: Any, value: Any, *args: Any, scaling: float, **kwargs: Any) -> Any:
@@ -48,10 +49,12 @@ def run_model(model_dir: Path) -> RunModel:
     AttentionMaskInterface.register("recording", sdpa_mask)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="recording")
 
-    def run(token_ids: list[int], cache: DynamicCache) -> list[Layer]:
+    def run(token_ids: list[int], cache: DynamicCache, first_position: int | None = None) -> list[Layer]:
         recorded.clear()
+        first = cache.get_seq_length() if first_position is None else first_position
+        positions = torch.arange(first, first + len(token_ids))[None]
         with torch.no_grad():
-            model.model(torch.tensor([token_ids]), past_key_values=cache)
+            model.model(torch.tensor([token_ids]), past_key_values=cache, position_ids=positions)
         assert len(recorded) == model.config.num_hidden_layers
         return recorded.copy()
 

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH
 from sglang.srt.managers.schedule_policy import PrefillAdder
+from sglang.srt.runtime_context import get_parallel
 
 from obcache_sglang.compress.replay import ReplayPass
 from obcache_sglang.kv.context import ContextState
@@ -341,6 +342,65 @@ def test_passes_go_on_only_while_somebody_waits(awaited: str, monkeypatch: pytes
         return
     assert driven.engine.queue[0] is following[0] and following[0].replay is passes[0]
     assert following[0].compression is job.compression  # what was scored goes on
+
+
+def local_passes(driven: Driven, monkeypatch: pytest.MonkeyPatch) -> CompressionJob:
+    """The first of two local passes, which is in the queue: the context was read before, and is cached."""
+    driven.engine.tokenizer = object()
+    passes = [ReplayPass(array("q", [1, 2]), 0, 8, True), ReplayPass(array("q", [3]), 8, len(DOCUMENT), True)]
+    monkeypatch.setattr(Jobs, "_replay_passes", lambda self, context: passes)
+    driven.ask(DOCUMENT)
+    (reads_context,) = driven.step()
+    driven.engine.take(reads_context)
+    reads_context.finished_reason = FINISH_LENGTH(length=0)
+    driven.manager.before_release(reads_context, checkpoint=True)
+    driven.engine.give_back(reads_context, caches=True)
+    job = driven.engine.queue[0]
+    assert isinstance(job, CompressionJob) and job.replay is passes[0]
+    return job
+
+
+def test_the_whole_context_stays_cached_from_local_pass_to_local_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stands after the part of it that ends with its own chunk, at the positions after the whole."""
+    driven = Driven(method="replay", replay_attention="local")
+    free = driven.accounts()
+    first = local_passes(driven, monkeypatch)
+    assert first.origin_input_ids == DOCUMENT[:8] + array("q", [1, 2])
+    assert (first.position_offset, first.first_scoring_position) == (len(DOCUMENT) - 8, 8)
+    assert first.progress[1] - first.progress[0] == 3
+    driven.step()
+    driven.evict_all()
+    assert driven.matched_exactly(first.context) == len(DOCUMENT)
+    driven.engine.take(first)
+    assert first.prefix_len == 8
+    driven.end(first)
+    last = driven.engine.queue[0]
+    assert isinstance(last, CompressionJob) and last.is_final and last.position_offset == 0
+    driven.evict_all()
+    assert driven.matched_exactly(last.context) == len(DOCUMENT)
+    driven.forward(last)
+    assert last.prefix_len == len(DOCUMENT)
+    driven.end(last)
+    assert last.context.state is ContextState.RESIDENT
+    driven.engine.queue.clear()
+    driven.step()
+    driven.evict_all()
+    assert driven.accounts() == free
+
+
+def test_a_local_pass_whose_part_of_the_context_is_gone_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it hold anything: the context is compressed anew."""
+    driven = Driven(method="replay", replay_attention="local")
+    free = driven.accounts()
+    job = local_passes(driven, monkeypatch)
+    driven.evict_all()  # before a scheduling pass could hold it
+    with get_parallel().override(tp_rank=0):
+        driven.engine.take(job)
+    assert job.error == "evicted" and isinstance(job.to_finish, FINISH_ABORT)
+    driven.end(job, job.to_finish)
+    assert job.context.state is ContextState.ABSENT and driven.accounts() == free
+    (again,) = [each for each in driven.step() if isinstance(each, CompressionJob)]
+    assert again.replay is None and again.origin_input_ids == DOCUMENT
 
 
 def test_room_counts_readers_by_context() -> None:

@@ -48,6 +48,35 @@ def test_passes_cover_a_context_once(tokenizer: PreTrainedTokenizerBase, length:
         assert each.tokens[: len(lead)] == lead
 
 
+@pytest.mark.parametrize(
+    ("length", "chunk", "page_size", "ends"),
+    [
+        (600, 256, 1, [256, 512, 600]),
+        (640, 256, 64, [256, 512, 640]),
+        (640, 100, 64, [64, 128, 192, 256, 320, 384, 448, 512, 576, 640]),
+    ],
+)
+def test_local_passes_stand_after_whole_pages(
+    tokenizer: PreTrainedTokenizerBase, length: int, chunk: int, page_size: int, ends: list[int]
+) -> None:
+    context = array("q", range(1000, 1000 + length))
+    passes = ReplayPrompts(tokenizer).passes(context, chunk, local=True, page_size=page_size)
+    assert [each.num_before(length) for each in passes] == [each.last for each in passes] == ends
+    assert [each.first for each in passes] == [0, *ends[:-1]]
+    assert [each.first_seen for each in passes] == [max(0, each.first - 64) for each in passes]
+    assert [each.num_sinks for each in passes] == [min(8, each.first_seen) for each in passes]
+
+
+def test_a_local_pass_after_a_chat_templates_words_ends_with_a_page_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = ReplayPrompts(tokenizer)
+    context = prompts.before + array("q", range(1000, 1000 + 320 - len(prompts.before)))
+    passes = prompts.passes(context, 100, local=True, page_size=64)
+    assert (passes[0].first, [each.last for each in passes]) == (len(prompts.before), [64, 128, 192, 256, 320])
+    assert [each.tokens for each in prompts.passes(context, 100, local=True)] == [
+        each.tokens for each in prompts.passes(context, 100)
+    ]
+
+
 def test_a_model_without_a_chat_template(model_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenizer.chat_template = None
