@@ -152,8 +152,7 @@ class Calibration:
 
     def state(self) -> dict[str, Any]:
         """JSON-safe, for `GET /obcache/calibrate`."""
-        run = self._run
-        phase = self.phase
+        run, phase = self._run, self.phase
         if phase is CalibrationPhase.COLLECTING and run is not None and run.num_more <= 0:
             phase = CalibrationPhase.MEASURING
         state: dict[str, Any] = {"state": phase.value, "made": self._num_made, "default_follows": self._follows}
@@ -189,6 +188,12 @@ class Calibration:
             run.waiting.append(Text(tokens))
 
     # --- a scheduling pass ------------------------------------------------------------------------------------------
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next pass has something to do for it where nobody waits for anything."""
+        waits_for_contexts = self.phase is CalibrationPhase.COLLECTING and self._text is None
+        return self._run is not None and self.phase.is_under_way and not (waits_for_contexts and not self._run.waiting)
 
     def advance(self) -> None:
         """One step, in each pass of the scheduler. Never raises."""
@@ -386,7 +391,7 @@ class Calibration:
 
     def _switch(self, run: Run) -> None:
         """As soon as no compression is under way that has begun with other gates."""
-        if self._in_place.is_busy or any(_reads_gates(job.context) for job in self._jobs.all()):
+        if self._in_place.is_busy or any(job.context.settings.depends_on_gates for job in self._jobs.all()):
             return
         assert self._rank is not None and run.file is not None
         rank, file = self._rank, run.file
@@ -396,7 +401,7 @@ class Calibration:
             return
         rank.install(own, file.profile)
         self._follows = self._use(run.path or MADE_HERE)
-        for context in [each for each in self._cache if _reads_gates(each) and self._cache.has(each)]:
+        for context in [each for each in self._cache if each.settings.depends_on_gates and self._cache.has(each)]:
             self._cache.retire(context)
         self._num_made += 1
         logger.info(
@@ -443,8 +448,3 @@ class Calibration:
         text = self._text
         self._drop_text()
         self._run.waiting.appendleft(text)
-
-
-def _reads_gates(context: Context) -> bool:
-    """Whether which tokens it keeps depends on gates or their head profile."""
-    return context.settings.uses_gates or context.settings.budget == "profile"

@@ -29,7 +29,7 @@ from obcache_sglang.support import NO_HICACHE_STORAGE
 logger = logging.getLogger(__name__)
 
 BUSY_SLEEP_MILLISECONDS = 2
-"""An idle scheduler sleeps so long between two steps of reading or writing files, which threads do meanwhile."""
+"""An idle scheduler sleeps so long between two steps of what it does then: files, which threads read and write meanwhile, compressions and calibration."""
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -101,12 +101,14 @@ def around_get_new_batch_prefill_raw(pick: Any, scheduler: Any, *args: Any, **kw
 
 
 def around_maybe_sleep_on_idle(sleep: Any, scheduler: Any) -> None:
-    """With `--sleep-on-idle` an idle scheduler makes one pass a second: files would be read and written at one step a second."""
+    """With `--sleep-on-idle` an idle scheduler makes one pass a second: what is done then would be done at one step a second."""
     manager, is_busy = manager_of(scheduler), False
     try:
-        is_busy = manager is not None and manager.stored.is_busy
+        if manager is not None:
+            parts = (manager.stored.is_busy, manager.in_place.is_busy, manager.when_idle.is_due, manager.calibration.is_due)
+            is_busy = any(parts)
     except Exception:
-        logger.exception("obcache: asking whether files of contexts are under way failed")
+        logger.exception("obcache: asking what an idle scheduler has to do failed")
     if is_busy and scheduler.idle_sleeper is not None:
         # A request ends it at once, as it ends SGLang's own sleep.
         scheduler.idle_sleeper.poller.poll(BUSY_SLEEP_MILLISECONDS)
@@ -394,7 +396,7 @@ TOUCHES: tuple[Touch, ...] = (
         f"{_SCHEDULER}.maybe_sleep_on_idle",
         "around",
         around_maybe_sleep_on_idle,
-        "sleeps shortly while files of contexts are read or written",
+        "sleeps shortly while files are read or written, contexts compressed when idle, or gates made",
     ),
     use(
         "sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper",

@@ -29,12 +29,16 @@ class WhenIdle:
         if len(self._deferred) > MAX_DEFERRED:
             del self._deferred[next(iter(self._deferred))]
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a compression may start now, if the engine is idle or its pool tight."""
+        jobs = self.jobs
+        return bool(self._deferred) and not (jobs.all() or self.in_place.is_busy or jobs.engine.must_become_idle)
+
     def advance(self) -> None:
         """Starts the compression of the context that waits for longest, one at a time."""
         jobs = self.jobs
-        if not self._deferred or jobs.all() or self.in_place.is_busy or jobs.engine.must_become_idle:
-            return
-        if not jobs.engine_is_idle() and not jobs.room.is_tight:
+        if not self.is_due or not (jobs.engine_is_idle() or jobs.room.is_tight):
             return
         context, req = self._deferred.pop(next(iter(self._deferred)))
         if jobs.cache.get(context.id) is not context or context.is_queued or jobs.cache.has(context):

@@ -197,6 +197,11 @@ class CompressionSettings:
         return METHODS[self.method].scored_by == "gates"
 
     @property
+    def depends_on_gates(self) -> bool:
+        """Whether the server's gates, or the head profile that comes with them, decide which tokens are kept."""
+        return self.uses_gates or self.budget == "profile"
+
+    @property
     def reads_hidden_states(self) -> bool:
         """Whether each token's hidden states score it, so that all of a context is prefilled."""
         return METHODS[self.method].scored_by == "hidden"

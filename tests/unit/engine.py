@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
@@ -27,10 +28,12 @@ from obcache_sglang.kv.context import Context
 from obcache_sglang.messages import Plan
 from obcache_sglang.scheduler.context_files import ContextFiles
 from obcache_sglang.scheduler.engine_view import EngineView
+from obcache_sglang.scheduler.hooks import around_maybe_sleep_on_idle
 from obcache_sglang.scheduler.manager import CompressionManager
 from obcache_sglang.scheduler.metrics import Metrics
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from obcache_sglang.scheduler.tree import context_key, match, match_exact
+from obcache_sglang.scheduler.wiring import Wiring
 from obcache_sglang.settings import CompressionSettings, ServerSettings
 
 KEPT = KeptTokens(torch.arange(20), torch.tensor([0, 20]))
@@ -268,3 +271,15 @@ class Driven:
     def matched_exactly(self, context: Context) -> int:
         """Tokens of the context that the tree holds exactly."""
         return match_exact(self.engine.tree, context)[0]
+
+
+def sleeps(drive: Driven) -> bool:
+    """Whether an idle scheduler with `--sleep-on-idle` sleeps as long as SGLang has it, and not shortly."""
+    scheduler = SimpleNamespace(idle_sleeper=SimpleNamespace(poller=Mock()))
+    wiring = Wiring(plan=None)  # type: ignore[arg-type]
+    wiring.manager = drive.manager
+    wiring.hang_on(scheduler)
+    slept: list[Any] = []
+    around_maybe_sleep_on_idle(slept.append, scheduler)
+    assert bool(slept) != scheduler.idle_sleeper.poller.poll.called
+    return slept == [scheduler]

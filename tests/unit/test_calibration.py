@@ -37,7 +37,7 @@ from obcache_sglang.scheduler.rank_gates import RankGates
 from obcache_sglang.scheduler.requests import CompressionJob
 from obcache_sglang.scheduler.wiring import _agreement
 from obcache_sglang.settings import CompressionSettings, ServerSettings, with_gates
-from tests.unit.engine import KEPT, Driven
+from tests.unit.engine import KEPT, Driven, sleeps
 from tests.unit.test_profile import attention_inputs, model_config
 
 MODEL = ModelIdentity("LlamaForCausalLM", 1, 1, 1, 8, 8, 100, "0" * 16)
@@ -173,6 +173,23 @@ def test_texts_are_read_one_after_the_other_and_become_gates() -> None:
     assert drive.accounts() == (2000 - 5 * LENGTH, 5 * LENGTH, 0)
     assert list(drive.manager.cache) == [] and drive.manager.jobs.all() == []
     assert drive.manager.metrics.to_dict()["compressions"] == 0
+
+
+def test_a_scheduler_stays_awake_while_texts_are_read_and_sleeps_while_none_comes() -> None:
+    drive, _ = driven()
+    begin_texts(drive)
+    assert not sleeps(drive)
+    for _ in range(5):
+        read_a_text(drive)
+        assert not sleeps(drive), "its K and V are read in the next pass"
+    while call(drive, "state")["state"] != "done":
+        assert not sleeps(drive)
+        drive.step()
+    assert sleeps(drive)
+    drive = collecting()
+    assert sleeps(drive)
+    drive.ask(text(1))
+    assert not sleeps(drive)
 
 
 def test_every_fifth_text_judges_the_others() -> None:

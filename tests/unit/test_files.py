@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -33,10 +32,8 @@ from obcache_sglang.kv.files import BadFile, Head, Served
 from obcache_sglang.kv.folder import KEY_FILE, Folder, listed
 from obcache_sglang.scheduler import control_calls, file_threads, tree
 from obcache_sglang.scheduler.context_files import ContextFiles
-from obcache_sglang.scheduler.hooks import around_maybe_sleep_on_idle
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
-from obcache_sglang.scheduler.wiring import Wiring
-from tests.unit.engine import Driven, make_tree
+from tests.unit.engine import Driven, make_tree, sleeps
 from tests.unit.test_manager import report
 
 CONTEXT = array("q", range(100, 140))
@@ -927,31 +924,21 @@ def test_each_context_is_saved_once_it_is_compressed(tmp_path: Path) -> None:
 def test_a_scheduler_stays_awake_while_contexts_are_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It sleeps for a second where nobody sends anything, and each step is a pass of its own."""
     drive = server(tmp_path, save="compressed")
-    scheduler = SimpleNamespace(idle_sleeper=SimpleNamespace(poller=Mock()))
-    wiring = Wiring(plan=None)  # type: ignore[arg-type]
-    wiring.manager = drive.manager
-    wiring.hang_on(scheduler)
-
-    def sleeps() -> bool:
-        slept: list[Any] = []
-        around_maybe_sleep_on_idle(slept.append, scheduler)
-        return slept == [scheduler]
-
-    assert sleeps()
+    assert sleeps(drive)
     may_go_on = finish_waits(monkeypatch)
     with nothing_begins(drive):
         compressed(drive)
-        assert not sleeps(), "its turn comes with the next pass"
+        assert not sleeps(drive), "its turn comes with the next pass"
     drive.step()
-    assert drive.manager.stored._saves.under_way and not sleeps()
+    assert drive.manager.stored._saves.under_way and not sleeps(drive)
     may_go_on.set()
     (name,) = settled(drive, tmp_path)
-    assert sleeps()
+    assert sleeps(drive)
     drive.evict_all()
     drive.manager.stored.load(name, SHARED, "a load")
-    assert not sleeps()
+    assert not sleeps(drive)
     result(drive, "a load")
-    assert sleeps()
+    assert sleeps(drive)
 
 
 def test_a_scheduler_sleeps_while_a_disk_that_has_refused_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from obcache_sglang.scheduler.jobs import Jobs
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from obcache_sglang.scheduler.room import Room
 from obcache_sglang.scheduler.wiring import Wiring
-from tests.unit.engine import KEPT, Driven
+from tests.unit.engine import KEPT, Driven, sleeps
 
 DOCUMENT = array("q", range(100, 140))
 ABORTED = FINISH_ABORT("its client left")
@@ -202,6 +202,19 @@ def test_contexts_that_wait_for_an_idle_engine_are_bounded(monkeypatch: pytest.M
         driven.forward(job)
         driven.end(job)
     assert made == [req.context for req in reqs[1:]]  # the first to come was given up
+
+
+def test_a_scheduler_stays_awake_while_contexts_wait_for_it_to_be_idle() -> None:
+    driven = Driven(size=400, when="idle")
+    assert sleeps(driven)
+    driven.ask(DOCUMENT, num_tokens=2)
+    driven.step()
+    driven.engine.queue = []
+    assert not sleeps(driven), "the next pass compresses it"
+    (job,) = driven.step()
+    driven.forward(job)
+    driven.end(job)
+    assert sleeps(driven)
 
 
 def test_what_a_pool_of_its_own_cannot_hold_is_refused_and_not_waited_for() -> None:
