@@ -396,19 +396,19 @@ class Jobs:
                 self.room.make(self._new_slots(job))
 
     def end_a_waiting_segment(self) -> None:
-        """Nothing hangs: a job that waits while nothing runs and nothing fits gives back the beginning that it holds.
+        """Nothing hangs: of the jobs that wait while nothing runs and nothing fits, the latest gives back the beginning that it holds.
 
         Not at once: SGLang may admit nothing in a pass for other reasons.
         """
-        for job in self.all():
-            if not (job.holds_base or job.exact_lock) or job.kv.holds_kv:
-                continue
+        holding = [job for job in self.all() if (job.holds_base or job.exact_lock) and not job.kv.holds_kv]
+        for job in holding:
             job.starved_passes += 1
-            if job.starved_passes >= MAX_STARVED_PASSES:
-                logger.warning("obcache: context %s waits for room no longer, others need its beginning's", job.target.id)
-                self._dequeue(job)
-                self.end(job, completed=False)
-                return
+        if any(job.starved_passes >= MAX_STARVED_PASSES for job in holding):
+            latest = max(holding, key=lambda job: job.started_at)  # least of it is lost
+            logger.warning("obcache: context %s waits for room no longer, others need its beginning's", latest.target.id)
+            self.not_starved()
+            self._dequeue(latest)
+            self.end(latest, completed=False)
 
     def not_starved(self) -> None:
         """Something runs."""

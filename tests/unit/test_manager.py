@@ -15,7 +15,7 @@ from obcache_sglang.compress.replay import ReplayPass
 from obcache_sglang.kv.context import ContextState
 from obcache_sglang.scheduler import control_calls, idle
 from obcache_sglang.scheduler.hooks import around_add_one_req
-from obcache_sglang.scheduler.jobs import Jobs
+from obcache_sglang.scheduler.jobs import MAX_STARVED_PASSES, Jobs
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from obcache_sglang.scheduler.room import Room
 from obcache_sglang.scheduler.wiring import Wiring
@@ -357,13 +357,13 @@ def test_passes_go_on_only_while_somebody_waits(awaited: str, monkeypatch: pytes
     assert following[0].compression is job.compression  # what was scored goes on
 
 
-def local_passes(driven: Driven, monkeypatch: pytest.MonkeyPatch) -> CompressionJob:
+def local_passes(driven: Driven, monkeypatch: pytest.MonkeyPatch, document: array[int] = DOCUMENT) -> CompressionJob:
     """The first of two local passes, which is in the queue: the context was read before, and is cached."""
     driven.engine.tokenizer = object()
     passes = [ReplayPass(array("q", [1, 2]), 0, 8, True), ReplayPass(array("q", [3]), 8, len(DOCUMENT), True)]
     monkeypatch.setattr(Jobs, "_replay_passes", lambda self, context: passes)
-    driven.ask(DOCUMENT)
-    (reads_context,) = driven.step()
+    driven.ask(document, question=document[0])
+    (reads_context,) = [req for req in driven.step() if isinstance(req, CompressionJob) and req.context.tokens == document]
     driven.engine.take(reads_context)
     reads_context.finished_reason = FINISH_LENGTH(length=0)
     driven.manager.before_release(reads_context, checkpoint=True)
@@ -399,6 +399,20 @@ def test_the_whole_context_stays_cached_from_local_pass_to_local_pass(monkeypatc
     driven.step()
     driven.evict_all()
     assert driven.accounts() == free
+
+
+def test_of_jobs_that_hold_what_others_need_the_latest_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing runs and nothing is admitted; the first one has most to lose."""
+    driven = Driven(1000, method="replay", replay_attention="local")
+    first = local_passes(driven, monkeypatch)
+    second = local_passes(driven, monkeypatch, array("q", range(300, 340)))
+    driven.engine.queue.sort(key=lambda req: req is first)  # whatever their order
+    driven.step()
+    assert driven.accounts()[2] == 80, "both hold their contexts"
+    for _ in range(MAX_STARVED_PASSES):
+        driven.step()
+    assert driven.accounts()[2] == 40 and first.exact_lock is not None and second.exact_lock is None
+    assert first in driven.engine.queue and second not in driven.engine.queue
 
 
 def test_a_local_pass_whose_part_of_the_context_is_gone_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
