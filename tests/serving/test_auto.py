@@ -132,7 +132,7 @@ def test_tenants_share_no_prefix(auto_server: Server, model_dir: Path) -> None:
         assert report(answer)["reason"] == "no_context"
 
 
-@pytest.mark.parametrize("field", ["cache_salt", "extra_key"])
+@pytest.mark.parametrize("field", ["cache_salt", pytest.param("extra_key", marks=pytest.mark.long)])
 def test_a_namespace_that_is_excluded_is_served_exactly(auto_server: Server, model_dir: Path, field: str) -> None:
     flush(auto_server)
     before = compressions(auto_server)

@@ -271,6 +271,7 @@ def test_hanging_up_in_the_middle_of_a_replay_ends_it(server: Server, model_dir:
     assert server.post("/obcache/compress", body | REPLAY)["status"] == "compressed"
 
 
+@pytest.mark.long
 def test_a_flush_in_the_middle_of_a_replay_waits_for_it(server: Server, model_dir: Path) -> None:
     flush(server)
     stream = progress(server, {"input_ids": document(model_dir, 1207, "class"), **REPLAY})

@@ -13,7 +13,7 @@ from tests.serving.client import MARKER, ask_by_id, document, flush, generate, m
 L = 301  # 18 pages of 16, and 13 tokens
 
 
-@pytest.mark.parametrize("which", ["server", "tight_server"], ids=["page1", "page16"])
+@pytest.mark.parametrize("which", ["server", pytest.param("tight_server", marks=pytest.mark.long)], ids=["page1", "page16"])
 def test_by_id_and_by_marker_the_model_reads_the_same(request: pytest.FixtureRequest, which: str, model_dir: Path) -> None:
     """Also what stands behind the last whole page, where instructions are."""
     server: Server = request.getfixturevalue(which)

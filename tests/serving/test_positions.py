@@ -103,7 +103,9 @@ def test_a_context_of_mode_prompt_is_found_by_its_id(server: Server) -> None:
     assert report(other)["status"] == "compressed" and report(other)["context_id"] != report(made)["context_id"]
 
 
-@pytest.mark.parametrize(("method", "window", "budget"), [("snapkv", 400, "adakv"), ("h2o", "all", "uniform")])
+@pytest.mark.parametrize(
+    ("method", "window", "budget"), [("snapkv", 400, "adakv"), pytest.param("h2o", "all", "uniform", marks=pytest.mark.long)]
+)
 def test_a_window_that_spans_two_chunks_scores_as_one(
     server: Server, layers: list[Layer], method: str, window: int | str, budget: str
 ) -> None:
@@ -298,7 +300,11 @@ def output_projection(model_dir: Path, layer: int) -> torch.Tensor:
         return checkpoint.get_tensor(f"model.layers.{layer}.self_attn.o_proj.weight").double()
 
 
-@pytest.mark.parametrize(("asked", "recent"), [({}, 8), ({"recent_tokens": 20}, 20), ({"preset": "kvzip"}, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("asked", "recent"),
+    [({}, 8), *(pytest.param(*each, marks=pytest.mark.long) for each in (({"recent_tokens": 20}, 20), ({"preset": "kvzip"}, 0)))],
+    ids=str,
+)
 def test_a_replay_keeps_the_last_tokens_in_every_head(server: Server, asked: dict[str, Any], recent: int) -> None:
     wish = {"method": "replay", "budget": "global", "compression_ratio": 0.9, "replay_chunk": 300, **asked}
     heads = [head for layer in kept_by_server(server, **wish) for head in layer]
