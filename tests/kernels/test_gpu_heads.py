@@ -240,7 +240,7 @@ def test_attention_equals_float64(new: tuple[int, int, int, int], group_size: in
 
 
 @pytest.mark.usefixtures("few_splits")
-@pytest.mark.parametrize("group_size", [7, 8])
+@pytest.mark.parametrize("group_size", [pytest.param(7, marks=pytest.mark.long), 8])
 @pytest.mark.parametrize("new", [DECODE, SHORT_EXTEND], ids=["decode", "extend"])
 def test_attention_with_large_groups(group_size: int, new: tuple[int, int, int, int]) -> None:
     engine = Engine(mixed_requests(2, 63, new)[2:], 2, 16, torch.float32)

@@ -162,6 +162,7 @@ def test_instructions_may_stay_exact(gate_server: Server, model_dir: Path) -> No
     assert (report(only)["status"], report(only)["reason"]) == ("exact", "exact_segments")
 
 
+@pytest.mark.long
 def test_a_system_prompt_that_stays_exact_holds_its_slots_once(gate_server: Server, model_dir: Path) -> None:
     """Whoever comes first, and whether somebody has asked with nothing but the system prompt before."""
     words = tokenizer(model_dir)

@@ -16,8 +16,10 @@ from obcache_sglang import calibrate
 from obcache_sglang.compress.calibration import DEFAULT_RATIOS, GATE_TOKENS
 from obcache_sglang.compress.gates import GateFile
 from obcache_sglang.local_server import Server, serve
-from tests.serving.client import MARKER, document, generate, question, report, tokenizer
+from tests.serving.client import document, generate, question, report, tokenizer
 from tests.serving.conftest import COMMON, STRICT, serving
+
+pytestmark = pytest.mark.long  # minutes; what it takes and refuses: test_hostile_requests.py
 
 FLAGS = (*COMMON, "--max-total-tokens", "16384", "--obcache", "--obcache-min-tokens", "32")
 LENGTH = 180
@@ -77,40 +79,6 @@ def ask(server: Server, model_dir: Path, topic: str, length: int = 300, **fields
     return generate(server, document(model_dir, length, topic) + question(model_dir, "\n\nSo"), obcache=wish, **fields)
 
 
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ({}, "exactly one of texts and contexts; given: none"),
-        ({"texts": ["a"], "contexts": 5}, "given: texts and contexts"),
-        ({"files": []}, "Unknown keys in the body of calibrate: 'files'. Allowed keys: texts, contexts"),
-        ({"contexts": 4}, "contexts=4 is not a whole number from 5 to 1000"),
-        ({"contexts": True}, "contexts=True is not a whole number"),
-        ({"contexts": 5, "max_tokens": 127}, "max_tokens=127 is not a whole number from 128 to"),
-        ({"contexts": 5, "name": "../../etc/passwd"}, "is not a plain file name"),
-        ({"texts": "a text"}, "texts='a text' is not a list of texts"),
-        ({"texts": [5]}, "texts[0]=5 is not a string"),
-        ({"texts": ["short"]}, "texts[0] has"),
-        ({"texts": [f"a{MARKER}" * 200]}, "texts[0] contains the context marker"),
-        ({"texts": ["word " * 200]}, "texts has 1 parts of up to 1024 tokens. Give 5 or more"),
-        ([], "The body is not a JSON object. Allowed keys: texts, contexts"),
-    ],
-    ids=str,
-)
-def test_bodies_that_are_wrong_are_told_what_to_do(server: Server, body: Any, words: str) -> None:
-    response = server.request("POST", "/obcache/calibrate", json=body)
-    assert response.status_code == 400 and words in response.json()["error"]["message"], response.text
-    assert state(server)["state"] == "none"
-
-
-def test_one_at_a_time_until_it_is_cancelled(server: Server) -> None:
-    began = server.request("POST", "/obcache/calibrate", json={"contexts": 5})
-    assert began.status_code == 200 and began.json()["state"] == "collecting"
-    again = server.request("POST", "/obcache/calibrate", json={"contexts": 5})
-    assert again.status_code == 409 and "under way" in again.json()["error"]["message"]
-    assert server.request("DELETE", "/obcache/calibrate").json()["state"] == "cancelled"
-    assert server.request("DELETE", "/obcache/calibrate").status_code == 404
-
-
 def test_gates_are_those_of_calibrate_and_are_used_at_once(server: Server, model_dir: Path, cache: Path) -> None:
     refused = server.request("POST", "/obcache/compress", json={"input_ids": document(model_dir, 200), "method": "gate"})
     assert refused.status_code == 400 and "--obcache-gates" in refused.json()["error"]["message"]
@@ -133,7 +101,6 @@ def test_gates_are_those_of_calibrate_and_are_used_at_once(server: Server, model
     assert server.get("/obcache/status")["settings"]["gates"] == str(file)
 
 
-@pytest.mark.long
 def test_contexts_of_a_tenant_are_never_read_and_former_gates_keep_nothing(server: Server, model_dir: Path) -> None:
     """After the test above: contexts were compressed with its gates."""
     names = sorted(name for name, text in topics.items() if len(text) > 3000)
@@ -154,7 +121,6 @@ def test_contexts_of_a_tenant_are_never_read_and_former_gates_keep_nothing(serve
     assert (anew["status"], anew["context_id"]) == ("compressed", former["context_id"])
 
 
-@pytest.mark.long
 def test_with_serve_a_server_calibrates_itself_and_the_next_one_has_its_gates(model_dir: Path, tmp_path: Path) -> None:
     env = {**STRICT, "XDG_CACHE_HOME": str(tmp_path)}
     names = sorted(name for name, text in topics.items() if len(text) > 1500)[:42]
@@ -172,7 +138,6 @@ def test_with_serve_a_server_calibrates_itself_and_the_next_one_has_its_gates(mo
         assert report(ask(second, model_dir, names[0], 200))["method"] == "gate"
 
 
-@pytest.mark.long
 def test_three_ranks_make_the_same_gates(model_dir: Path, tmp_path: Path) -> None:
     texts = texts_of(model_dir)
     with serve(model_dir, tmp_path / "log", (*FLAGS, "--tp-size", "3"), {**STRICT, "XDG_CACHE_HOME": str(tmp_path)}) as server:

@@ -104,6 +104,7 @@ def test_questions_are_answered_alike_either_way(server: Server, model_dir: Path
     assert answers[0]["output_ids"] == answers[1]["output_ids"]
 
 
+@pytest.mark.long
 def test_requests_that_run_meanwhile_are_not_changed(server: Server, model_dir: Path) -> None:
     context = document(model_dir, 1200, "class")
     running = {"prompt": document(model_dir, 60, "exceptions"), "obcache": False, "max_new_tokens": 100}

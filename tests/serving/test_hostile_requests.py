@@ -306,3 +306,38 @@ def test_a_pause_that_retracts_leaves_contexts_in_use(server: Server, model_dir:
         answer = running.result()
     assert report(answer)["status"] == "reused"
     assert answer["output_ids"] == expected["output_ids"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "exactly one of texts and contexts; given: none"),
+        ({"texts": ["a"], "contexts": 5}, "given: texts and contexts"),
+        ({"files": []}, "Unknown keys in the body of calibrate: 'files'. Allowed keys: texts, contexts"),
+        ({"contexts": 4}, "contexts=4 is not a whole number from 5 to 1000"),
+        ({"contexts": True}, "contexts=True is not a whole number"),
+        ({"contexts": 5, "max_tokens": 127}, "max_tokens=127 is not a whole number from 128 to"),
+        ({"contexts": 5, "name": "../../etc/passwd"}, "is not a plain file name"),
+        ({"texts": "a text"}, "texts='a text' is not a list of texts"),
+        ({"texts": [5]}, "texts[0]=5 is not a string"),
+        ({"texts": ["short"]}, "texts[0] has"),
+        ({"texts": [f"a{MARKER}" * 200]}, "texts[0] contains the context marker"),
+        ({"texts": ["word " * 200]}, "texts has 1 parts of up to 1024 tokens. Give 5 or more"),
+        ([], "The body is not a JSON object. Allowed keys: texts, contexts"),
+    ],
+    ids=str,
+)
+def test_what_gates_cannot_be_made_of_is_refused(server: Server, body: Any, words: str) -> None:
+    before = server.get("/obcache/calibrate")
+    response = server.request("POST", "/obcache/calibrate", json=body)
+    assert response.status_code == 400 and words in response.json()["error"]["message"], response.text
+    assert server.get("/obcache/calibrate") == before
+
+
+def test_one_calibration_at_a_time_until_it_is_cancelled(server: Server) -> None:
+    began = server.request("POST", "/obcache/calibrate", json={"contexts": 5})
+    assert began.status_code == 200 and began.json()["state"] == "collecting"
+    again = server.request("POST", "/obcache/calibrate", json={"contexts": 5})
+    assert again.status_code == 409 and "under way" in again.json()["error"]["message"]
+    assert server.request("DELETE", "/obcache/calibrate").json()["state"] == "cancelled"
+    assert server.request("DELETE", "/obcache/calibrate").status_code == 404

@@ -62,6 +62,7 @@ def until(wanted: Callable[[], bool]) -> None:
         assert time.monotonic() < deadline
 
 
+@pytest.mark.long
 def test_a_compressed_document_is_seen_as_its_own_text(server_and_subscriber: tuple[Server, Subscriber], model_dir: Path) -> None:
     server, subscriber = server_and_subscriber
     flush(server)

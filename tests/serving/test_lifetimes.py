@@ -101,6 +101,7 @@ def test_aborting_everyone_who_waits_ends_the_compression(server: Server, model_
     assert report(generate(server, prompt, obcache={"context_len": 2001}))["status"] == "compressed"
 
 
+@pytest.mark.long
 def test_deleting_a_context_waits_for_its_readers(server: Server, model_dir: Path) -> None:
     prompt = document(model_dir, L, "typesseq") + question(model_dir, "\n\nIn short,")
     expected = generate(server, prompt, obcache=wish(), max_new_tokens=60, sampling_params={"ignore_eos": True})

@@ -99,6 +99,7 @@ def test_segments_that_keep_everything_equal_the_exact_prompt(server: Server, mo
     assert (report(answer)["status"], report(answer)["kept_tokens"]) == ("compressed", CONTEXT_TOKENS)
 
 
+@pytest.mark.long
 def test_a_text_that_has_grown_costs_its_last_segments_only(server: Server, model_dir: Path) -> None:
     """A conversation: each turn asks about everything before it."""
     history = document(model_dir, 2000, "class")

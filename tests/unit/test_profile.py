@@ -373,6 +373,7 @@ def test_auto_takes_the_profile_that_comes_with_the_package(model_dir: Path, mon
     assert found.compression.budget == "profile"
 
 
+@pytest.mark.long
 def test_auto_measures_another_model_once(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = renamed_model(model_dir, tmp_path / "model", weights=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
