@@ -98,9 +98,9 @@ def compression_rows(server: Server, ids: list[int], arms: Sequence[Arm], repeat
         if repeat:  # the first warms up
             exact.append(seconds)
         for arm in arms:
-            if arm.method == "gate":
-                generate(server, ids)
+            if arm.method == "gate":  # before what it reads is flushed
                 compress(IN_PLACE, arm, counts=bool(repeat))
+        for arm in arms:
             server.flush_cache()
             compress(f"{arm.method}/{arm.score}/{arm.budget} {arm.options}", arm, counts=bool(repeat))
     for name, made in runs.items():

@@ -326,19 +326,21 @@ class Compression:
         if self.replay is not None and (self.replay.is_local or settings.replay_sees_chunk_only):
             # Its queries score the chunk that they repeat. They see it, what is before it, and each other.
             chunk = slice(self.replay.first, self.replay.last)
-            before = [visible[: self.replay.num_sinks], visible[self.replay.first_seen : chunk.start]]
+            num_sinks, first_seen = self.replay.num_sinks, self.replay.first_seen
             if not self.replay.is_local:  # KVzip's queries see all, and share their softmax as if they did not
-                before, queries = [visible[: min(settings.sink_tokens, chunk.start)]], replace(queries, lse=None)
-            visible = torch.cat([*before, visible[chunk], visible[self.replay.num_before(context.num_tokens) :]])
+                num_sinks, first_seen = min(settings.sink_tokens, chunk.start), chunk.start
+                queries = replace(queries, lse=None)
+            own = visible[self.replay.num_before(context.num_tokens) :]
+            visible = torch.cat([visible[:num_sinks], visible[first_seen : chunk.stop], own])
             queries = replace(queries, start=len(visible) - rows.num_rows)
-            num_before = sum(map(len, before))
-            scored = torch.nn.functional.pad(scored[:, chunk], (num_before, 0))
+            num_unscored = num_sinks + chunk.start - first_seen
+            scored = torch.nn.functional.pad(scored[:, chunk], (num_unscored, 0))
         if not settings.weighs_queries:
             queries = replace(queries, weights=None)
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         compressor.accumulate(scored, queries, keys, values, visible, score=settings.score, reduce=settings.reduce)
         if scored is not scores:
-            scores[:, chunk] = scored[:, num_before:]
+            scores[:, chunk] = scored[:, num_unscored:]
         return scores
 
     def _scores_so_far(self, layer: RadixAttention, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,7 @@ _NUM_LEAD_TOKENS = 8
 """Last tokens of the chunk before, with which a later prompt says where to start."""
 _SEPARATOR = "\n#############"
 
-LOCAL_SINKS = 8
+_LOCAL_SINKS = 8
 """First tokens of the context that a local pass sees: whatever heads attend to that look for nothing."""
 
 _LOCAL_MARGIN = 64
@@ -46,7 +46,7 @@ class ReplayPass:
     @property
     def num_sinks(self) -> int:
         """Tokens before `first_seen` that its queries see: the context's first."""
-        return min(LOCAL_SINKS, self.first_seen)
+        return min(_LOCAL_SINKS, self.first_seen)
 
     def num_before(self, num_tokens: int) -> int:
         """Tokens of a context of num_tokens that it stands after in the KV pool."""

@@ -111,10 +111,10 @@ class ForwardPlan(BatchContexts):
 
     def _seen_by_local_pass(self, req: Req) -> KeptContext | None:
         """What a local pass of a replay sees of its context before `ReplayPass.first_seen`, as if a compression had left that; None for others."""
-        if not isinstance(req, CompressionJob) or req.replay is None or not req.replay.is_local or req.error == "evicted":
+        if not isinstance(req, CompressionJob) or req.local_pass is None or req.error == "evicted":
             return None
         assert self.space is not None, "settings allow it only where heads may keep different numbers of tokens"
-        num_sinks, first_seen, num_heads = req.replay.num_sinks, req.replay.first_seen, self.space.num_heads
+        num_sinks, first_seen, num_heads = req.local_pass.num_sinks, req.local_pass.first_seen, self.space.num_heads
         device = self.space.k.device
         positions = torch.arange(num_sinks, dtype=torch.int32, device=device).repeat(num_heads)
         kept = KeptTokens(positions, torch.arange(num_heads + 1, device=device) * num_sinks, num_exact=num_sinks)

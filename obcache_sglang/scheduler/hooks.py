@@ -104,9 +104,9 @@ def around_maybe_sleep_on_idle(sleep: Any, scheduler: Any) -> None:
     """With `--sleep-on-idle` an idle scheduler makes one pass a second: what is done then would be done at one step a second."""
     manager, is_busy = manager_of(scheduler), False
     try:
-        if manager is not None:
-            parts = (manager.stored.is_busy, manager.in_place.is_busy, manager.when_idle.is_due, manager.calibration.is_due)
-            is_busy = any(parts)
+        is_busy = manager is not None and (
+            manager.stored.is_busy or manager.in_place.is_busy or manager.when_idle.is_due or manager.calibration.is_due
+        )
     except Exception:
         logger.exception("obcache: asking what an idle scheduler has to do failed")
     if is_busy and scheduler.idle_sleeper is not None:

@@ -175,7 +175,7 @@ class Jobs:
     def _hold_exact(self, job: CompressionJob) -> None:
         """Keeps the exact tokens that a job reads from being evicted, once they are cached: those that its context begins with; for a local
         pass, which alone would hold no more than it stands after, the whole context."""
-        is_local = job.replay is not None and job.replay.is_local
+        is_local = job.local_pass is not None
         needs = is_local or (job.context.num_exact > 0 and job.base is None and not job.reads_exact)
         find = tree.exact_slots if is_local else tree.exact_beginning
         if needs and job.exact_lock is None and (exact := find(self.cache.tree, job.context)) is not None:

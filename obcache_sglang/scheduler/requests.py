@@ -366,8 +366,7 @@ class CompressionJob(Req):
         own = self.kv.kv_committed_len if self.kv.holds_kv else len(self.origin_input_ids) if self.finished() else 0
         if self.base is not None or self.target is not self.context or self.context.num_exact:
             return max(own + self.position_offset, 0 if self.base is None else self.base.num_tokens), self.target.num_tokens
-        # The passes find the context cached.
-        found = 0 if self.replay is None else self.replay.num_before(self.context.num_tokens)
+        found = 0 if self.replay is None else self.replay.num_before(self.context.num_tokens)  # by the passes, in the cache
         total = self.earlier_tokens + len(self.origin_input_ids) - found + sum(len(each.tokens) for each in self.passes)
         return self.earlier_tokens + max(0, own - found), total
 
@@ -375,6 +374,11 @@ class CompressionJob(Req):
     def is_final(self) -> bool:
         """Whether its last chunk selects and copies."""
         return not self.passes and not self.reads_exact and not isinstance(self.compression, Measurement)
+
+    @property
+    def local_pass(self) -> ReplayPass | None:
+        """The local pass of a replay that it reads; None where it reads anything else."""
+        return self.replay if self.replay is not None and self.replay.is_local else None
 
     @property
     def owns_exact(self) -> bool:
@@ -402,12 +406,11 @@ class CompressionJob(Req):
         return 0 if settings.window == EVERY_QUERY else max(0, num_tokens + len(self.context.judges) - self.window)
 
     def init_next_round_input(self, tree_cache: BasePrefixCache | None = None, cow_mamba: bool | None = None) -> None:
-        """SGLang's, with a last check: virtual ids that the tree does not hold must never reach the model's embedding, and local passes read no
-        part of the context again."""
+        """SGLang's, with a last check: virtual ids that the tree does not hold never reach the model's embedding, and local passes read no context again."""
         super().init_next_round_input(tree_cache, cow_mamba)
         needed = 0 if self.base is None else self.base.num_slots
-        if self.replay is not None and self.replay.is_local:
-            needed = self.replay.last
+        if self.local_pass is not None:
+            needed = self.local_pass.last
         if tree_cache is not None and self.prefix_len < needed:
             self.error = "evicted"
             self.set_finish_with_abort("The beginning of the context is gone.", HTTPStatus.INTERNAL_SERVER_ERROR)

@@ -180,7 +180,7 @@ def resolve(given: Mapping[str, Any], *, has_profile: bool, has_gates: bool, has
     decided |= {**preset.decides, **preset.for_method.get(name, {})}
     if given.get("heads") == "shared" and decided["budget"] == "adakv":
         decided["budget"] = "uniform"  # heads that keep the same tokens have nothing to divide
-    if {**decided, **given}.get("replay_attention") == "local":
+    if given.get("replay_attention") == "local":
         decided["replay_chunk"] = LOCAL_REPLAY_CHUNK
     if given.get("pooling") == "none":
         decided["kernel_size"] = 1

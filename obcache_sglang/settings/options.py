@@ -14,6 +14,7 @@ from obcache_sglang.settings.methods import (
     EVERY_QUERY,
     GATE_RECENT_TOKENS,
     HIDDEN_GATE_RECENT_TOKENS,
+    LOCAL_REPLAY_CHUNK,
     METHODS,
     POOLINGS,
     PRESETS,
@@ -248,7 +249,7 @@ COMPRESSION_OPTIONS = (
     Option(
         "replay_chunk",
         _whole_number("the number of context tokens that one replay pass re-reads"),
-        "For method replay: number of context tokens that one pass reads again. Default: 2048 (replay_attention local: 256).",
+        f"For method replay: number of context tokens that one pass reads again. Default: 2048 (replay_attention local: {LOCAL_REPLAY_CHUNK}).",
         number_or_text,
         "TOKENS",
     ),
