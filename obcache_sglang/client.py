@@ -60,6 +60,7 @@ class CompressionParams(TypedDict, total=False):
     replay_attention: str
     segment_tokens: int | None
     exact_segments: int
+    segment_ratios: Sequence[float]
     pin: bool
     ttl_seconds: float | None
 

@@ -1,4 +1,4 @@
-"""How a context's kept tokens are divided over heads: one class for each word of `--obcache-budget`.
+"""How a context's kept tokens are divided over heads: one class for each word of `--obcache-budget`, and `budget_of`, which chooses.
 
 A budget is asked layer by layer, in the layers' order, with what `ranking.rank_positions` gives. It answers which positions these
 heads keep, as soon as that is known. It knows no job, and copies nothing.
@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Protocol
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from obcache_sglang.compress.measured_errors import divide_by_errors
-from obcache_sglang.compress.ranking import keep_across_heads, keep_counts, keep_per_head, protect_recent
+from obcache_sglang.compress.measured_errors import divide_by_errors, kept_numbers
+from obcache_sglang.compress.ranking import effective_window, keep_across_heads, keep_counts, keep_per_head, protect_recent
+from obcache_sglang.kv.cells import KeptTokens, heads_of
+
+if TYPE_CHECKING:
+    from obcache_sglang.compress.head_profile import HeadProfile
+    from obcache_sglang.kv.context import Context
+    from obcache_sglang.settings import CompressionSettings
 
 Division = tuple[torch.Tensor, torch.Tensor]
 """What the next heads keep, in the order of all heads of all layers: positions [kept tokens] int32, head by head and ascending in each,
@@ -58,6 +64,38 @@ class AdaKV:
     def divide(self, ranked: torch.Tensor, measure: Measure) -> Division:
         """As `Budget.divide`."""
         return keep_across_heads(ranked, self.num_slots * len(ranked), safe_per_head=self.safe_per_head)
+
+
+class AfterKept:
+    """Every head keeps what it kept of an earlier context, and of the tokens after that what another budget says.
+
+    num_before: tokens of the earlier context. after: asked about the others alone, as if they began at 0.
+    """
+
+    def __init__(self, kept: KeptTokens, num_before: int, after: Budget) -> None:
+        self._kept, self._num_before, self._after = kept, num_before, after
+        self._num_divided = 0
+
+    def divide(self, ranked: torch.Tensor, measure: Measure) -> Division | None:
+        """As `Budget.divide`. ranked: [num_kv_heads, new tokens]."""
+        division = self._after.divide(ranked, measure)
+        if division is None:
+            return None
+        positions, offsets = division
+        first_head, num_heads = self._num_divided, len(offsets) - 1
+        self._num_divided += num_heads
+        bounds = self._kept.bounds
+        first, last = bounds[first_head], bounds[first_head + num_heads]
+        before = self._kept.offsets[first_head : first_head + num_heads + 1] - first
+        # Each head's new tokens go after its earlier ones: both move by what the heads before have of the other kind.
+        joined = torch.empty(last - first + len(positions), dtype=torch.int32, device=positions.device)
+        joined[torch.arange(last - first, device=joined.device) + offsets[heads_of(before, last - first)]] = self._kept.positions[
+            first:last
+        ]
+        joined[torch.arange(len(positions), device=joined.device) + before[heads_of(offsets, len(positions)) + 1]] = (
+            positions + self._num_before
+        )
+        return joined, before + offsets
 
 
 class Profile:
@@ -118,3 +156,75 @@ class MeasuredGlobal(Global):
         """As `Global._choose`."""
         errors, self._errors = torch.cat(self._errors), []
         return keep_counts(ranked, divide_by_errors(errors, self.numbers, self.num_slots * len(ranked)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens of a context that a compression chooses among: all, or those after what stays as it was compressed before.
+
+    before: (tokens, KV slots) of what stays; (0, 0) for none.
+    """
+
+    context: Context
+    before: tuple[int, int] = (0, 0)
+
+    @property
+    def settings(self) -> CompressionSettings:
+        return self.context.settings
+
+    @property
+    def num_tokens(self) -> int:
+        return self.context.num_tokens - self.before[0]
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that a head keeps of an even share."""
+        return self.context.num_slots - self.before[1]
+
+    @property
+    def num_sinks(self) -> int:
+        """First tokens that every head keeps."""
+        return max(0, self.settings.kept_sinks - self.before[0])
+
+    @property
+    def fewest_kept(self) -> int:
+        """Tokens that each head keeps at least, where heads keep different numbers: what is always kept, and one."""
+        window = effective_window(self.settings.kept_window, self.num_slots, self.settings.shrinks_window)
+        return min(self.num_slots, max(1, self.num_sinks + window))
+
+    def recent_kept(self, count: int) -> int:
+        """How many of its last tokens a head keeps at least for its method's `recent_share`, if it keeps `count` in all."""
+        return int(self.settings.recent_share * max(0, count - self.num_sinks))
+
+
+def budget_of(
+    part: Part,
+    base: tuple[int, KeptTokens] | None,
+    *,
+    num_layers: int,
+    head_profile: HeadProfile | None,
+    lanes: tuple[int, int],
+) -> Budget:
+    """What divides the kept tokens of a context.
+
+    base: (tokens of the context that it is compressed after, what the heads kept of them); None for none. num_layers, head_profile, lanes:
+    as in `compression.Compressor`.
+    """
+    settings, num_tokens, num_slots = part.settings, part.num_tokens, part.num_slots
+    if settings.budget == "uniform" or num_slots == num_tokens:
+        budget: Budget = Uniform(num_slots, part.recent_kept(num_slots))
+    elif settings.budget == "adakv":
+        budget = AdaKV(num_slots, settings.safeguarded_tokens(num_slots))
+    elif settings.budget == "profile":
+        assert head_profile is not None
+        exact, most = max(0, settings.exact_tokens - part.before[0]), None
+        if base is not None and not part.before[0]:
+            most = [last - first + num_tokens - base[0] - exact for first, last in pairwise(base[1].bounds)]
+        counts = head_profile.counts(num_tokens - exact, num_slots - exact, part.fewest_kept - exact, lanes, most)
+        counts = [exact + count for count in counts]
+        budget = Profile(counts, [part.recent_kept(count) for count in counts])
+    elif settings.measures_errors:
+        budget = MeasuredGlobal(num_slots, num_layers, kept_numbers(part.fewest_kept, num_tokens))
+    else:
+        budget = Global(num_slots, num_layers)
+    return AfterKept(base[1], base[0], budget) if base is not None and part.before[0] else budget

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
-from obcache_sglang.compress.budgets import AdaKV, Budget, Division, Global, MeasuredGlobal, Profile, Uniform
-from obcache_sglang.compress.measured_errors import SampledQueries, kept_numbers, pruning_errors, sampled_rows
-from obcache_sglang.compress.ranking import comparable, effective_window, position_scores, rank_positions
+from obcache_sglang.compress.budgets import Budget, Division, Part, budget_of
+from obcache_sglang.compress.measured_errors import SampledQueries, pruning_errors, sampled_rows
+from obcache_sglang.compress.ranking import comparable, position_scores, rank_positions
 from obcache_sglang.compress.scores import ScoringQueries, accumulate_scores_in_slots, relative_error_weights
 from obcache_sglang.kv.cells import KeptTokens, KVSpace, heads_of
 from obcache_sglang.kv.copy import Sources, copy_cells, copy_tokens
@@ -74,28 +73,6 @@ class Compressor:
     gate_scores: Callable[..., torch.Tensor] = gate_scores_in_slots
     hidden_gates: HiddenGates | None = None
 
-    def budget(self, context: Context, most: list[int] | None = None) -> Budget:
-        """What divides the kept tokens of a context.
-
-        most: tokens that each head of all layers has to choose from; None for the whole context.
-        """
-        settings, num_slots, num_layers = context.settings, context.num_slots, self.kv_pool.layer_num
-        if not context.is_uneven:
-            return Uniform(num_slots, recent_kept(context, num_slots))
-        if settings.budget == "adakv":
-            return AdaKV(num_slots, settings.safeguarded_tokens(num_slots))
-        if settings.budget == "profile":
-            assert self.head_profile is not None
-            exact = settings.exact_tokens
-            others = None if most is None else [each - exact for each in most]
-            fewest = fewest_kept(context) - exact
-            counts = self.head_profile.counts(context.num_tokens - exact, num_slots - exact, fewest, self.lanes, others)
-            counts = [exact + count for count in counts]
-            return Profile(counts, [recent_kept(context, count) for count in counts])
-        if settings.measures_errors:
-            return MeasuredGlobal(num_slots, num_layers, kept_numbers(fewest_kept(context), context.num_tokens))
-        return Global(num_slots, num_layers)
-
 
 @dataclass(frozen=True)
 class ScoringRows:
@@ -137,7 +114,7 @@ class Compression:
     """One context's. It lives over the chunks of its prefill, and over all passes of a replay.
 
     base: where a context is compressed segment by segment, the compressed context of its tokens before the last segment: each head chooses
-    among what it kept there and the new tokens. None for a context that is compressed whole.
+    among what it kept there and the new tokens, or with `segment_ratios` among these alone. None for a context that is compressed whole.
     kept: what every head keeps, and where; None until the last layer is done.
     """
 
@@ -145,6 +122,8 @@ class Compression:
         self.context = context
         self.base = base
         self._base_kept = None if base is None else base.kept  # the base may be forgotten meanwhile; its slots are locked
+        stays = base is not None and context.settings.segment_ratios
+        self._part = Part(context, (base.num_tokens, base.num_slots) if base is not None and stays else (0, 0))
         self.replay: ReplayPass | None = None
         # By layer id: of the passes before this one, and of this one, for its chunks to come.
         self._earlier: dict[int, torch.Tensor] = {}
@@ -215,16 +194,16 @@ class Compression:
 
         scores: as `score` gives them. slots: [M] int64, the context's, those of its exact tokens first.
         """
-        context, settings = self.context, self.context.settings
+        context, settings, part = self.context, self.context.settings, self._part
         if context.owns_exact:
             exact, pool = slice(context.num_exact), compressor.kv_pool
             for buffer in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)):
                 buffer[slots[exact]] = buffer[rows.slots[exact]]
         ranked = rank_positions(
-            scores.expand(layer.tp_k_head_num, -1),
-            context.num_slots,
+            scores[:, part.before[0] :].expand(layer.tp_k_head_num, -1),
+            part.num_slots,
             window=settings.kept_window,
-            sink_tokens=settings.kept_sinks,
+            sink_tokens=part.num_sinks,
             pooling=settings.pooling,
             kernel_size=settings.kernel_size,
             shrink_window=settings.shrinks_window,
@@ -235,7 +214,9 @@ class Compression:
             return self._measured_errors(compressor, rows, ranked, numbers, layer)
 
         if self._budget is None:
-            self._budget = compressor.budget(context, self._to_choose_from())
+            base = None if self.base is None or self._base_kept is None else (self.base.num_tokens, self._base_kept)
+            num_layers, profile, lanes = compressor.kv_pool.layer_num, compressor.head_profile, compressor.lanes
+            self._budget = budget_of(part, base, num_layers=num_layers, head_profile=profile, lanes=lanes)
         division = self._budget.divide(ranked, measure)
         if division is None:
             return
@@ -256,6 +237,8 @@ class Compression:
             new = torch.empty(layer.tp_k_head_num, 0, device=rows.slots.device)
         if sources.kept is None or sources.kept_slots is None:
             return new
+        if self._part.before[0]:  # they stay
+            return torch.nn.functional.pad(new, (sources.first, 0))
         # What the layer's heads have kept, in the order of the cells.
         first_head = (layer_id - pool.start_layer) * len(new)
         bounds, offsets = sources.kept.bounds, sources.kept.offsets[first_head : first_head + len(new) + 1]
@@ -285,13 +268,6 @@ class Compression:
         tokens = slice(rows.first_position, rows.first_position + rows.num_rows)
         scores[:, tokens] = compressor.hidden_gates.scores(layer.layer_id, hidden[rows.mine])
         return scores
-
-    def _to_choose_from(self) -> list[int] | None:
-        """Tokens that each head of all layers has: what it kept of the base, and the new ones. None where that is the whole context."""
-        if self.base is None or self._base_kept is None:
-            return None
-        new = self.context.num_tokens - self.base.num_tokens
-        return [last - first + new for first, last in pairwise(self._base_kept.bounds)]
 
     def _sources(self, rows: ScoringRows) -> Sources:
         """Where the K and V of the context's tokens lie."""
@@ -429,15 +405,3 @@ def _without_exact(positions: torch.Tensor, offsets: torch.Tensor, num_exact: in
     num_left = len(positions) - num_exact * (len(offsets) - 1)
     heads = heads_of(others, num_left)
     return positions[torch.arange(num_left, device=offsets.device) + (heads + 1) * num_exact], others
-
-
-def recent_kept(context: Context, count: int) -> int:
-    """How many of a context's last tokens a head keeps at least for its method's `recent_share`, if it keeps `count` in all."""
-    return int(context.settings.recent_share * max(0, count - context.settings.kept_sinks))
-
-
-def fewest_kept(context: Context) -> int:
-    """Tokens that each head keeps at least, where heads keep different numbers: what is always kept, and one."""
-    settings = context.settings
-    window = effective_window(settings.kept_window, context.num_slots, settings.shrinks_window)
-    return min(context.num_slots, max(1, settings.kept_sinks + window))

@@ -131,16 +131,17 @@ class Marker:
         """
         if self.token_id is None:
             return token_ids, {}
-        options: dict[str, Any] = {}
+        said: list[dict[str, Any]] = []
         if self.head_id in token_ids:
-            token_ids, options = self._without_options(token_ids)
-        return self._normalized(token_ids), options
+            token_ids, said = self._without_options(token_ids)
+        token_ids = self._normalized(token_ids)
+        return token_ids, together(said, token_ids.count(self.token_id)) if said else {}
 
-    def _without_options(self, token_ids: Sequence[int]) -> tuple[list[int], dict[str, Any]]:
-        """As `read`, for a marker that was tokenized with its options."""
+    def _without_options(self, token_ids: Sequence[int]) -> tuple[list[int], list[dict[str, Any]]]:
+        """As `read`, for markers that were tokenized with their options, each with its own."""
         assert self.token_id is not None and self.head is not None
         ids: list[int] = []
-        options: dict[str, Any] = {}
+        options: list[dict[str, Any]] = []
         done = 0
         for place, token in enumerate(token_ids):
             if token != self.head_id:
@@ -152,7 +153,7 @@ class Marker:
                 ids += self.plain_head
                 continue
             said, rest = read_options(self._text_after_head(list(token_ids[done:end])))
-            options = together(options, said)
+            options.append(said)
             ids += [self.token_id, *self._tokens_after(self.text, self.token_id, rest)]
             done = end
         return [*ids, *token_ids[done:]], options

@@ -6,7 +6,7 @@ Options are for clients whose `custom_params` do not arrive. Only a marker of th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,8 +16,10 @@ from obcache_sglang.settings import number_or_text
 
 SHORT_KEYS = {"ratio": "compression_ratio", "ttl": "ttl_seconds"}
 
-# The marker itself says where the context ends; an id of a context opens it, and does not belong into a text that others may read.
-OPTION_KEYS = tuple(key for key in REQUEST_KEYS if key not in ("context_len", "context_id", "boundaries"))
+# The marker itself says where the context ends, and each one its segment's ratio; an id of a context opens it, and does not belong into a
+# text that others may read.
+_ELSEWHERE = ("context_len", "context_id", "boundaries", "segment_ratios")
+OPTION_KEYS = tuple(key for key in REQUEST_KEYS if key not in _ELSEWHERE)
 """What a marker may say, apart from the short keys."""
 
 MAX_LENGTH = 500
@@ -91,15 +93,31 @@ def read_options(after: str) -> tuple[dict[str, Any], str]:
     return options, after[found.end() :]
 
 
-def together(first: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of several markers of one prompt. Raises RequestError where they say different things."""
-    for key, value in more.items():
-        if key in first and first[key] != value:
+def together(said: Sequence[Mapping[str, Any]], num_markers: int) -> dict[str, Any]:
+    """The options of one prompt, of whose markers these have some. Each may have a ratio of its own, that of the segment which it ends.
+
+    Raises RequestError where markers say different things that hold for the whole prompt.
+    """
+    options: dict[str, Any] = {}
+    ratios = [each["compression_ratio"] for each in said if "compression_ratio" in each]
+    if len(set(ratios)) > 1:
+        if len(ratios) < num_markers:
             raise RequestError(
-                f"The context markers of the prompt have the option {key} with different values, {shown(first[key])} and {shown(value)}. "
-                "Options hold for the whole prompt: give one value."
+                f"The prompt has {num_markers} context markers, of which {len(ratios)} have a ratio, {shown(ratios)}. Give each one its own "
+                "ratio, or all the same."
             )
-    return {**first, **more}
+        options = {"segment_ratios": ratios[:-1], "compression_ratio": ratios[-1]}
+    for each in said:
+        for key, value in each.items():
+            if key == "compression_ratio" and "segment_ratios" in options:
+                continue
+            if key in options and options[key] != value:
+                raise RequestError(
+                    f"The context markers of the prompt have the option {key} with different values, {shown(options[key])} and "
+                    f"{shown(value)}. All but the ratio hold for the whole prompt: give one value."
+                )
+            options[key] = value
+    return options
 
 
 def _value(text: str) -> bool | int | float | str:

@@ -160,7 +160,7 @@ def make_plan(
         if server.when == "pressure" or not context_len or whole_prompt:
             # Until room is short everything is cached exactly, and shared as far as it is alike.
             kept_whole = settings.within(context_len, 1).exact_tokens
-            settings = replace(settings, boundaries=(), exact_segments=0, exact_tokens=kept_whole)
+            settings = replace(settings, boundaries=(), segment_ratios=(), exact_segments=0, exact_tokens=kept_whole)
     except InvalidValue as error:
         raise _wrong(error.name, error.value, error.reason) from error
     return Plan(

@@ -71,18 +71,33 @@ def known_settings(
             wanted is not None
             and context.namespace == namespace
             and context.begins(tokens)
-            and replace(context.settings, boundaries=()) == replace(wanted, boundaries=())
+            and _apart_from_segments(context.settings) == _apart_from_segments(wanted)
+            and _has_in_order(context.settings.segment_ratios, wanted.segment_ratios)
             and cache.has(context)
         ):
             found.append((length, context.settings == wanted, context.id, context))
     # The longest; of several, its own, else always the same one.
     for length, _, _, context in sorted(found, key=lambda each: each[:3], reverse=True):
         rest = tuple(each for each in own.boundaries if each > length)
-        joined = replace(own, boundaries=(*context.settings.boundaries, length, *rest)).within(len(tokens), cache.page_size)
+        ratios = (*context.settings.segment_ratios, *own.segment_ratios[-1 - len(rest) :])
+        joined = replace(own, boundaries=(*context.settings.boundaries, length, *rest), segment_ratios=ratios)
+        joined = joined.within(len(tokens), cache.page_size)
         if length == len(tokens) or length in joined.boundaries:
             cache.used(context)
             return context.settings if length == len(tokens) else joined
     return own
+
+
+def _apart_from_segments(settings: CompressionSettings) -> CompressionSettings:
+    """What must be the same where the boundaries are not."""
+    ratio = 0.0 if settings.segment_ratios else settings.compression_ratio
+    return replace(settings, boundaries=(), segment_ratios=(), compression_ratio=ratio)
+
+
+def _has_in_order(ratios: Sequence[float], wanted: Sequence[float]) -> bool:
+    """Whether these ratios are among a context's, in their order: it may have more segments than a prompt still names."""
+    left = iter(ratios)
+    return bool(ratios) == bool(wanted) and all(any(ratio == each for each in left) for ratio in wanted)
 
 
 def compressed_otherwise(

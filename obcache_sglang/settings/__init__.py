@@ -1,7 +1,7 @@
 """Settings: `values` (of a compression), `server`, `methods` (what each method decides), `options` (flags, checks, help), `sources`."""
 
 from obcache_sglang.settings.bounds import BOUNDS
-from obcache_sglang.settings.checks import number_or_text
+from obcache_sglang.settings.checks import check_number, check_whole_number, number_or_text
 from obcache_sglang.settings.methods import BUDGETS, EVERY_QUERY, METHODS, POOLINGS, PRESETS, SCORES
 from obcache_sglang.settings.options import (
     COMPRESSION_OPTIONS,
@@ -9,8 +9,6 @@ from obcache_sglang.settings.options import (
     OPTIONS,
     SERVER_OPTIONS,
     Option,
-    check_number,
-    check_whole_number,
 )
 from obcache_sglang.settings.server import ServerSettings
 from obcache_sglang.settings.sources import (

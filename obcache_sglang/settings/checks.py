@@ -1,4 +1,4 @@
-"""Checks of single settings that need no bounds: each takes a setting's name and value, and returns the value to use or raises InvalidValue."""
+"""Checks of single settings: each takes a setting's name and value, and returns the value to use or raises InvalidValue."""
 
 from __future__ import annotations
 
@@ -6,6 +6,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from obcache_sglang.errors import InvalidValue
+from obcache_sglang.settings.bounds import BOUNDS
+
+MAX_RATIOS = 4097
+"""Of the segments of one prompt: as many as it may have."""
+
+
+def check_whole_number(name: str, value: Any, what: str, *, odd: bool = False, all_word: bool = False) -> int:
+    """A whole number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "It is ..."."""
+    lowest, highest, reason = BOUNDS[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest or (odd and value % 2 == 0):
+        allowed = f"{'an odd' if odd else 'a'} whole number from {lowest} to {highest}" + (', or "all"' if all_word else "")
+        raise InvalidValue(name, value, f"is not {allowed} ({reason}). It is {what}.")
+    return value
+
+
+def check_number(name: str, value: Any, what: str) -> float:
+    """A finite number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "It is ..."."""
+    lowest, highest, reason = BOUNDS[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+        raise InvalidValue(name, value, f"is not a number from {lowest} to {highest} ({reason}). It is {what}.")
+    return float(value)
 
 
 def ratio(name: str, value: Any) -> float:
@@ -44,6 +65,14 @@ def ladder(name: str, value: Any) -> tuple[float, ...]:
     if list(ratios) != sorted(set(ratios)):
         raise InvalidValue(name, value, "does not ascend; give each ratio once, the lowest first.")
     return tuple(map(float, ratios))
+
+
+def ratios(name: str, value: Any) -> tuple[float, ...]:
+    """Ratios of compression, given as "0,0.7" or as a list."""
+    given = [number_or_text(each.strip()) for each in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(given, Sequence) or len(given) > MAX_RATIOS:
+        raise InvalidValue(name, value, f"is not a list of at most {MAX_RATIOS} ratios; give for example 0,0.7.")
+    return tuple(ratio(name, each) for each in given)
 
 
 def names(name: str, value: Any) -> tuple[str, ...]:

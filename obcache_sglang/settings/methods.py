@@ -155,7 +155,9 @@ PRESETS: dict[str, Preset] = {
 
 # If a request names another method or preset, these settings start from that method's or preset's own values: a window chosen for
 # snapkv says nothing about tova.
-_DECIDED_BY_METHOD = frozenset({"window", "pooling", "kernel_size", "recent_tokens", "heads", "segment_tokens", "exact_segments"})
+_DECIDED_BY_METHOD = frozenset(
+    {"window", "pooling", "kernel_size", "recent_tokens", "heads", "segment_tokens", "exact_segments", "segment_ratios"}
+)
 _DECIDED_BY_PRESET = _DECIDED_BY_METHOD | {"sink_tokens"}
 
 

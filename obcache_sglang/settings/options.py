@@ -7,8 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from obcache_sglang.errors import InvalidValue
-from obcache_sglang.settings.bounds import BOUNDS
-from obcache_sglang.settings.checks import ladder, marker, names, number_or_text, ratio, share, text
+from obcache_sglang.settings.checks import (
+    check_number,
+    check_whole_number,
+    ladder,
+    marker,
+    names,
+    number_or_text,
+    ratio,
+    ratios,
+    share,
+    text,
+)
 from obcache_sglang.settings.methods import (
     BUDGETS,
     EVERY_QUERY,
@@ -79,23 +89,6 @@ def _whole_number(what: str, *, optional: bool = False, odd: bool = False, all_w
         return check_whole_number(name, value, what, odd=odd, all_word=all_word)
 
     return check
-
-
-def check_whole_number(name: str, value: Any, what: str, *, odd: bool = False, all_word: bool = False) -> int:
-    """A whole number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "It is ..."."""
-    lowest, highest, reason = BOUNDS[name]
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest or (odd and value % 2 == 0):
-        allowed = f"{'an odd' if odd else 'a'} whole number from {lowest} to {highest}" + (', or "all"' if all_word else "")
-        raise InvalidValue(name, value, f"is not {allowed} ({reason}). It is {what}.")
-    return value
-
-
-def check_number(name: str, value: Any, what: str) -> float:
-    """A finite number within BOUNDS[name]. Raises InvalidValue. what: continues the sentence "It is ..."."""
-    lowest, highest, reason = BOUNDS[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
-        raise InvalidValue(name, value, f"is not a number from {lowest} to {highest} ({reason}). It is {what}.")
-    return float(value)
 
 
 def _switch(name: str, value: Any) -> bool:
@@ -216,6 +209,16 @@ COMPRESSION_OPTIONS = (
         ),
         number_or_text,
         "SEGMENTS",
+    ),
+    Option(
+        "segment_ratios",
+        ratios,
+        (
+            "Method gate, prompts that say where several segments end: the ratios of the first segments, such as 0,0.7 for a system prompt "
+            "that stays exact and a document; later ones have the compression ratio. Each segment then keeps its own share. Default: none, "
+            "all segments share what the compression ratio leaves."
+        ),
+        metavar="RATIO,...",
     ),
     Option(
         "budget",

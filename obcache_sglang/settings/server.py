@@ -91,7 +91,7 @@ class ServerSettings:
         for name, unset in (("save", "asked"), ("folder_gb", None), ("preload", False)):
             if self.folder is None and (value := getattr(self, name)) != unset:
                 raise InvalidValue(name, value, "needs a folder, in which contexts last. Give the folder too.")
-        self._check_files(self.compression)
+        self._check(self.compression)
 
     @property
     def has_profile(self) -> bool:
@@ -109,7 +109,7 @@ class ServerSettings:
             return (self.compression.budget != "uniform" or self.calibrate == "serve") and self.head_attention == "triton"
         return self.decode_graphs == "on"
 
-    def _check_files(self, compression: CompressionSettings) -> CompressionSettings:
+    def _check(self, compression: CompressionSettings) -> CompressionSettings:
         """The settings, if the server has what they need. Raises InvalidValue."""
         if compression.budget == "profile" and not self.has_profile:
             raise InvalidValue(
@@ -129,6 +129,13 @@ class ServerSettings:
                 "method",
                 "hidden-gate",
                 f"needs a server started with --obcache-hidden-gates. Choose {others}.",
+            )
+        if compression.segment_ratios and self.when == "pressure":
+            raise InvalidValue(
+                "segment_ratios",
+                list(compression.segment_ratios),
+                "cannot be used with when=pressure, where a context is compressed as a whole. Set exact_segments for what is to stay exact, or "
+                "start the server with when=first or idle.",
             )
         return compression
 
@@ -164,7 +171,7 @@ class ServerSettings:
         dropped = methods.superseded({"preset": self.compression.preset, "method": self.compression.method}, overrides)
         kept = {name: value for name, value in self.given.items() if name not in dropped}
         given = {**kept, **overrides}
-        return self._check_files(
+        return self._check(
             CompressionSettings.resolve(
                 given,
                 has_profile=self.has_profile,

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from obcache_sglang.errors import InvalidValue
@@ -57,6 +58,10 @@ class CompressionSettings:
         conversation: token counts, ascending. Of each context only those that lie in it (`within`).
     exact_segments: method gate only. So many first segments of a context keep all their tokens: of one with fewer, all.
     exact_tokens: the tokens of these segments (`within`).
+    segment_ratios: method gate only. The ratios of the first segments that boundaries end; those after them have `compression_ratio`. Then each
+        segment chooses among its own tokens, and keeps what it has chosen; else all that is kept is chosen anew with each segment. Where it
+        begins with zeros, these segments are exact ones. Of a context: one for each of its segments, and `compression_ratio` is the last one's
+        (`within`).
     normalization: for budget global. `layer` divides each query's errors by the squared norm of what the layer's attention adds there,
         both after the output projection (`compress.scores.relative_error_weights`), so that layers and heads can be compared. It
         applies to obcache scores, and to the errors that are measured for a replay (`compress.measured_errors`). These errors decide
@@ -84,6 +89,7 @@ class CompressionSettings:
     boundaries: tuple[int, ...] = ()
     exact_segments: int = 0
     exact_tokens: int = 0
+    segment_ratios: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises InvalidValue for the first setting that is not allowed, alone or with the others."""
@@ -91,6 +97,8 @@ class CompressionSettings:
             checked = option.check(option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, checked)
         object.__setattr__(self, "boundaries", tuple(self.boundaries))
+        num_exact = sum(1 for _ in takewhile(lambda ratio: ratio == 0, self.segment_ratios))
+        object.__setattr__(self, "exact_segments", max(self.exact_segments, num_exact))
         method, requires = METHODS[self.method], PRESETS[self.preset].requires
         if any(getattr(self, name) != value for name, value in requires.items()):
             raise InvalidValue(
@@ -122,6 +130,18 @@ class CompressionSettings:
         if self.exact_segments and method.scored_by != "gates":
             raise InvalidValue(
                 "exact_segments", self.exact_segments, f"can be used with method=gate only, not with {self.method}. Remove it."
+            )
+        if self.segment_ratios and method.scored_by != "gates":
+            raise InvalidValue(
+                "segment_ratios",
+                list(self.segment_ratios),
+                f"can be used with method=gate only; with {self.method} a context is one segment. Remove it, and give compression_ratio.",
+            )
+        if self.segment_ratios and self.max_kept_tokens is not None:
+            raise InvalidValue(
+                "max_kept_tokens",
+                self.max_kept_tokens,
+                "cannot be used with segment_ratios: what earlier segments have kept would leave nothing to later ones. Give one of them.",
             )
         if self.is_replay and self.replay_attention == "local" and self.budget == "uniform":
             raise InvalidValue(
@@ -168,7 +188,7 @@ class CompressionSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; `from_dict` gives back an equal object."""
-        return asdict(self) | {"boundaries": list(self.boundaries)}
+        return asdict(self) | {"boundaries": list(self.boundaries), "segment_ratios": list(self.segment_ratios)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionSettings:
@@ -178,7 +198,7 @@ class CompressionSettings:
     def fingerprint(self) -> str:
         """16 hexadecimal digits, equal in every process and release for equal settings."""
         values = self.to_dict()
-        for name in ("segment_tokens", "boundaries", "exact_segments", "exact_tokens"):
+        for name in ("segment_tokens", "boundaries", "exact_segments", "exact_tokens", "segment_ratios"):
             if not values[name]:  # a later setting, which changes nothing of what was stored without it
                 del values[name]
         if values["replay_attention"] == "whole":  # likewise
@@ -271,26 +291,58 @@ class CompressionSettings:
         return min(max(kept, exact + 1), max(context_tokens, 1))
 
     def kept_slots(self, context_tokens: int, page_size: int) -> int:
-        """KV slots that a context of `context_tokens` (whole pages) holds: `min(L, ceil_to_page(kept_tokens))`."""
-        pages = math.ceil(self.kept_tokens(context_tokens) / page_size)
-        return min(context_tokens, pages * page_size)
+        """KV slots that a context of `context_tokens` (whole pages) holds: `min(L, ceil_to_page(kept_tokens))`.
+
+        With `segment_ratios`, those of its last segment, by that one's own ratio, and of all before it.
+        """
+        if not self.segment_ratios:
+            return min(context_tokens, math.ceil(self.kept_tokens(context_tokens) / page_size) * page_size)
+        own, start = self.within(context_tokens, page_size), self.segment_start(context_tokens, page_size)
+        before = own.kept_slots(start, page_size) if start else own.exact_tokens
+        new = context_tokens - (start or own.exact_tokens)
+        kept = max(1, int(new * (1 - own.segment_ratios[-1])))
+        return before + min(new, math.ceil(kept / page_size) * page_size)
 
     def within(self, context_tokens: int, page_size: int) -> CompressionSettings:
-        """The settings of a context of `context_tokens` (whole pages): with its own boundaries, in whole pages, and its exact tokens.
+        """The settings of a context of `context_tokens` (whole pages): with its own boundaries, in whole pages, its exact tokens, and the ratios
+        of its segments.
 
-        A segment has `MIN_SEGMENT_TOKENS` or more, and a part of those before it: so the segments of a long context are few.
+        A segment has `MIN_SEGMENT_TOKENS` or more, and a part of those before it: so the segments of a long context are few. A shorter one
+        goes with the next, whose ratio it has then. Exact ones may have any length: they cost nothing.
         """
         own: list[int] = []
-        for boundary in self.boundaries:
+        ratios: list[float] = []
+        num_before = num_exact = 0
+        for number, boundary in enumerate(self.boundaries):
             pages, before = boundary // page_size * page_size, own[-1] if own else 0
-            if pages < context_tokens and pages - before >= max(MIN_SEGMENT_TOKENS, before // MAX_SEGMENTS):
+            if pages >= context_tokens:
+                break
+            num_before = number + 1
+            is_exact = number < self.exact_segments
+            if pages - before >= (1 if is_exact else max(MIN_SEGMENT_TOKENS, before // MAX_SEGMENTS)):
                 own.append(pages)
+                ratios.append(self._ratio(number))
+                num_exact += is_exact
+        ratios.append(self._ratio(num_before))
         exact = min(self.exact_tokens, context_tokens) // page_size * page_size
-        if self.exact_segments:
-            exact = own[self.exact_segments - 1] if self.exact_segments <= len(own) else context_tokens
-        if (tuple(own), exact) == (self.boundaries, self.exact_tokens):
-            return self
-        return replace(self, boundaries=tuple(own), exact_tokens=exact)
+        if self.exact_segments > num_before:  # it ends within them
+            exact, num_exact = context_tokens, self.exact_segments
+        elif self.exact_segments:
+            exact = own[num_exact - 1] if num_exact else 0
+        mine = replace(
+            self,
+            boundaries=tuple(own),
+            exact_segments=num_exact,
+            exact_tokens=exact,
+            segment_ratios=tuple(ratios) if self.segment_ratios else (),
+            compression_ratio=ratios[-1] if self.segment_ratios else self.compression_ratio,
+        )
+        # Ratios of 0 may begin them now, where a shorter segment went with the next.
+        return self if mine == self else mine.within(context_tokens, page_size)
+
+    def _ratio(self, number: int) -> float:
+        """The ratio of a segment, by its number from 0."""
+        return self.segment_ratios[number] if number < len(self.segment_ratios) else self.compression_ratio
 
     @property
     def kept_sinks(self) -> int:

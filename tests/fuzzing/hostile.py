@@ -43,6 +43,7 @@ _VALUES: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
     "adakv_safeguard": ((0, 0.2, 1), (1.5,)),
     "replay_chunk": ((32, 100, 1 << 20), (31, 1)),
     "replay_attention": (("whole", "local"), ("Local", 1)),
+    "segment_ratios": (((), ""), ((1,), (0.5, "x"), [0.1] * 5000, 0.5)),
     "context_len": ((1, 40, 64, 100), (10**6, 0, -1)),
     "pin": ((True, False), ("yes", 1)),
     "ttl_seconds": ((1, 2.5, 60, 366 * 86400), (0, -1, 10**400)),

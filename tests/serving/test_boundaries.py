@@ -183,3 +183,20 @@ def test_a_system_prompt_that_stays_exact_holds_its_slots_once(gate_server: Serv
     assert sorted(each["slots"] for each in contexts) == sorted(each - system_tokens for each in kept)
     lengths = [len(words(text)["input_ids"]) for text in (system, *documents)]
     assert prefilled_tokens(gate_server) - before < sum(lengths) + 60, "it is read once"
+
+
+def test_each_marker_says_its_segments_ratio(gate_server: Server, model_dir: Path) -> None:
+    words = tokenizer(model_dir)
+    system, *documents = (words.decode(document(model_dir, 200, topic)) for topic in TOPICS)
+    flush(gate_server)
+    first, second = (len(words(text)["input_ids"]) for text in documents)
+    prompt = "<|obcache:ratio=0|>".join([system, documents[0]]) + "<|obcache:ratio=0.5|>" + documents[1]
+    answers = [generate(gate_server, f"{prompt}<|obcache:ratio=0.9|>\n\n{asked}") for asked in ("In short,", "So?")]
+    assert [report(each)["status"] for each in answers] == ["compressed", "reused"]
+    own = len(words(system)["input_ids"])
+    assert report(answers[0])["kept_tokens"] == own + int(first * 0.5) + int(second * (1 - 0.9))
+    found = gate_server.get(f"/obcache/contexts/{report(answers[0])['context_id']}?positions=true")
+    heads = [head for layer in found["positions"] for head in layer]
+    counts = [sum(low <= position < high for head in heads for position in head) for low, high in ((0, own), (own, own + first))]
+    assert counts == [own * len(heads), int(first * 0.5) * len(heads)]
+    assert found["settings"]["segment_ratios"] == [0.0, 0.5, 0.9]

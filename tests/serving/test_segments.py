@@ -30,8 +30,14 @@ SEGMENT = 128
 GATE = {"method": "gate", "budget": "profile", "compression_ratio": 0.6}
 WISH = {**GATE, "segment_tokens": SEGMENT}
 BOUNDARIES = [150, 300]
+RATIOS = [0.0, 0.75]
 # Of 541 tokens. What stays exact is no segment.
-STARTS = {"segment_tokens": [0, 128, 256, 384], "boundaries": [0, *BOUNDARIES], "exact_segments": [0, BOUNDARIES[1]]}
+STARTS = {
+    "segment_tokens": [0, 128, 256, 384],
+    "boundaries": [0, *BOUNDARIES],
+    "exact_segments": [0, BOUNDARIES[1]],
+    "segment_ratios": [0, BOUNDARIES[1]],
+}
 
 
 def cut(how: str, num_tokens: int) -> dict[str, Any]:
@@ -39,7 +45,17 @@ def cut(how: str, num_tokens: int) -> dict[str, Any]:
     if how == "segment_tokens":
         return {"segment_tokens": SEGMENT}
     boundaries = {"boundaries": [each for each in BOUNDARIES if each < num_tokens]}
-    return boundaries if how == "boundaries" else {**boundaries, "exact_segments": 1}
+    return {**boundaries, **{"exact_segments": {"exact_segments": 1}, "segment_ratios": {"segment_ratios": RATIOS}}.get(how, {})}
+
+
+def kept_tokens(how: str, num_tokens: int) -> int:
+    """Of each head, on average, of a context of so many tokens."""
+    if how == "segment_ratios":
+        ends = [*(each for each in BOUNDARIES if each < num_tokens), num_tokens]
+        lengths = (last - first for first, last in pairwise([0, *ends]))
+        return sum(int(length * (1 - ratio)) for length, ratio in zip(lengths, [*RATIOS, 0.6], strict=False))
+    exact = BOUNDARIES[0] if how == "exact_segments" else 0
+    return exact + int((num_tokens - exact) * 0.4)
 
 
 def kept_by_beginnings(server: Server, context: list[int], budget: str, how: str) -> dict[int, Positions]:
@@ -59,10 +75,11 @@ def prefilled_tokens(server: Server) -> int:
 
 @pytest.mark.parametrize(
     ("budget", "how"),
-    [("profile", "exact_segments")]
+    [("profile", "segment_ratios")]
+    + [pytest.param(budget, "segment_ratios", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global")]
     + [pytest.param(budget, "boundaries", marks=pytest.mark.long) for budget in ("uniform", "profile")]
     + [pytest.param(budget, "segment_tokens", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global", "profile")]
-    + [pytest.param(budget, "exact_segments", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global")],
+    + [pytest.param(budget, "exact_segments", marks=pytest.mark.long) for budget in ("uniform", "adakv", "global", "profile")],
 )
 def test_same_tokens_as_transformers_pruned_after_each_segment(server: Server, model_dir: Path, budget: str, how: str) -> None:
     context = document(model_dir, CONTEXT_TOKENS)
@@ -74,9 +91,8 @@ def test_same_tokens_as_transformers_pruned_after_each_segment(server: Server, m
     answers = generate_together(server, wishes)
     assert {report(answer)["status"] for answer in answers} == {"compressed", "reused"}
     kept = kept_by_beginnings(server, context, budget, how)
-    exact = BOUNDARIES[0] if how == "exact_segments" else 0
     for tokens, positions in kept.items():
-        assert sum(len(head) for layer in positions for head in layer) == (exact + int((tokens - exact) * 0.4)) * 90
+        assert sum(len(head) for layer in positions for head in layer) == kept_tokens(how, tokens) * 90
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     cache = DynamicCache()

@@ -17,7 +17,7 @@ from obcache_sglang.errors import InvalidValue
 from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Namespace
 from obcache_sglang.scheduler.lineage import longest_prefix
 from obcache_sglang.scheduler.requests import ContextReq
-from obcache_sglang.settings import CompressionSettings
+from obcache_sglang.settings import CompressionSettings, ServerSettings
 from tests.unit.engine import Driven
 from tests.unit.test_manager import report
 from tests.unit.test_segments import BASE, HEADS, LAYERS, WHOLE, World, by_head, driven, make_all, the_job
@@ -220,9 +220,152 @@ def test_the_ratio_is_of_what_comes_after_the_exact_segments() -> None:
         CompressionSettings.resolve({"method": "tova", "exact_segments": 1})
 
 
+@pytest.mark.parametrize(("page_size", "short"), [(1, 60), (16, 48), (64, 0)])
+def test_an_exact_segment_may_be_short(page_size: int, short: int) -> None:
+    """It is no compression of its own. A document behind a short system prompt would stay exact with it."""
+    settings = replace(GATE, boundaries=(60, 500), exact_segments=1).within(896, page_size)
+    assert (settings.boundaries, settings.exact_tokens) == (
+        tuple(each for each in (short, 500 // page_size * page_size) if each),
+        short,
+    )
+    assert settings.within(896, page_size) == settings
+
+
+# --- a ratio for each segment -------------------------------------------------------------------------------------------
+
+ALL_BUDGETS = [("uniform", True), ("uniform", False), ("adakv", True), ("global", True), ("profile", True)]
+
+
+def share(num_tokens: int, ratio: float) -> int:
+    """What is kept of a segment."""
+    return int(num_tokens * (1 - ratio))
+
+
 @pytest.mark.parametrize(
-    ("budget", "one_space"), [("uniform", True), ("uniform", False), ("adakv", True), ("global", True), ("profile", True)]
+    ("ratios", "boundaries", "tokens", "own"),
+    [
+        ((0.0, 0.7), (200, 500), 900, (0.0, 0.7, 0.5)),
+        ((0.0, 0.7), (200, 500), 500, (0.0, 0.7)),
+        ((0.0, 0.7), (200, 500), 450, (0.0, 0.7)),
+        ((0.0, 0.7), (200, 500), 200, (0.0,)),
+        ((0.2, 0.7), (60, 500), 900, (0.7, 0.5)),  # what is too short goes with the next, at its ratio
+        ((0.2, 0.0, 0.7), (60, 500, 800), 900, (0.0, 0.7, 0.5)),
+        ((0.2, 0.9, 0.7), (), 900, (0.2,)),
+        ((0.2,), (200, 500), 900, (0.2, 0.5, 0.5)),
+    ],
 )
+def test_each_segment_has_its_ratio(
+    ratios: tuple[float, ...], boundaries: tuple[int, ...], tokens: int, own: tuple[float, ...]
+) -> None:
+    settings = replace(GATE, boundaries=boundaries, segment_ratios=ratios).within(tokens, 1)
+    assert settings.segment_ratios == own and len(own) == len(settings.boundaries) + 1
+    assert settings.within(tokens, 1) is settings
+    ends = [0, *settings.boundaries, tokens]
+    assert settings.kept_slots(tokens, 1) == sum(
+        share(last - first, ratio) for (first, last), ratio in zip(pairwise(ends), own, strict=True)
+    )
+    for start in settings.segment_starts(tokens, 1):
+        assert settings.kept_slots(start, 1) == settings.within(start, 1).kept_slots(start, 1)
+    assert CompressionSettings.from_dict(settings.to_dict()) == settings
+
+
+def test_a_part_of_a_segment_has_the_segments_ratio() -> None:
+    settings = replace(GATE, boundaries=(200, 1000), segment_ratios=(0.0, 0.8), segment_tokens=256).within(1300, 16)
+    assert settings.segment_starts(1300, 16) == [448, 704, 992]
+    # Whole pages of each: 51.2 of 256 tokens, twice, 57.6 of 288, half of 308.
+    assert [settings.kept_slots(each, 16) - 192 for each in (192, 448, 704, 992, 1300)] == [0, 64, 128, 192, 192 + 160]
+
+
+def test_a_ratio_for_each_segment_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(InvalidValue, match=r"segment_ratios=\[0.5\] can be used with method=gate only; with tova"):
+        CompressionSettings.resolve({"method": "tova", "segment_ratios": (0.5,)})
+    with pytest.raises(InvalidValue, match="max_kept_tokens=100 cannot be used with segment_ratios"):
+        replace(GATE, segment_ratios=(0.5,), max_kept_tokens=100)
+    with pytest.raises(InvalidValue, match=r"segment_ratios=1 is outside \[0, 1\)"):
+        replace(GATE, segment_ratios=(0.5, 1))
+    with pytest.raises(InvalidValue, match=r"segment_ratios=0\.5 is not a list"):
+        replace(GATE, segment_ratios=0.5)
+    given = {"gates": "smollm2-135m", "segment_ratios": "0, 0.7"}
+    assert ServerSettings.resolve(given).compression.segment_ratios == (0.0, 0.7)
+    with pytest.raises(InvalidValue, match=r"segment_ratios=\[0.0, 0.7\] cannot be used with when=pressure"):
+        ServerSettings.resolve({**given, "mode": "auto"})
+
+
+@pytest.mark.parametrize(("budget", "one_space"), ALL_BUDGETS)
+@pytest.mark.parametrize("exact", [0, 50])
+@pytest.mark.parametrize(("first", "ratio"), [(0.6, 0.6), (0.8, 0.0)])
+def test_each_segment_keeps_its_own_share(budget: str, one_space: bool, exact: int, first: float, ratio: float) -> None:
+    boundaries, ratios = ((exact, BASE), (0.0, first)) if exact else ((BASE,), (first,))
+    world = World(budget, one_space=one_space, segment_tokens=None, recent_tokens=8, compression_ratio=ratio)
+    given = replace(world.settings, boundaries=boundaries, segment_ratios=ratios)
+    world.settings = given.within(BASE, 1)
+    base, base_slots = world.compress(BASE)
+    world.settings = given.within(WHOLE, 1)
+    whole, slots = world.compress(WHOLE, base, base_slots)
+    before, after = by_head(base.kept), by_head(whole.kept)
+    new = share(WHOLE - BASE, ratio)
+    assert base.num_slots == exact + share(BASE - exact, first)
+    assert sum(map(len, before)) == base.num_slots * LAYERS * HEADS
+    assert sum(map(len, after)) == (base.num_slots + new) * LAYERS * HEADS
+    scores = world.scores.flatten(0, 1)
+    k, v = (each.split(whole.kept.offsets.diff().tolist()) for each in world.cells(whole, slots))
+    lowest, highest = [], []
+    for head, (kept_before, kept) in enumerate(zip(before, after, strict=True)):
+        own = kept[len(kept_before) :]
+        assert torch.equal(kept[: len(kept_before)], kept_before) and torch.equal(own, own.unique())
+        assert len(own) == 0 or (own[0] >= BASE and own[-1] == WHOLE - 1)
+        left = sorted({*range(BASE, WHOLE)} - {*own.tolist()})
+        window = {*range(WHOLE - 8, WHOLE)}
+        lowest += [float(scores[head, chosen].min())] if (chosen := sorted({*own.tolist()} - window)) else []
+        highest += [float(scores[head, left].max())] if left else []
+        exact_kv = world.kv[head // HEADS][:, kept, head % HEADS]
+        torch.testing.assert_close(torch.stack([k[head], v[head]]), exact_kv, rtol=0, atol=0)
+    if budget == "global" and highest:
+        assert not lowest or min(lowest) >= max(highest)
+    if ratio == 0.0:
+        assert all(each[-(WHOLE - BASE) :].tolist() == list(range(BASE, WHOLE)) for each in after)
+
+
+def test_prompts_with_other_ratios_have_other_contexts() -> None:
+    drive = driven(20_000, segment_tokens=None)
+    document = SYSTEM + text(1000, 600)
+    prefilled = []
+    for ratios in ((0.2, 0.7), (0.2, 0.8), (), (0.2, 0.7), (0.3, 0.7)):
+        settings = replace(drive.manager.settings.compression, segment_ratios=ratios)
+        req = drive.ask(document, boundaries=(200, 500), settings=settings)
+        prefilled.append(sum(make_all(drive)))
+        drive.step()
+        assert req.context is not None
+        lengths = zip((200, 300, 300), (*ratios, 0.5), strict=True) if ratios else [(800, 0.5)]
+        assert req.context.num_slots == sum(share(*each) for each in lengths)
+    assert prefilled == [800, 600, 800, 0, 800]
+
+
+def test_boundaries_that_move_keep_their_ratios() -> None:
+    """As below, for a client that says so for each of its segments: 0.2, then what it likes. What it names no more stays as it was made."""
+    drive = driven(20_000, segment_tokens=None)
+    history = SYSTEM + text(1000, 2000)
+    ends = [200, 1000, 1600, 2200]
+    ratios = [0.2, 0.4, 0.6, 0.8]
+    slots, prefilled = 0, []
+    for turn in range(5):
+        settings = replace(drive.manager.settings.compression, segment_ratios=(0.2, *ratios[-3:-1]), compression_ratio=ratios[-1])
+        req = drive.ask(history[: ends[-1]], boundaries=(200, *ends[-3:-1]), question=turn, settings=settings)
+        prefilled.append(sum(make_all(drive)))
+        drive.step()
+        assert req.context is not None and req.is_virtual
+        slots = slots + share(600, ratios[-1]) if turn else 160 + share(800, 0.4) + share(600, 0.6) + share(600, 0.8)
+        assert req.context.num_slots == slots
+        history = history + text(20_000 + 1000 * turn, 600)
+        ends.append(ends[-1] + 600)
+        ratios.append((0.8, 0.3)[turn % 2])
+    assert prefilled == [2200, 600, 600, 600, 600]
+
+
+# --- what stays exact ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "one_space"), ALL_BUDGETS)
 @pytest.mark.parametrize("exact", [100, 1])
 def test_every_head_keeps_the_exact_segments(budget: str, one_space: bool, exact: int) -> None:
     """Compressed whole, after a base that has them, and again from what was kept. They stay where they are; nothing else is lost."""

@@ -171,7 +171,7 @@ def test_segments_end_at_all_markers_but_the_last(value, positions, context_len,
 
 @pytest.mark.parametrize(
     ("segments", "positions", "exact_tokens"),
-    [(1, (300, 900), 300), (2, (300, 500, 900), 500), (5, (300, 500, 900), 900), (1, (900,), 900), (1, (50, 300, 900), 300)],
+    [(1, (300, 900), 300), (2, (300, 500, 900), 500), (5, (300, 500, 900), 900), (1, (900,), 900), (1, (50, 300, 900), 50)],
 )
 def test_first_segments_may_stay_exact(segments, positions, exact_tokens):
     plan = plan_of({"exact_segments": segments}, num_tokens=1000, marker_positions=positions, server=GATES)

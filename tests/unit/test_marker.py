@@ -260,6 +260,15 @@ def test_a_question_by_id_may_have_options(frontend: Frontend) -> None:
         prepare(frontend, OPTIONS + " And then?", SOME_ID)
 
 
+def test_each_marker_may_have_a_ratio_of_its_own(frontend: Frontend) -> None:
+    settings = settings_from_python({"min_tokens": 4, "gates": "smollm2-135m"})
+    frontend = Frontend(settings, frontend.marker, vocab_size=frontend.vocab_size)
+    told = prepare(frontend, DOCUMENT + "<|obcache:ratio=0|>" + DOCUMENT + "<|obcache:ratio=0.8,pin|> Why?")
+    assert told.plan.settings.segment_ratios == (0.0,) and told.plan.settings.compression_ratio == 0.8 and told.plan.pin
+    with pytest.raises(RequestError, match="has 3 context markers, of which 2 have"):
+        prepare(frontend, DOCUMENT + "<|obcache:ratio=0|>" + DOCUMENT + TEXT + "<|obcache:ratio=0.8|> Why?")
+
+
 def test_markers_of_both_forms_are_counted_together(frontend: Frontend) -> None:
     for markers in ((TEXT, OPTIONS), (OPTIONS, TEXT), (OPTIONS, OPTIONS)):
         with pytest.raises(RequestError, match="contains the context marker 2 times"):

@@ -15,6 +15,7 @@ from obcache_sglang.frontend.marker_options import (
     is_marker_before,
     read_options,
     removed,
+    together,
     with_options,
 )
 from obcache_sglang.frontend.wish import parse_wish
@@ -134,7 +135,23 @@ def test_what_is_written_is_read_back() -> None:
         with_options("¶", {"pin": True})
 
 
+def test_each_marker_may_have_its_segments_ratio() -> None:
+    ratios = [{"compression_ratio": ratio} for ratio in (0, 0.7, 0.8)]
+    assert together([], 2) == {}
+    assert together(ratios[:1], 2) == {"compression_ratio": 0}, "one of them holds for the whole prompt"
+    assert together([ratios[1], {**ratios[1], "pin": True}], 2) == {"compression_ratio": 0.7, "pin": True}
+    assert together([*ratios[:2], {**ratios[2], "pin": True}], 3) == {
+        "segment_ratios": [0, 0.7], "compression_ratio": 0.8, "pin": True,
+    }  # fmt: skip
+    with pytest.raises(
+        RequestError, match=r"has 3 context markers, of which 2 have a ratio, \[0, 0.7\]. Give each one its own ratio"
+    ):
+        together(ratios[:2], 3)
+    with pytest.raises(RequestError, match="the option pin with different values, True and False"):
+        together([{"pin": True}, {"pin": False}], 2)
+
+
 def test_a_marker_tells_nothing_of_where_or_which() -> None:
     """The marker is where the context ends, and whoever reads a text must not be able to open what it names."""
     assert {"pin", "ttl_seconds", "mode", "compression_ratio", "budget"} <= set(OPTION_KEYS)
-    assert not {"context_len", "context_id"} & set(OPTION_KEYS)
+    assert not {"context_len", "context_id", "boundaries"} & set(OPTION_KEYS)
