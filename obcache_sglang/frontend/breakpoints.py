@@ -82,6 +82,33 @@ def mark_tools(body: dict[str, Any], marker: str) -> dict[str, Any] | None:
     return {} if ttl is None else {"ttl_seconds": ttl}
 
 
+def mark_turns(body: dict[str, Any], marker: str, keep: int, *, several: bool) -> None:
+    """Puts the marker at the end of what stands before each turn of a conversation, in place, but for the newest `keep` turns, which stay exact;
+    of the last one only, unless several.
+
+    A turn begins with a user's message; one that only brings the results of tools goes on with the turn before.
+    """
+    messages = body.get("messages", body.get("input"))
+    if not isinstance(messages, list):
+        return
+    starts = [number for number, message in enumerate(messages) if _begins_turn(message)][: 1 - keep or None]
+    ends: list[_Place] = []
+    for start in starts:
+        said = [place for place in _places(body, start) if place.holder[place.key].strip()]
+        if said and not (ends and said[-1].holder is ends[-1].holder):
+            ends.append(said[-1])
+    for place in ends[-MAX_MARKED:] if several else ends[-1:]:
+        place.holder[place.key] += marker
+
+
+def _begins_turn(message: Any) -> bool:
+    if not isinstance(message, dict) or message.get("role") != "user":
+        return False
+    content = message.get("content")
+    blocks = content if isinstance(content, list) else []
+    return not blocks or any(not isinstance(block, dict) or block.get("type") != "tool_result" for block in blocks)
+
+
 def _ttl_seconds(field: Any) -> int | None:
     if not isinstance(field, Mapping):
         raise RequestError(f'A cache breakpoint is {shown(field)}; give an object, such as {{"type": "ephemeral"}}.')
@@ -95,15 +122,15 @@ def _ttl_seconds(field: Any) -> int | None:
     return TTL_SECONDS[ttl]
 
 
-def _places(body: dict[str, Any]) -> Iterator[_Place]:
-    """The blocks of text of a request, in the order of its prompt."""
+def _places(body: dict[str, Any], num_messages: int | None = None) -> Iterator[_Place]:
+    """The blocks of text of a request, in the order of its prompt; up to so many of its messages."""
     system = body.get("system")
     if isinstance(system, str):
         yield _Place(body, "system", None)
     elif isinstance(system, list):
         yield from _blocks(system)
     messages = body.get("messages", body.get("input"))
-    for message in messages if isinstance(messages, list) else ():
+    for message in messages[:num_messages] if isinstance(messages, list) else ():
         if not isinstance(message, dict):
             continue
         content = message.get("content")

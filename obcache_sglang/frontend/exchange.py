@@ -16,7 +16,9 @@ import orjson
 from obcache_sglang.errors import RequestError
 from obcache_sglang.frontend import breakpoints
 from obcache_sglang.frontend.marker_options import contains
+from obcache_sglang.frontend.wish import TURNS_KEY, is_turns
 from obcache_sglang.host import Touch
+from obcache_sglang.messages import KEY
 
 HEADER = b"x-obcache"
 
@@ -33,10 +35,12 @@ class Exchange:
     """wish: what the body says for `custom_params["obcache"]`, None for nothing. error: why the request is wrong. report: the first answer's.
 
     names: the namespace that a body gives on an endpoint whose models of requests drop it. marks_tools: whether the marker stands before the first message, for what the chat template writes there.
+    marks_turns: whether the markers stand where the turns end that its own wish does not keep.
     """
 
     wish: Any = None
     marks_tools: bool = False
+    marks_turns: bool = False
     names: tuple[str, ...] = ()
     error: RequestError | None = None
     report: dict[str, Any] | None = None
@@ -48,11 +52,16 @@ current: ContextVar[Exchange | None] = ContextVar("obcache_exchange", default=No
 def params_with(own: Any) -> Any:
     """A request's `custom_params["obcache"]`, with what the body of its exchange says beside it. Raises RequestError."""
     exchange = current.get()
-    if exchange is None:
-        return own
-    if exchange.error is not None:
+    if exchange is not None and exchange.error is not None:
         raise exchange.error
-    return own if exchange.wish is None else breakpoints.combined(own, exchange.wish)
+    if exchange is not None and exchange.wish is not None:
+        own = breakpoints.combined(own, exchange.wish)
+    if isinstance(own, dict) and TURNS_KEY in own and (exchange is None or not exchange.marks_turns):
+        raise RequestError(
+            f'custom_params["{KEY}"]["{TURNS_KEY}"] needs the messages of a conversation, at {", ".join(_HAVE_BLOCKS)}, without a marker. '
+            "Leave it out, or say where the context ends."
+        )
+    return own
 
 
 def marks_tools() -> bool:
@@ -132,8 +141,9 @@ class ExchangeMiddleware:
         """The body with its marker in place, or without it where tokens are counted; None for one that stays. What it says goes to exchange."""
         assert self.marker is not None
         has_fields = path in _HAVE_BLOCKS and any(f'"{name}"'.encode() in body for name in breakpoints.FIELDS)
+        has_turns = path in _HAVE_BLOCKS and TURNS_KEY.encode() in body
         wishes = path in _DROP_PARAMS and any(f'"{name}"'.encode() in body for name in ("custom_params", *NAMESPACE_FIELDS))
-        if not (path == _COUNTED or wishes or has_fields):
+        if not (path == _COUNTED or wishes or has_fields or has_turns):
             return None
         try:
             read = orjson.loads(body)
@@ -148,11 +158,18 @@ class ExchangeMiddleware:
             exchange.wish = breakpoints.own_params(read)
             exchange.names = tuple(read[name] for name in NAMESPACE_FIELDS if isinstance(read.get(name), str))
         # Not in the body as it came: clients may escape the marker's characters there.
-        if not has_fields or contains(orjson.dumps(read).decode(), self.marker):
+        has_turns = has_turns and _says(read, TURNS_KEY)
+        if not (has_fields or has_turns) or contains(orjson.dumps(read).decode(), self.marker):
             return None
+        # With another method a context may have no segments.
+        several = self.several() and not _says(read, "method", "preset", "boundaries", "context_id")
+        if has_turns:
+            exchange.marks_turns = True
+            keep = breakpoints.own_params(read)[TURNS_KEY]
+            if is_turns(keep):  # else `parse_wish` refuses it
+                breakpoints.mark_turns(read, self.marker, keep, several=several)
+            return orjson.dumps(read)
         try:
-            # With another method a context may have no segments.
-            several = self.several() and not _says(read, "method", "preset", "boundaries", "context_id")
             more = breakpoints.place_markers(read, self.marker, several=several)
             if (several or more is None) and not _says(read, "context_len", "context_id", "boundaries"):
                 of_tools = breakpoints.mark_tools(read, self.marker)

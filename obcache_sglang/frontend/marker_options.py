@@ -11,14 +11,14 @@ from functools import cache
 from typing import Any
 
 from obcache_sglang.errors import RequestError, shown
-from obcache_sglang.frontend.wish import REQUEST_KEYS
+from obcache_sglang.frontend.wish import REQUEST_KEYS, TURNS_KEY
 from obcache_sglang.settings import number_or_text
 
 SHORT_KEYS = {"ratio": "compression_ratio", "ttl": "ttl_seconds"}
 
 # The marker itself says where the context ends, and each one its segment's ratio; an id of a context opens it, and does not belong into a
 # text that others may read.
-_ELSEWHERE = ("context_len", "context_id", "boundaries", "segment_ratios")
+_ELSEWHERE = ("context_len", "context_id", "boundaries", "segment_ratios", TURNS_KEY)
 OPTION_KEYS = tuple(key for key in REQUEST_KEYS if key not in _ELSEWHERE)
 """What a marker may say, apart from the short keys."""
 

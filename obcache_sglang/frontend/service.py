@@ -24,7 +24,7 @@ from obcache_sglang.frontend.checks import check_keys, check_unicode
 from obcache_sglang.frontend.exchange import NAMESPACE_FIELDS
 from obcache_sglang.frontend.hooks import ACTION, Frontend
 from obcache_sglang.frontend.marker_options import contains
-from obcache_sglang.frontend.wish import REQUEST_KEYS
+from obcache_sglang.frontend.wish import REQUEST_KEYS, TURNS_KEY
 from obcache_sglang.host import Touch, TouchState, check_host, installed_sglang
 from obcache_sglang.messages import KEY
 
@@ -36,7 +36,7 @@ _PROGRESS_SECONDS = 0.5
 
 _PROMPT_KEYS = ("text", "messages", "input_ids")
 _CHAT_KEYS = ("model", "tools", "chat_template_kwargs")
-_OPTION_KEYS = tuple(key for key in REQUEST_KEYS if key not in ("context_len", "context_id", "mode"))
+_OPTION_KEYS = tuple(key for key in REQUEST_KEYS if key not in ("context_len", "context_id", "mode", TURNS_KEY))
 COMPRESS_KEYS = _PROMPT_KEYS + _CHAT_KEYS + NAMESPACE_FIELDS + _OPTION_KEYS
 """Keys of the body of `POST /obcache/compress`."""
 

@@ -29,7 +29,9 @@ _NEEDS_WHOLE_PROMPT = {
 }
 
 _SETTING_KEYS = tuple(option.name for option in COMPRESSION_OPTIONS)
-_OWN_KEYS = ("context_len", "context_id", "mode", "pin", "ttl_seconds", "boundaries")
+TURNS_KEY = "keep_last_turns"
+"""Of a conversation: how many of its newest turns stay exact. The turns before are the context (`breakpoints.mark_turns`)."""
+_OWN_KEYS = ("context_len", "context_id", "mode", "pin", "ttl_seconds", "boundaries", TURNS_KEY)
 REQUEST_KEYS = _OWN_KEYS + _SETTING_KEYS
 """Keys of the object under `custom_params["obcache"]`."""
 
@@ -65,6 +67,12 @@ def parse_wish(value: object) -> Wish:
             raise _wrong(str(key), given, f"is not a known key. Allowed keys: {', '.join(REQUEST_KEYS)}.")
         if key in _SETTING_KEYS:
             overrides[key] = _checked(key, given)
+    if TURNS_KEY in value and not is_turns(turns := value[TURNS_KEY]):
+        raise _wrong(
+            TURNS_KEY,
+            turns,
+            f"is not a whole number from 1 to {MAX_BOUNDARIES}. It is the number of newest turns that stay exact, the question's among them.",
+        )
     return Wish(
         asked=True,
         context_len=_context_len(value.get("context_len")),
@@ -270,6 +278,11 @@ def _boundaries(value: object) -> tuple[int, ...]:
     if list(checked) != sorted(set(checked)):
         raise _wrong("boundaries", value, "does not ascend: give the token counts in their order.")
     return checked
+
+
+def is_turns(value: object) -> bool:
+    """Whether so many turns of a conversation can stay exact."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_BOUNDARIES
 
 
 def _ttl_seconds(value: object) -> float | None:

@@ -185,6 +185,42 @@ def test_a_system_prompt_that_stays_exact_holds_its_slots_once(gate_server: Serv
     assert prefilled_tokens(gate_server) - before < sum(lengths) + 60, "it is read once"
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_the_newest_turns_of_a_chat_stay_exact(gate_server: Server, model_dir: Path, path: str) -> None:
+    """The client marks nothing, and says how many."""
+    words = tokenizer(model_dir)
+    flush(gate_server)
+    text = document(model_dir, 1000, "class")
+    system, messages = words.decode(text[:200]), []
+    prefilled, found = [], []
+    for turn in range(4):
+        messages.append({"role": "user", "content": words.decode(text[200 * turn + 200 : 200 * turn + 400])})
+        body = {"model": "default", "max_tokens": 8, "temperature": 0, "messages": messages}
+        if path == "/v1/messages":
+            body["system"] = system
+        else:
+            body["messages"] = [{"role": "system", "content": system}, *messages]
+        before = prefilled_tokens(gate_server)
+        custom_params = {"obcache": {"keep_last_turns": 2, "segment_ratios": [0.0]}}
+        answer = gate_server.request("POST", path, json={**body, "custom_params": custom_params})
+        assert answer.status_code == 200, answer.text
+        prefilled.append(prefilled_tokens(gate_server) - before)
+        found.append(answer.headers["X-Obcache"])
+        said = answer.json()
+        said = said["content"][0]["text"] if path == "/v1/messages" else said["choices"][0]["message"]["content"]
+        messages.append({"role": "assistant", "content": said})
+    # First nothing is before the newest two, then the system prompt, which stays exact, then one turn more each time.
+    assert found[0] == "exact; reason=no_context" and found[1] == "exact; reason=exact_segments"
+    kept = [dict(part.split("=") for part in each.split("; ")[1:])["kept"].split("/") for each in found[2:]]
+    (first, second), system_tokens = ([*map(int, each)] for each in kept), len(words(system)["input_ids"])
+    assert found[2].startswith("compressed") and found[3].startswith("compressed")
+    for slots, tokens in (first, second):
+        assert slots < system_tokens + 0.45 * (tokens - system_tokens)
+    assert 200 < second[1] - first[1] < 260
+    # The turn that left the newest two is read again, after what is compressed; and they, after it.
+    assert max(prefilled[1:]) < 3 * 260, prefilled
+
+
 def test_each_marker_says_its_segments_ratio(gate_server: Server, model_dir: Path) -> None:
     words = tokenizer(model_dir)
     system, *documents = (words.decode(document(model_dir, 200, topic)) for topic in TOPICS)

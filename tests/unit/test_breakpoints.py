@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from obcache_sglang.errors import RequestError
-from obcache_sglang.frontend.breakpoints import combined, header, mark_tools, place_markers
+from obcache_sglang.frontend.breakpoints import combined, header, mark_tools, mark_turns, place_markers
 from obcache_sglang.frontend.exchange import ExchangeMiddleware, current, note_report, params_with
+from obcache_sglang.frontend.wish import parse_wish
 
 MARK = "<|obcache|>"
 EPHEMERAL = {"type": "ephemeral"}
@@ -124,6 +125,69 @@ def test_where_segments_may_end_every_breakpoint_counts() -> None:
     assert marked_texts(body) == ["S", "D"]
     automatic = {"cache_control": EPHEMERAL, "system": "S", "messages": [user(text("D"), text("Q"))]}
     assert place_markers(automatic, MARK, several=True) == {} and marked_texts(automatic) == ["D"]
+
+
+def said(role: str, content: Any = None) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+CHAT = [
+    said("system", "S"),
+    said("user", "A"),
+    said("assistant", "a"),
+    said("user", "B"),
+    said("assistant", "b"),
+    said("user", "C"),
+]
+WITH_TOOLS = [
+    said("user", "A"), said("assistant"), said("tool", "T"), said("assistant", "a"), user({"type": "tool_result", "content": "R"}), said("user", "B"),
+    said("assistant", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "keep", "expected"),
+    [
+        ({"messages": CHAT}, 1, ["S", "a", "b"]),
+        ({"messages": CHAT}, 2, ["S", "a"]),
+        ({"messages": CHAT}, 3, ["S"]),
+        ({"messages": CHAT}, 4, []),
+        ({"messages": CHAT[1:]}, 1, ["a", "b"]),
+        ({"messages": CHAT[1:]}, 3, []),
+        ({"messages": WITH_TOOLS}, 1, ["R"]),  # what tools answered belongs to the turn before
+        ({"system": "S", "messages": CHAT[1:4]}, 1, ["S", "a"]),
+        ({"input": CHAT}, 1, ["S", "a", "b"]),
+        ({"input": "Q"}, 1, []),
+        ({"messages": [None, "x", {"role": "user"}, said("user", [None]), said("user", "Q")]}, 1, []),
+        ({"messages": [said("system", " "), said("user", "A")]}, 1, []),
+    ],
+)
+def test_all_turns_but_the_newest_end_with_the_marker(body: dict[str, Any], keep: int, expected: list[str]) -> None:
+    several, one = (json.loads(json.dumps(body)) for _ in range(2))
+    mark_turns(several, MARK, keep, several=True)
+    assert marked_texts(several) == expected
+    mark_turns(one, MARK, keep, several=False)
+    assert marked_texts(one) == expected[-1:]
+
+
+def test_turns_are_kept_where_there_are_some() -> None:
+    wish = {"keep_last_turns": 1, "compression_ratio": 0.5}
+    body = {"messages": CHAT, "custom_params": {"obcache": wish}, "cache_control": EPHEMERAL}
+    for path, arrives in (("/v1/chat/completions", None), ("/v1/messages", wish)):
+        read, found, _ = exchange(path, body)
+        # On the server of this test contexts are one segment; of the breakpoint nothing is left but the rest of the conversation.
+        assert marked_texts(json.loads(read)["messages"]) == ["b"] and found == arrives
+    marked = {"messages": [said("user", f"D{MARK}Q")], "custom_params": {"obcache": wish}}
+    assert "without a marker" in exchange("/v1/messages", marked)[1]
+    with pytest.raises(
+        RequestError, match=r"needs the messages of a conversation, at /v1/chat/completions, /v1/messages, /v1/responses"
+    ):
+        params_with(wish)
+    for wrong in (0, True, "1", 1.5, None):
+        body["custom_params"] = {"obcache": {"keep_last_turns": wrong}}
+        assert marked_texts(json.loads(exchange("/v1/messages", body)[0])) == []
+        with pytest.raises(RequestError, match=r"keep_last_turns.*is not a whole number from 1"):
+            parse_wish({"keep_last_turns": wrong})
 
 
 @pytest.mark.parametrize(("ttl", "seconds"), [("5m", 300), ("1h", 3600)])

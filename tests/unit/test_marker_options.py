@@ -154,4 +154,4 @@ def test_each_marker_may_have_its_segments_ratio() -> None:
 def test_a_marker_tells_nothing_of_where_or_which() -> None:
     """The marker is where the context ends, and whoever reads a text must not be able to open what it names."""
     assert {"pin", "ttl_seconds", "mode", "compression_ratio", "budget"} <= set(OPTION_KEYS)
-    assert not {"context_len", "context_id", "boundaries"} & set(OPTION_KEYS)
+    assert not {"context_len", "context_id", "boundaries", "keep_last_turns"} & set(OPTION_KEYS)
