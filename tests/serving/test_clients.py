@@ -28,7 +28,13 @@ def environment(name: str, *packages: str) -> Path:
 
 @pytest.fixture(scope="module")
 def clients() -> Path:
-    return environment("clients", "anthropic==2.14.0", "langchain-openai==1.7.4", "llama-index-llms-openai-like==0.8.1")
+    return environment(
+        "clients",
+        "anthropic==2.14.0",
+        "langchain-openai==1.7.4",
+        "langchain-anthropic==1.7.10",
+        "llama-index-llms-openai-like==0.8.1",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def run(command: list[str | Path], folder: Path) -> str:
     return ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("client", ["openai", "anthropic", "LangChain", "LlamaIndex"])
+@pytest.mark.parametrize("client", ["openai", "anthropic", "LangChain", "LangChain, Anthropic's API", "LlamaIndex"])
 def test_the_guides_lines_compress_once_and_reuse(
     server: Server, clients: Path, model_dir: Path, tmp_path: Path, client: str
 ) -> None:
