@@ -32,6 +32,7 @@ _DECLARED_IN = (
     "frontend.hooks",
     "frontend.openai_reports",
     "frontend.service",
+    "frontend.shutdown",
     "frontend.http_api",
     "scheduler.hooks",
     "scheduler.start_hooks",

@@ -21,8 +21,8 @@ Answer = dict[str, Any]
 
 
 def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
-    """Answers one control call; op is status, list, get, positions, delete, gone, progress, expire, save, load, file_result, file_deleted or
-    calibrate.
+    """Answers one control call; op is status, list, get, positions, delete, gone, progress, expire, save, load, file_result, file_deleted, unsaved
+    or calibrate.
 
     namespace: {"extra_key", "cache_salt", "lora_id"} of whoever asks, None for an operator who sees all. A context is asked for by
     its `context_id`, or by the `name` that lists show. asked: the name that a save or load is given, under which its result is asked for.
@@ -47,6 +47,8 @@ def answer(manager: CompressionManager, call: Mapping[str, Any]) -> Answer:
             return {"ok": True, "tokens": done, "of": total}
         case "file_result":
             return {"ok": True, "result": manager.stored.result(call["asked"])}
+        case "unsaved":
+            return {"ok": True, "unsaved": manager.stored.num_unsaved}
         case "file_deleted":
             manager.stored.file_deleted(call["file"])
             return {"ok": True}

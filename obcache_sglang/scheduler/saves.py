@@ -59,9 +59,9 @@ class Saves:
             self._unsaved(self._waiting.popitem(last=False)[1])
 
     @property
-    def is_busy(self) -> bool:
-        """Whether the next pass has something to do here: not while a disk that has refused is left alone."""
-        return bool(self.under_way or (self._waiting and not self._pause))
+    def num_left(self) -> int:
+        """How many the next passes have to do with: not those that wait while a disk that has refused is left alone."""
+        return len(self.under_way) + (0 if self._pause else len(self._waiting))
 
     def begin(self, context: Context, asked: str | None) -> None:
         """Raises RequestError. All ranks come here. asked: None for one that nobody asked for."""

@@ -46,7 +46,12 @@ class StoredContexts:
     @property
     def is_busy(self) -> bool:
         """Whether a file is read or written, or is to be written next."""
-        return self._files is not None and bool(self._loads.under_way or self._saves.is_busy)
+        return self._files is not None and bool(self._loads.under_way or self._saves.num_left)
+
+    @property
+    def num_unsaved(self) -> int:
+        """Contexts that are being saved or wait for it; of those that wait, none while a disk that has refused is left alone."""
+        return 0 if self._files is None else self._saves.num_left
 
     # --- what questions ask -------------------------------------------------------------------------------------------------------
 

@@ -117,6 +117,22 @@ def lasting(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Lastin
     return made
 
 
+@pytest.mark.long
+def test_what_waits_to_be_saved_is_saved_before_a_server_ends(model_dir: Path, tmp_path: Path) -> None:
+    """After SIGTERM. Each takes 8 seconds here, one after the other; SGLang ends after 5."""
+    folder, topics = tmp_path / "folder", [*TOPICS.values()][:3]
+    flags = (*FLAGS, "--obcache-folder", str(folder), "--obcache-save", "compressed")
+    with serve(model_dir, tmp_path / "log", flags, STRICT, module="tests.serving.slow_disk") as server:
+        for topic in topics:
+            generate(server, document(model_dir, L, topic) + question(model_dir, QUESTIONS[0]), obcache={"context_len": L})
+        assert len(list(folder.glob(f"*{SUFFIX}"))) < len(topics)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(timeout=120)
+        assert len(list(folder.glob(f"*{SUFFIX}"))) == len(topics) and not list(folder.glob("*.partial"))
+        log = server.log()
+        assert "Traceback" not in log, log[-4000:]
+
+
 @pytest.fixture(scope="module")
 def second(lasting: Lasting) -> Iterator[Server]:
     flags = (*FLAGS, "--obcache-folder", str(lasting.folder))

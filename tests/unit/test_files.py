@@ -948,7 +948,7 @@ def test_a_scheduler_sleeps_while_a_disk_that_has_refused_is_left_alone(tmp_path
         compressed(drive), compressed(drive, tokens=array("q", range(500, 540)))
     saves = drive.manager.stored._saves
     wait_for(lambda: drive.step() is not None and not saves.under_way)
-    assert saves._waiting and not drive.manager.stored.is_busy
+    assert saves._waiting and not drive.manager.stored.is_busy and drive.manager.stored.num_unsaved == 0
 
 
 def test_each_context_is_saved_once_a_second_question_reads_it(tmp_path: Path) -> None:
