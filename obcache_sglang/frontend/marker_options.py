@@ -106,6 +106,8 @@ def together(said: Sequence[Mapping[str, Any]], num_markers: int) -> dict[str, A
                 f"The prompt has {num_markers} context markers, of which {len(ratios)} have a ratio, {shown(ratios)}. Give each one its own "
                 "ratio, or all the same."
             )
+        while ratios[-2] == ratios[-1]:  # as turns of a conversation may have, however many
+            ratios.pop()
         options = {"segment_ratios": ratios[:-1], "compression_ratio": ratios[-1]}
     for each in said:
         for key, value in each.items():

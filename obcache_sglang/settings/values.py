@@ -23,6 +23,9 @@ from obcache_sglang.settings.options import COMPRESSION_OPTIONS, OPTIONS
 MAX_SEGMENTS = 64
 """Segments of one length. More would cost a long context more than its prefill: with each, all that is kept is scored and copied again."""
 
+MAX_EXACT_SEGMENTS = int(BOUNDS["exact_segments"][1])
+"""So many segments of a context may be shorter than others, since they keep all their tokens."""
+
 MIN_SEGMENT_TOKENS = int(BOUNDS["segment_tokens"][0])
 """Of a segment that ends at a boundary. Shorter ones end at the next boundary."""
 
@@ -97,7 +100,7 @@ class CompressionSettings:
             checked = option.check(option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, checked)
         object.__setattr__(self, "boundaries", tuple(self.boundaries))
-        num_exact = sum(1 for _ in takewhile(lambda ratio: ratio == 0, self.segment_ratios))
+        num_exact = sum(1 for _ in takewhile(lambda ratio: ratio == 0, self.segment_ratios[:MAX_EXACT_SEGMENTS]))
         object.__setattr__(self, "exact_segments", max(self.exact_segments, num_exact))
         method, requires = METHODS[self.method], PRESETS[self.preset].requires
         if any(getattr(self, name) != value for name, value in requires.items()):
@@ -308,37 +311,40 @@ class CompressionSettings:
         of its segments.
 
         A segment has `MIN_SEGMENT_TOKENS` or more, and a part of those before it: so the segments of a long context are few. A shorter one
-        goes with the next, whose ratio it has then. Exact ones may have any length: they cost nothing.
+        goes with the next, whose ratio it has then. Those that keep all their tokens may have any length, as far as they are not too many;
+        what goes with one more of them keeps all of its own too.
         """
         own: list[int] = []
         ratios: list[float] = []
-        num_before = num_exact = 0
+        num_before = num_exact = num_whole = 0
+        is_whole = False
         for number, boundary in enumerate(self.boundaries):
             pages, before = boundary // page_size * page_size, own[-1] if own else 0
             if pages >= context_tokens:
                 break
             num_before = number + 1
             is_exact = number < self.exact_segments
-            if pages - before >= (1 if is_exact else max(MIN_SEGMENT_TOKENS, before // MAX_SEGMENTS)):
+            is_whole |= bool(self.segment_ratios) and self._ratio(number) == 0
+            may_be_short = is_exact or (is_whole and num_whole < MAX_EXACT_SEGMENTS)
+            if pages - before >= (1 if may_be_short else max(MIN_SEGMENT_TOKENS, before // MAX_SEGMENTS)):
                 own.append(pages)
-                ratios.append(self._ratio(number))
+                ratios.append(0.0 if is_whole else self._ratio(number))
                 num_exact += is_exact
-        ratios.append(self._ratio(num_before))
+                num_whole += is_whole
+            is_whole &= pages > (own[-1] if own else 0)
+        ratios.append(0.0 if is_whole else self._ratio(num_before))
         exact = min(self.exact_tokens, context_tokens) // page_size * page_size
         if self.exact_segments > num_before:  # it ends within them
             exact, num_exact = context_tokens, self.exact_segments
         elif self.exact_segments:
             exact = own[num_exact - 1] if num_exact else 0
-        mine = replace(
-            self,
-            boundaries=tuple(own),
-            exact_segments=num_exact,
-            exact_tokens=exact,
-            segment_ratios=tuple(ratios) if self.segment_ratios else (),
-            compression_ratio=ratios[-1] if self.segment_ratios else self.compression_ratio,
-        )
+        mine: dict[str, Any] = {"boundaries": tuple(own), "exact_segments": num_exact, "exact_tokens": exact}
+        if self.segment_ratios:
+            mine |= {"segment_ratios": tuple(ratios), "compression_ratio": ratios[-1]}
+        if all(getattr(self, name) == value for name, value in mine.items()):
+            return self
         # Ratios of 0 may begin them now, where a shorter segment went with the next.
-        return self if mine == self else mine.within(context_tokens, page_size)
+        return replace(self, **mine).within(context_tokens, page_size)
 
     def _ratio(self, number: int) -> float:
         """The ratio of a segment, by its number from 0."""

@@ -250,6 +250,9 @@ def share(num_tokens: int, ratio: float) -> int:
         ((0.0, 0.7), (200, 500), 200, (0.0,)),
         ((0.2, 0.7), (60, 500), 900, (0.7, 0.5)),  # what is too short goes with the next, at its ratio
         ((0.2, 0.0, 0.7), (60, 500, 800), 900, (0.0, 0.7, 0.5)),
+        ((0.2, 0.0, 0.7), (500, 520, 800), 900, (0.2, 0.0, 0.7, 0.5)),  # but what is to keep everything does
+        ((0.2, 0.1, 0.0, 0.7), (500, 510, 520, 800), 900, (0.2, 0.0, 0.7, 0.5)),
+        ((0.2, 0.0), (500,), 520, (0.2, 0.0)),
         ((0.2, 0.9, 0.7), (), 900, (0.2,)),
         ((0.2,), (200, 500), 900, (0.2, 0.5, 0.5)),
     ],
@@ -267,6 +270,16 @@ def test_each_segment_has_its_ratio(
     for start in settings.segment_starts(tokens, 1):
         assert settings.kept_slots(start, 1) == settings.within(start, 1).kept_slots(start, 1)
     assert CompressionSettings.from_dict(settings.to_dict()) == settings
+
+
+@pytest.mark.parametrize("first", [0.0, 0.5])
+def test_any_number_of_segments_may_have_a_ratio_of_zero(first: float) -> None:
+    """What was checked when the request came is not refused later, when short segments have gone with the next."""
+    boundaries = tuple(range(100, 100 + 128 * 400, 128))
+    settings = replace(GATE, boundaries=boundaries, segment_ratios=(first, *[0.0] * 399))
+    own = settings.within(boundaries[-1] + 1000, 1)
+    assert own.within(boundaries[-1] + 1000, 1) is own and own.exact_tokens == own.boundaries[own.exact_segments - 1]
+    assert own.kept_slots(boundaries[-1] + 1000, 1) == boundaries[-1] + 1000, "what goes with one of too many is kept too"
 
 
 def test_a_part_of_a_segment_has_the_segments_ratio() -> None:

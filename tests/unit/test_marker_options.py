@@ -143,6 +143,7 @@ def test_each_marker_may_have_its_segments_ratio() -> None:
     assert together([*ratios[:2], {**ratios[2], "pin": True}], 3) == {
         "segment_ratios": [0, 0.7], "compression_ratio": 0.8, "pin": True,
     }  # fmt: skip
+    assert together([ratios[0], *ratios[2:] * 300], 301) == {"segment_ratios": [0], "compression_ratio": 0.8}
     with pytest.raises(
         RequestError, match=r"has 3 context markers, of which 2 have a ratio, \[0, 0.7\]. Give each one its own ratio"
     ):
