@@ -93,6 +93,13 @@ class EngineView:
         return self._scheduler.chunked_req
 
     @property
+    def chunk_rest(self) -> int:
+        """Tokens that the request between two chunks of its prefill has still to read. SGLang has admitted all of them, reads the next chunk whatever
+        is free, and ends the process where it finds no slot: nobody else may take theirs."""
+        req = self.chunked_req
+        return 0 if req is None else max(0, len(req.origin_input_ids) + len(req.output_ids) - req.kv.kv_committed_len)
+
+    @property
     def must_become_idle(self) -> bool:
         """Whether somebody waits for the engine to become idle (flush, weight update)."""
         return self._scheduler.flush_wrapper._pending is not None

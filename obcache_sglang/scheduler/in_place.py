@@ -213,6 +213,14 @@ class InPlace:
             self.cache.tree.unlock(job.lock)
         self.jobs.reservation.give_back(job.context)
 
+    def gives_way(self) -> bool:
+        """Gives back the context under way: its slots are needed. Whether there was one."""
+        job = self._under_way
+        if job is not None:
+            job.error = job.error or "its slots are needed"
+            self._give_back(job)
+        return job is not None
+
     def cancel(self, lora_id: str) -> None:
         """Gives back the context under way, if it is of this LoRA adapter: nobody may read it any more."""
         job = self._under_way

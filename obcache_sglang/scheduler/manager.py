@@ -128,12 +128,12 @@ class CompressionManager:
             self.stored.advance()
             if not engine.admits_nobody():
                 order, admitted = self._decide()
-                admitted = self.under_pressure.relieve(admitted)
                 # What was compressed in this pass changes what others read: these are decided on in the next one.
-                admitted = [req for req in admitted if is_decided(req)]
+                admitted = [req for req in self.under_pressure.relieve(admitted) if is_decided(req)]
                 self.stored.host.bring(admitted)
             else:
                 self.under_pressure.relieve([])
+            self.room.keep_for_chunk(self.stored.yields, self.in_place.gives_way)
         except Exception:  # a defect of ours must not end the scheduler
             logger.exception("obcache: a scheduling pass failed; all its requests are served exactly")
             order = admitted = [req for req in engine.queue if self._is_admitted_exactly(req)]

@@ -164,9 +164,7 @@ class UnderPressure:
     def _needed_by_running(self) -> int:
         engine = self.engine
         running = 0 if engine.running_batch is None else DECODE_STEPS * len(engine.running_batch.reqs)
-        chunked = engine.chunked_req
-        rest = 0 if chunked is None else len(chunked.origin_input_ids) - chunked.kv.kv_committed_len
-        return running + min(rest, engine.most_prefill_tokens)
+        return running + min(engine.chunk_rest, engine.most_prefill_tokens)
 
     def _needed_by(self, req: Req) -> int:
         num_tokens, _ = tree.match(self.cache.tree, _key(req))
@@ -278,10 +276,14 @@ class UnderPressure:
         """The first of these contexts that nobody reads, and that takes less room compressed."""
         for node in nodes:
             context, gained = exact[node]
-            fits = context.own_slots <= self.engine.free_slots() and context.own_slots < gained
+            fits = context.own_slots <= self._free_to_take() and context.own_slots < gained
             if fits and not context.failed_in_place and not tree.is_locked(self.cache.tree, node):
                 return _Step(context=context)
         return None
+
+    def _free_to_take(self) -> int:
+        """KV slots that are free and not promised to the prefill under way."""
+        return self.engine.free_slots() - self.engine.chunk_rest
 
     def _further(self) -> _Step | None:
         """A compressed context on its next rung: of those on the lowest one the one that was not asked about for longest."""
@@ -291,7 +293,7 @@ class UnderPressure:
             if not rungs or not self.in_place.can_compress(context.settings, context.num_tokens):
                 continue
             num_slots = rungs[0].kept_slots(context.num_tokens, self.cache.page_size) - context.num_shared
-            if not num_slots < context.own_slots or num_slots > self.engine.free_slots():
+            if not num_slots < context.own_slots or num_slots > self._free_to_take():
                 continue
             if context.node is None or tree.is_locked(self.cache.tree, context.node):
                 continue

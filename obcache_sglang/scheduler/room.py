@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from itertools import pairwise
 
 from obcache_sglang.kv.context import Context, ContextState, Namespace
@@ -84,7 +84,20 @@ class Room:
 
     def has_spare(self, num_slots: int) -> bool:
         """Whether so many can be taken past SGLang's admission, which has promised what is free to the requests that run."""
-        return bool(self.engine.free_slots() + self.cache.tree.evictable_size() - num_slots >= self.tight_slots)
+        return self._left_by_chunk(self.engine.chunk_rest) - num_slots >= self.tight_slots
+
+    def _left_by_chunk(self, num_tokens: int) -> int:
+        """KV slots that are free, or become so, once the request between two chunks has read so many tokens."""
+        return int(self.engine.free_slots() + self.cache.tree.evictable_size() - num_tokens)
+
+    def keep_for_chunk(self, *ways: Callable[[], bool]) -> None:
+        """What we hold gives way to the next chunk of a prefill, one after the other, and pins at last (`EngineView.chunk_rest`).
+
+        ways: each gives one thing up; whether there was one.
+        """
+        chunk = min(self.engine.chunk_rest, self.engine.most_prefill_tokens)
+        while chunk and self._left_by_chunk(chunk) < 0 and (any(way() for way in ways) or self.release_a_pin()):
+            logger.warning("obcache: something gave way to a prefill under way, which would have found no KV slots")
 
     def _idle(self) -> list[Context]:
         """Contexts that can be evicted, as far as nobody reads them."""
@@ -136,7 +149,7 @@ class Room:
             self.cache.pin(context)
 
     def release_a_pin(self) -> bool:
-        """Nothing hangs: where nothing runs and nothing fits, pinned contexts yield, the least recently used first, one a pass.
+        """Nothing hangs: where nothing runs and nothing fits, or the prefill under way does not, pinned contexts yield, the least recently used first, one a pass.
 
         Whether there was one.
         """
@@ -144,7 +157,7 @@ class Room:
             if context.pinned:
                 self.cache.unpin(context)
                 logger.warning(
-                    "obcache: unpinned context %s: nothing runs, and no waiting request fits beside the pinned contexts",
+                    "obcache: unpinned context %s: what runs or waits does not fit beside the pinned contexts",
                     context.id,
                 )
                 return True

@@ -139,6 +139,16 @@ class Engine(EngineView):
         """SGLang's running batch, as far as it is read."""
         return SimpleNamespace(reqs=self.running, is_empty=lambda: not self.running, batch_is_full=False)
 
+    def is_read_in_chunks(self, req: Req, num_tokens: int) -> None:
+        """A request is between two chunks of its prefill: SGLang has read so many tokens of it, beside what was cached, and admitted all."""
+        self.queue = [each for each in self.queue if each is not req]
+        req.init_next_round_input(self.tree)
+        slots = self.tree.token_to_kv_pool_allocator.alloc(num_tokens)
+        assert slots is not None
+        self._held[req] = slots
+        req.kv.req_pool_idx, req.kv.kv_committed_len = 0, req.prefix_len + num_tokens
+        self._scheduler.chunked_req = req
+
     def take(self, req: Req) -> None:
         """SGLang admits a request: it gets slots for what the tree does not hold of its prompt."""
         self.queue = [each for each in self.queue if each is not req]

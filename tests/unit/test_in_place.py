@@ -10,7 +10,7 @@ import pytest
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from obcache_sglang.kv.context import ContextState
+from obcache_sglang.kv.context import ContextState, Namespace
 from obcache_sglang.scheduler import control_calls, tree
 from obcache_sglang.scheduler.forward import _context_before
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
@@ -195,6 +195,49 @@ def test_running_requests_keep_the_room_that_was_promised_to_them() -> None:
     req = alone.ask(CONTEXT)
     assert alone.step() == [req]
     assert layers.done == list(LAYERS)
+
+
+def chunked(drive: Driven, num_read: int, num_left: int) -> int:
+    """A prompt that nobody shares is between two chunks of its prefill. What it has still to read."""
+    drive.engine.is_read_in_chunks(
+        drive.ask(array("q", range(2000, 2000 + num_read + num_left - 1)), exact="no_context"), num_read
+    )
+    assert drive.engine.chunk_rest == num_left
+    return num_left
+
+
+@pytest.mark.parametrize(("left", "status"), [(100, "compressed"), (120, "waits")])
+def test_what_a_prefill_has_still_to_read_is_not_taken(left: int, status: str) -> None:
+    """SGLang has admitted it, reads on whatever is free, and ends the process where it finds no slot."""
+    drive, _ = driven()
+    cache_exactly(drive)  # 40 of 200, which would become 20
+    chunked(drive, 10, left)
+    assert drive.engine.free_slots() == 150
+    context = drive.manager.cache.obtain(Namespace(None, None, None), drive.manager.settings.compression, CONTEXT)
+    assert context is not None
+    drive.manager.in_place.start(context)
+    assert drive.manager.in_place.is_busy == (status == "compressed")
+
+
+def test_what_holds_slots_gives_way_to_a_prefill_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First a compression from cached KV, then pins; and nothing, where it has its room."""
+    drive, _ = one_step_done(monkeypatch)
+    assert drive.manager.in_place.is_busy
+    drive.engine.running = []
+    pinned = drive.manager.cache.obtain(
+        Namespace(None, None, None), drive.manager.settings.compression, array("q", range(500, 540))
+    )
+    assert pinned is not None and drive.manager.cache.reserve(pinned) is not None
+    drive.manager.cache.publish(pinned, KEPT)
+    drive.manager.room.pin(pinned)
+    free = drive.engine.free_slots()
+    chunked(drive, 10, free - 10)
+    drive.manager.room.keep_for_chunk(drive.manager.stored.yields, drive.manager.in_place.gives_way)
+    assert drive.manager.in_place.is_busy and pinned.pinned
+    for more, busy_then, pinned_then in ((15, False, True), (70, False, False)):
+        drive.engine.chunked_req.kv.kv_committed_len -= more
+        drive.manager.room.keep_for_chunk(drive.manager.stored.yields, drive.manager.in_place.gives_way)
+        assert (drive.manager.in_place.is_busy, pinned.pinned) == (busy_then, pinned_then)
 
 
 def test_a_metric_that_fails_changes_no_decision(monkeypatch: pytest.MonkeyPatch) -> None:

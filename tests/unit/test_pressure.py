@@ -142,6 +142,18 @@ def test_what_is_about_to_be_read_is_not_what_makes_the_room() -> None:
     assert report(req)["status"] == "exact" and drive.accounts()[2] == 0
 
 
+@pytest.mark.parametrize("left", [30, 60])
+def test_what_a_prefill_has_still_to_read_is_not_taken_by_what_is_compressed(left: int) -> None:
+    """Of 200 slots 120 hold contexts. SGLang would end the process where it finds no slot for the next chunk."""
+    drive = three_answered()
+    drive.engine.is_read_in_chunks(drive.ask(array("q", range(2000, 2000 + left + 9)), exact="no_context"), 10)
+    drive.engine.most_prefill_tokens = 60
+    assert (drive.engine.free_slots(), drive.engine.chunk_rest) == (70, left)
+    press(drive, array("q", range(5000, 5100)))
+    assert drive.engine.free_slots() >= left
+    assert (compressions(drive) > 0) == (left == 30)
+
+
 def test_a_context_that_would_not_be_smaller_goes_as_it_always_did() -> None:
     """Behind a long beginning that others share, a short document has fewer tokens of its own than are kept of both."""
     drive = under_pressure()
