@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
@@ -300,8 +301,9 @@ class CompressionSettings:
         """
         if not self.segment_ratios:
             return min(context_tokens, math.ceil(self.kept_tokens(context_tokens) / page_size) * page_size)
-        own, start = self.within(context_tokens, page_size), self.segment_start(context_tokens, page_size)
-        before = own.kept_slots(start, page_size) if start else own.exact_tokens
+        own = self.within(context_tokens, page_size)
+        start = own.segment_start(context_tokens, page_size)
+        before = _kept_before(own.within(start, page_size), start, page_size) if start else own.exact_tokens
         new = context_tokens - (start or own.exact_tokens)
         kept = max(1, int(new * (1 - own.segment_ratios[-1])))
         return before + min(new, math.ceil(kept / page_size) * page_size)
@@ -381,3 +383,9 @@ class CompressionSettings:
     def safeguarded_tokens(self, num_slots: int) -> int:
         """Budget adakv: how many of num_slots tokens each head keeps whatever the other heads score; counted as in KVPress."""
         return max(1, int(num_slots * self.adakv_safeguard)) if self.adakv_safeguard else 0
+
+
+@lru_cache(maxsize=4096)
+def _kept_before(settings: CompressionSettings, num_tokens: int, page_size: int) -> int:
+    """`kept_slots` of a context's beginning. Asked of each segment of a context, for each that follows it: without memory that took seconds."""
+    return settings.kept_slots(num_tokens, page_size)

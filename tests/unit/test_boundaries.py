@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from dataclasses import replace
 from itertools import pairwise
@@ -17,6 +18,7 @@ from obcache_sglang.errors import InvalidValue
 from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Namespace
 from obcache_sglang.scheduler.lineage import longest_prefix
 from obcache_sglang.scheduler.requests import ContextReq
+from obcache_sglang.scheduler.room import most_slots
 from obcache_sglang.settings import CompressionSettings, ServerSettings
 from tests.unit.engine import Driven
 from tests.unit.test_manager import report
@@ -280,6 +282,16 @@ def test_any_number_of_segments_may_have_a_ratio_of_zero(first: float) -> None:
     own = settings.within(boundaries[-1] + 1000, 1)
     assert own.within(boundaries[-1] + 1000, 1) is own and own.exact_tokens == own.boundaries[own.exact_segments - 1]
     assert own.kept_slots(boundaries[-1] + 1000, 1) == boundaries[-1] + 1000, "what goes with one of too many is kept too"
+
+
+def test_a_context_of_many_segments_costs_the_scheduler_little() -> None:
+    """It asks what each segment takes beside those before it, while everybody waits."""
+    boundaries = tuple(range(130, 130 * 241, 130))
+    settings = replace(GATE, boundaries=boundaries, segment_ratios=tuple(0.5 * (number % 2) for number in range(240)))
+    started = time.perf_counter()
+    own = settings.within(boundaries[-1] + 500, 1)
+    assert len(own.boundaries) > 100 and most_slots(own, 0, boundaries[-1] + 500, 1) > 20_000
+    assert time.perf_counter() - started < 2
 
 
 def test_a_part_of_a_segment_has_the_segments_ratio() -> None:
