@@ -25,7 +25,7 @@ MAX_MARKED = 64
 _TEXT_TYPES = ("text", "input_text")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Place:
     """A block of content whose text a marker could end. holder[key]: the text. field: the block's breakpoint, None without one."""
 
@@ -73,7 +73,7 @@ def mark_tools(body: dict[str, Any], marker: str) -> dict[str, Any] | None:
         return None
     ttl = _ttl_seconds(fields[-1])
     spoken = (each for each in messages if not isinstance(each, dict) or each.get("role") not in ("system", "developer"))
-    first = next(_places({"messages": [next(spoken, None)]}), None)
+    first = next(_of_message(next(spoken, None)), None)
     if first is None:
         return None
     text = first.holder[first.key]
@@ -91,14 +91,20 @@ def mark_turns(body: dict[str, Any], marker: str, keep: int, *, several: bool) -
     messages = body.get("messages", body.get("input"))
     if not isinstance(messages, list):
         return
-    starts = [number for number, message in enumerate(messages) if _begins_turn(message)][: 1 - keep or None]
-    ends: list[_Place] = []
-    for start in starts:
-        said = [place for place in _places(body, start) if place.holder[place.key].strip()]
-        if said and not (ends and said[-1].holder is ends[-1].holder):
-            ends.append(said[-1])
+    before: list[_Place | None] = []  # each turn, the last text
+    last = _last_text(_of_system(body))
+    for message in messages:
+        if _begins_turn(message):
+            before.append(last)
+        last = _last_text(_of_message(message)) or last
+    ends = [place for place in dict.fromkeys(before[: 1 - keep or None]) if place is not None]
     for place in ends[-MAX_MARKED:] if several else ends[-1:]:
         place.holder[place.key] += marker
+
+
+def _last_text(places: Iterator[_Place]) -> _Place | None:
+    """The last of these that says something."""
+    return next((place for place in reversed(list(places)) if place.holder[place.key].strip()), None)
 
 
 def _begins_turn(message: Any) -> bool:
@@ -122,22 +128,28 @@ def _ttl_seconds(field: Any) -> int | None:
     return TTL_SECONDS[ttl]
 
 
-def _places(body: dict[str, Any], num_messages: int | None = None) -> Iterator[_Place]:
-    """The blocks of text of a request, in the order of its prompt; up to so many of its messages."""
+def _places(body: dict[str, Any]) -> Iterator[_Place]:
+    """The blocks of text of a request, in the order of its prompt."""
+    yield from _of_system(body)
+    messages = body.get("messages", body.get("input"))
+    for message in messages if isinstance(messages, list) else ():
+        yield from _of_message(message)
+
+
+def _of_system(body: dict[str, Any]) -> Iterator[_Place]:
     system = body.get("system")
     if isinstance(system, str):
         yield _Place(body, "system", None)
     elif isinstance(system, list):
         yield from _blocks(system)
-    messages = body.get("messages", body.get("input"))
-    for message in messages[:num_messages] if isinstance(messages, list) else ():
-        if not isinstance(message, dict):
-            continue
-        content = message.get("content")
-        if isinstance(content, str):
-            yield _Place(message, "content", _field(message))
-        elif isinstance(content, list):
-            yield from _blocks(content)
+
+
+def _of_message(message: Any) -> Iterator[_Place]:
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, str):
+        yield _Place(message, "content", _field(message))
+    elif isinstance(content, list):
+        yield from _blocks(content)
 
 
 def _blocks(blocks: list[Any]) -> Iterator[_Place]:

@@ -154,6 +154,7 @@ WITH_TOOLS = [
         ({"messages": CHAT}, 4, []),
         ({"messages": CHAT[1:]}, 1, ["a", "b"]),
         ({"messages": CHAT[1:]}, 3, []),
+        ({"messages": [said("user", "A"), said("assistant", "a")] * 3}, 1, ["a", "a"]),  # the same words are another turn
         ({"messages": WITH_TOOLS}, 1, ["R"]),  # what tools answered belongs to the turn before
         ({"system": "S", "messages": CHAT[1:4]}, 1, ["S", "a"]),
         ({"input": CHAT}, 1, ["S", "a", "b"]),
