@@ -122,8 +122,8 @@ class Compression:
         self.context = context
         self.base = base
         self._base_kept = None if base is None else base.kept  # the base may be forgotten meanwhile; its slots are locked
-        stays = base is not None and context.settings.segment_ratios
-        self._part = Part(context, (base.num_tokens, base.num_slots) if base is not None and stays else (0, 0))
+        stays = (base.num_tokens, base.num_slots) if base is not None and context.settings.segment_ratios else (0, 0)
+        self._part = Part(context, stays)
         self.replay: ReplayPass | None = None
         # By layer id: of the passes before this one, and of this one, for its chunks to come.
         self._earlier: dict[int, torch.Tensor] = {}

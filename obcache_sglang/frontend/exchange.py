@@ -16,7 +16,7 @@ import orjson
 from obcache_sglang.errors import RequestError
 from obcache_sglang.frontend import breakpoints
 from obcache_sglang.frontend.marker_options import contains
-from obcache_sglang.frontend.wish import TURNS_KEY, is_turns
+from obcache_sglang.frontend.wish import TURNS_KEY, kept_turns
 from obcache_sglang.host import Touch
 from obcache_sglang.messages import KEY
 
@@ -163,13 +163,11 @@ class ExchangeMiddleware:
             return None
         # With another method a context may have no segments.
         several = self.several() and not _says(read, "method", "preset", "boundaries", "context_id")
-        if has_turns:
-            exchange.marks_turns = True
-            keep = breakpoints.own_params(read)[TURNS_KEY]
-            if is_turns(keep):  # else `parse_wish` refuses it
-                breakpoints.mark_turns(read, self.marker, keep, several=several)
-            return orjson.dumps(read)
+        exchange.marks_turns = has_turns
         try:
+            if has_turns:
+                breakpoints.mark_turns(read, self.marker, kept_turns(breakpoints.own_params(read)[TURNS_KEY]), several=several)
+                return orjson.dumps(read)
             more = breakpoints.place_markers(read, self.marker, several=several)
             if (several or more is None) and not _says(read, "context_len", "context_id", "boundaries"):
                 of_tools = breakpoints.mark_tools(read, self.marker)

@@ -14,6 +14,8 @@ from obcache_sglang.frontend import control
 from obcache_sglang.frontend.hooks import Frontend
 from obcache_sglang.host import Touch
 
+logger = logging.getLogger(__name__)
+
 CALL_SECONDS = 30.0
 """How long the schedulers may take to say what is left. One that has died never does."""
 
@@ -27,7 +29,7 @@ async def _save_first(original: Callable[[Any], Awaitable[None]], self: Any) -> 
         try:
             await _until_saved(self)
         except Exception:  # whatever it is, the server must end
-            logging.getLogger(__name__).exception("obcache: contexts that waited to be saved are lost")
+            logger.exception("obcache: contexts that waited to be saved are lost")
     await original(self)
 
 

@@ -67,12 +67,8 @@ def parse_wish(value: object) -> Wish:
             raise _wrong(str(key), given, f"is not a known key. Allowed keys: {', '.join(REQUEST_KEYS)}.")
         if key in _SETTING_KEYS:
             overrides[key] = _checked(key, given)
-    if TURNS_KEY in value and not is_turns(turns := value[TURNS_KEY]):
-        raise _wrong(
-            TURNS_KEY,
-            turns,
-            f"is not a whole number from 1 to {MAX_BOUNDARIES}. It is the number of newest turns that stay exact, the question's among them.",
-        )
+    if TURNS_KEY in value:
+        kept_turns(value[TURNS_KEY])
     return Wish(
         asked=True,
         context_len=_context_len(value.get("context_len")),
@@ -280,9 +276,12 @@ def _boundaries(value: object) -> tuple[int, ...]:
     return checked
 
 
-def is_turns(value: object) -> bool:
-    """Whether so many turns of a conversation can stay exact."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_BOUNDARIES
+def kept_turns(value: object) -> int:
+    """How many of a conversation's newest turns stay exact. Raises RequestError."""
+    try:
+        return check_whole_number(TURNS_KEY, value, "the number of newest turns that stay exact, the question's among them")
+    except InvalidValue as error:
+        raise _wrong(TURNS_KEY, error.value, error.reason) from error
 
 
 def _ttl_seconds(value: object) -> float | None:

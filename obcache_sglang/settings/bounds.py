@@ -14,6 +14,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
     "segment_tokens": (128, _LONGEST_CONTEXT, "each segment is a compression of its own, which shorter ones would not be worth"),
     "exact_segments": (0, 256, "a context that stays exact for longer needs no compression"),
     "replay_chunk": (32, 1 << 20, "each pass also reads a prompt of its own, which would outweigh shorter chunks"),
+    "keep_last_turns": (1, 4096, "no prompt has more boundaries"),
     "context_len": (1, _LONGEST_CONTEXT, "no context is longer"),
     "ttl_seconds": (1, 366 * 86400, "at most a year"),
     "wait_seconds": (0, 600, "at most ten minutes"),

@@ -30,6 +30,14 @@ MAX_EXACT_SEGMENTS = int(BOUNDS["exact_segments"][1])
 MIN_SEGMENT_TOKENS = int(BOUNDS["segment_tokens"][0])
 """Of a segment that ends at a boundary. Shorter ones end at the next boundary."""
 
+_GATES_ONLY = {
+    "segment_tokens": "; with {method} the queries of a whole context score. Remove it, or set method=gate.",
+    "boundaries": "; with {method} the queries of a whole context score. Give one boundary, the last.",
+    "exact_segments": ", not with {method}. Remove it.",
+    "segment_ratios": "; with {method} a context is one segment. Remove it, and give compression_ratio.",
+}
+"""Settings that other methods cannot have, and how the error about them ends."""
+
 
 @dataclass(frozen=True)
 class CompressionSettings:
@@ -119,28 +127,10 @@ class CompressionSettings:
             )
         if method.window is not None and self.window != method.window:
             raise InvalidValue("window", self.window, method.window_reason)
-        if self.segment_tokens is not None and method.scored_by != "gates":
-            raise InvalidValue(
-                "segment_tokens",
-                self.segment_tokens,
-                f"can be used with method=gate only; with {self.method} the queries of a whole context score. Remove it, or set method=gate.",
-            )
-        if self.boundaries and method.scored_by != "gates":
-            raise InvalidValue(
-                "boundaries",
-                list(self.boundaries),
-                f"can be used with method=gate only; with {self.method} the queries of a whole context score. Give one boundary, the last.",
-            )
-        if self.exact_segments and method.scored_by != "gates":
-            raise InvalidValue(
-                "exact_segments", self.exact_segments, f"can be used with method=gate only, not with {self.method}. Remove it."
-            )
-        if self.segment_ratios and method.scored_by != "gates":
-            raise InvalidValue(
-                "segment_ratios",
-                list(self.segment_ratios),
-                f"can be used with method=gate only; with {self.method} a context is one segment. Remove it, and give compression_ratio.",
-            )
+        for name, why in _GATES_ONLY.items():
+            if (value := getattr(self, name)) and method.scored_by != "gates":
+                shown = list(value) if isinstance(value, tuple) else value
+                raise InvalidValue(name, shown, "can be used with method=gate only" + why.format(method=self.method))
         if self.segment_ratios and self.max_kept_tokens is not None:
             raise InvalidValue(
                 "max_kept_tokens",

@@ -197,13 +197,12 @@ def test_running_requests_keep_the_room_that_was_promised_to_them() -> None:
     assert layers.done == list(LAYERS)
 
 
-def chunked(drive: Driven, num_read: int, num_left: int) -> int:
-    """A prompt that nobody shares is between two chunks of its prefill. What it has still to read."""
+def chunked(drive: Driven, num_read: int, num_left: int) -> None:
+    """A prompt that nobody shares is between two chunks of its prefill."""
     drive.engine.is_read_in_chunks(
         drive.ask(array("q", range(2000, 2000 + num_read + num_left - 1)), exact="no_context"), num_read
     )
     assert drive.engine.chunk_rest == num_left
-    return num_left
 
 
 @pytest.mark.parametrize(("left", "status"), [(100, "compressed"), (120, "waits")])
