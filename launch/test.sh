@@ -20,8 +20,7 @@ echo "== ruff"
 ruff check .
 ruff format --check .
 echo "== models"
-python launch/model.py --dtype float32
-python launch/model.py --dtype bfloat16
+python launch/model.py --dtype float32 bfloat16
 echo "== pytest: tests with servers; mypy and all others at the same time, their results follow"
 others="$(mktemp)"
 {

@@ -230,7 +230,7 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize(
     ("new", "group_size", "num_slots"),
-    [(DECODE, 1, 100), (EXTEND, 1, 100), (DECODE, 3, 500), pytest.param(EXTEND, 3, 500, marks=pytest.mark.long)],
+    [pytest.param(DECODE, 1, 100, marks=pytest.mark.long), (EXTEND, 1, 100), (DECODE, 3, 500), pytest.param(EXTEND, 3, 500, marks=pytest.mark.long)],
 )
 def test_attention_equals_float64(new: tuple[int, int, int, int], group_size: int, num_slots: int) -> None:
     """Also of a local pass of a replay: the first tokens of its context, none of the next ones, and all after these."""
@@ -241,7 +241,7 @@ def test_attention_equals_float64(new: tuple[int, int, int, int], group_size: in
 
 @pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize("group_size", [pytest.param(7, marks=pytest.mark.long), 8])
-@pytest.mark.parametrize("new", [DECODE, SHORT_EXTEND], ids=["decode", "extend"])
+@pytest.mark.parametrize("new", [DECODE, pytest.param(SHORT_EXTEND, marks=pytest.mark.long)], ids=["decode", "extend"])
 def test_attention_with_large_groups(group_size: int, new: tuple[int, int, int, int]) -> None:
     engine = Engine(mixed_requests(2, 63, new)[2:], 2, 16, torch.float32)
     engine.check_attention(group_size, engine.triton_step(group_size))

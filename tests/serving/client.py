@@ -37,7 +37,7 @@ def generate(
     prompt: list[int] | str,
     *,
     obcache: Any = None,
-    max_new_tokens: int = 8,
+    max_new_tokens: int = 5,
     sampling_params: dict[str, Any] | None = None,
     **fields: Any,
 ) -> dict[str, Any]:

@@ -38,6 +38,8 @@ LIBRARIES = (
     "scipy",
     "fastapi",
     "aiohttp",
+    "compressed_tensors",
+    "xgrammar",
 )
 # The scheduler and the detokenizer. Further processes (other ranks) are started anew, as without this module.
 CHILDREN_OF_A_LAUNCHER = 2

@@ -23,7 +23,6 @@ NUM_TOKENS = 24
 CONTEXT_TOKENS = 541  # odd, and its window of 64 spans two prefill chunks of 512
 
 FIRST = [
-    ("tova", "attention", 0.5, "uniform"),
     ("tova", "obcache-v", 0.8, "profile"),
     ("replay", "obcache-v", 0.8, "global"),
 ]

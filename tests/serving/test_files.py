@@ -46,7 +46,7 @@ class Lasting:
 
     def ask(self, server: Server, budget: str, **fields: Any) -> dict[str, Any]:
         prompt = document(self.model_dir, L, TOPICS[budget]) + question(self.model_dir, QUESTIONS[0])
-        return generate(server, prompt, obcache={"context_len": L, **WISHES[budget]}, max_new_tokens=12, **fields)
+        return generate(server, prompt, obcache={"context_len": L, **WISHES[budget]}, max_new_tokens=6, **fields)
 
     def new_file(self) -> str:
         """The name of the one file that is not known yet, once it is there."""

@@ -84,6 +84,7 @@ def test_a_server_keeps_what_the_gates_say(hidden_server: Server, model_dir: Pat
     assert compress(hidden_server, tokens, budget=budget) == found
 
 
+@pytest.mark.long
 def test_questions_continue_as_transformers_without_what_was_removed(hidden_server: Server, model_dir: Path) -> None:
     context, asked = document(model_dir, L, "naming"), question(model_dir, "\n\nIn short,")
     flush(hidden_server)
