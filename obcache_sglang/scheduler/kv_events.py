@@ -12,11 +12,19 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, StorageMedium
+from sglang.srt.disaggregation.kv_events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    StorageMedium,
+    kv_event_namespace_seed,
+    namespaced_block_hash,
+)
+from sglang.srt.mem_cache.events import KvEventLoraNames
 from sglang.srt.mem_cache.utils import get_hash_str, hash_str_to_int64
 
 from obcache_sglang.host import use
-from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context
+from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context, Namespace
 from obcache_sglang.scheduler import tree
 
 if TYPE_CHECKING:
@@ -29,9 +37,12 @@ class VisibleEvents:
     """The events of one tree that routers can do something with, and those of the contexts that it holds.
 
     A block after a hidden one is hidden too, also when it is stored long after: hidden blocks are remembered until they are removed.
+
+    lora_names: the scheduler's, by which SGLang says what adapter a block is of. dynamo_format: as in `--kv-events-config`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lora_names: KvEventLoraNames | None = None, *, dynamo_format: bool = False) -> None:
+        self._lora_names, self._dynamo_format = lora_names or KvEventLoraNames(), dynamo_format
         # Each with the media that it lies on: one that HiCache has moved to host memory is not gone.
         self._hidden: dict[int, set[str | None]] = {}
         # The hashes of contexts that were shown as stored, by context id; and of how many contexts each block is a part.
@@ -74,8 +85,7 @@ class VisibleEvents:
 
     def _changes(self, cache: ContextCache) -> Iterator[Any]:
         """Contexts that went, and that came."""
-        # Published hashes of LoRA adapters are in a namespace of each load: their contexts are left out. One rank alone publishes.
-        resident = {each.id: each for each in cache if each.namespace.lora_id is None and cache.holds(each)}
+        resident = {each.id: each for each in cache if cache.holds(each)}
         for identity in self._shown.keys() - resident.keys():
             context, blocks = self._shown.pop(identity)
             self._held.subtract(blocks)
@@ -86,7 +96,7 @@ class VisibleEvents:
         self._held += Counter()  # forgets those that are 0
         for identity, context in resident.items():
             if identity not in self._shown:
-                blocks = block_hashes(context, cache.page_size)
+                blocks = block_hashes(context, cache.page_size, self._seed(context.namespace))
                 self._shown[identity] = context, blocks
                 yield from self._stored(context, blocks, cache.page_size)
                 self._held.update(blocks)
@@ -105,15 +115,28 @@ class VisibleEvents:
                     lora_id=None,
                     medium=StorageMedium.GPU,
                     cache_salt=context.namespace.cache_salt,
+                    lora_name=self._lora_name(context.namespace),
                 )
 
+    def _lora_name(self, namespace: Namespace) -> str | None:
+        names = self._lora_names
+        name: str | None = (names.resolve if self._dynamo_format else names.get)(namespace.extra_key)
+        return name
 
-def block_hashes(context: Context, page_size: int) -> list[int]:
+    def _seed(self, namespace: Namespace) -> bytes | None:
+        """What SGLang's own format has in the hashes of LoRA adapters only, each load with its own, and Dynamo's in those of all namespaces."""
+        salt = namespace.cache_salt if self._dynamo_format else None
+        is_apart = self._dynamo_format or self._lora_name(namespace) is not None
+        seed: bytes | None = kv_event_namespace_seed(extra_key=namespace.extra_key if is_apart else None, cache_salt=salt)
+        return seed
+
+
+def block_hashes(context: Context, page_size: int, namespace_seed: bytes | None) -> list[int]:
     """The hashes [pages] that SGLang's events give the blocks of a context's real tokens."""
     salt = context.namespace.cache_salt
     seed = None if salt is None else hashlib.sha256(_SALT_SEED + salt.encode("utf-8")).hexdigest()
     pages: Iterable[str] = get_hash_str(context.tokens, seed, page_size)
-    return [hash_str_to_int64(each) for each in pages]
+    return [namespaced_block_hash(hash_str_to_int64(each), namespace_seed=namespace_seed) for each in pages]
 
 
 _EVENTS = "sglang.srt.disaggregation.kv_events"
@@ -122,6 +145,10 @@ _UTILS = "sglang.srt.mem_cache.utils"
 TOUCHES = (
     use(f"{_EVENTS}.BlockStored", "call", "a context's real tokens", ("block_hashes", "parent_block_hash", "token_ids")),
     use(f"{_EVENTS}.BlockRemoved", "call", "a context went", ("block_hashes", "medium")),
+    use(f"{_EVENTS}.kv_event_namespace_seed", "call", "hashes of blocks in a namespace", ("extra_key", "cache_salt")),
+    use(f"{_EVENTS}.namespaced_block_hash", "call", "likewise", ("block_hash", "namespace_seed")),
+    use("sglang.srt.mem_cache.events.KvEventLoraNames.get", "call", "the adapter of a block's namespace", ("extra_key",)),
+    use("sglang.srt.mem_cache.events.KvEventLoraNames.resolve", "call", "likewise, in Dynamo's format", ("extra_key",)),
     use(f"{_EVENTS}.StorageMedium", "read", "GPU, as SGLang calls the device"),
     use(f"{_UTILS}.get_hash_str", "call", "hashes of blocks, as events have them", ("token_ids", "prior_hash", "page_size")),
     use(f"{_UTILS}.hash_str_to_int64", "call", "likewise", ("hash_str",)),

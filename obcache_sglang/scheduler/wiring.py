@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.disaggregation.kv_events import uses_dynamo_format
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_parallel
@@ -194,6 +195,8 @@ class Wiring:
             rank_gates=rank_gates,
             files=self._files(scheduler, settings, pool),
         )
+        is_dynamo = uses_dynamo_format(scheduler.server_args.kv_events_config)
+        self.events = VisibleEvents(scheduler.kv_event_lora_names, dynamo_format=is_dynamo)
         self.manager.calibration.begin_if_asked(settings)
         if settings.preload:
             self.manager.stored.preload()
@@ -295,5 +298,11 @@ TOUCHES = (
     ),
     use("sglang.srt.models.qwen2.Qwen2Attention.forward", "read", "likewise", ("hidden_states",)),
     use("sglang.srt.models.qwen3.Qwen3Attention.forward", "read", "likewise", ("hidden_states",)),
+    use("sglang.srt.disaggregation.kv_events.uses_dynamo_format", "call", "the format of KV events", ("kv_events_config",)),
+    use(
+        "sglang.srt.managers.scheduler.Scheduler.init_kv_event_lora_names",
+        "read",
+        "kv_event_lora_names: what adapter an event is of",
+    ),
     use("sglang.srt.managers.tp_worker.TpModelWorker", "read", "model_runner: the scheduler's way to it"),
 )

@@ -14,6 +14,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.events import KvEventLoraNames
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
@@ -61,10 +62,13 @@ def make_tree(
     *,
     host: str | None = None,
     host_ratio: float = 2.0,
+    lora_names: KvEventLoraNames | None = None,
+    dynamo_events: bool = False,
 ) -> UnifiedRadixCache:
     """SGLang's tree over a pool of `size` slots, by default one layer of one head; several lie in one space.
 
     host: the policy by which HiCache copies nodes to host memory; None without it. host_ratio: slots there for each of the pool.
+    lora_names: of KV events. dynamo_events: whether these have Dynamo's format.
     """
     serve_host_pools()
     server_args = ServerArgs(
@@ -89,6 +93,8 @@ def make_tree(
         disable=False,
         tree_components=(ComponentType.FULL,),
         enable_kv_cache_events=True,
+        kv_event_lora_names=lora_names or KvEventLoraNames(),
+        dynamo_kv_event_format=dynamo_events,
     )
     tree = UnifiedRadixCache(params=params)
     if host is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.events import KvEventLoraNames
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from obcache_sglang.kv.context import FIRST_VIRTUAL_ID, Context, ContextState, Namespace
@@ -420,9 +422,22 @@ def stored(events: list[Any]) -> dict[int, tuple[int | None, list[int]]]:
     return known
 
 
-@pytest.mark.parametrize("namespace", [HERE, Namespace(None, "salt", None), Namespace("key", None, None)])
-def test_routers_see_the_real_tokens_of_a_context_while_it_is_there(cache: ContextCache, namespace: Namespace) -> None:
-    events, seen = VisibleEvents(), []
+ADAPTER = Namespace("key" + "0" * 32, None, "0" * 32)
+
+
+def lora_names() -> KvEventLoraNames:
+    """As SGLang keeps them: of the adapters that it was started with, and of the namespaces that were asked in."""
+    names = KvEventLoraNames()
+    names.register(SimpleNamespace(lora_id=ADAPTER.lora_id, extra_key=ADAPTER.extra_key), "adapter")
+    return names
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["", "dynamo"])
+@pytest.mark.parametrize("namespace", [HERE, Namespace(None, "salt", None), Namespace("key", None, None), ADAPTER])
+def test_routers_see_the_real_tokens_of_a_context_while_it_is_there(namespace: Namespace, dynamo: bool) -> None:
+    names = lora_names()
+    cache = ContextCache(make_tree(POOL, lora_names=names, dynamo_events=dynamo), max_contexts=3)
+    events, seen = VisibleEvents(names, dynamo_format=dynamo), []
 
     def router() -> dict[int, tuple[int | None, list[int]]]:
         seen.extend(events.of(cache.tree.take_events(), cache))
@@ -446,6 +461,7 @@ def test_routers_see_the_real_tokens_of_a_context_while_it_is_there(cache: Conte
     assert router() == exact
     cache.drop_node(context)
     assert list(router()) == list(exact)[:20]
+    assert {each.lora_name for each in seen if isinstance(each, BlockStored)} == {"adapter" if namespace is ADAPTER else None}
     cache_exactly(tokens(0)[:10])
     cache.drop_node(other)
     assert list(router()) == list(exact)[:10], "these are cached exactly again"
