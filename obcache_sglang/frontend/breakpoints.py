@@ -190,11 +190,11 @@ def own_params(body: Mapping[str, Any]) -> Any:
     return custom_params.get(KEY) if isinstance(custom_params, Mapping) else None
 
 
-def combined(own: Any, more: Mapping[str, Any]) -> Any:
-    """A request's own wish, with what its breakpoints or its marker say where it says nothing."""
+def combined(own: Any, more: Any) -> Any:
+    """A request's own wish, with what its breakpoints, its marker or its body say where it says nothing. Neither has been checked."""
     if own is None or own is True:
-        return dict(more) or own
-    return {**more, **own} if isinstance(own, Mapping) else own
+        return more or own if isinstance(more, Mapping) else more
+    return {**more, **own} if isinstance(own, Mapping) and isinstance(more, Mapping) else own
 
 
 def header(report: Mapping[str, Any]) -> str:

@@ -23,11 +23,12 @@ from obcache_sglang.messages import KEY
 HEADER = b"x-obcache"
 
 _COUNTED = "/v1/messages/count_tokens"
-_DROP_PARAMS = ("/v1/messages", "/v1/responses")
+_OF_MESSAGES = ("/v1/messages", "/v1/responses")
+_DROP_PARAMS = (*_OF_MESSAGES, "/api/chat", "/api/generate")
 """Endpoints that drop `custom_params`."""
 NAMESPACE_FIELDS = ("cache_salt", "extra_key", "lora_path")
 """Of a request: what a context is shared by."""
-_HAVE_BLOCKS = ("/v1/chat/completions", *_DROP_PARAMS)
+_HAVE_BLOCKS = ("/v1/chat/completions", *_OF_MESSAGES)
 
 
 @dataclass
@@ -96,7 +97,7 @@ class ExchangeMiddleware:
             await self.app(scope, receive, send)
             return
         exchange = Exchange()
-        if self.marker is not None and scope["path"] in (*_HAVE_BLOCKS, _COUNTED):
+        if self.marker is not None and scope["path"] in (*_HAVE_BLOCKS, *_DROP_PARAMS, _COUNTED):
             scope, receive = await self._read(scope, receive, exchange)
         start: dict[str, Any] | None = None
 

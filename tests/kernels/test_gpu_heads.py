@@ -230,7 +230,12 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize(
     ("new", "group_size", "num_slots"),
-    [pytest.param(DECODE, 1, 100, marks=pytest.mark.long), (EXTEND, 1, 100), (DECODE, 3, 500), pytest.param(EXTEND, 3, 500, marks=pytest.mark.long)],
+    [
+        pytest.param(DECODE, 1, 100, marks=pytest.mark.long),
+        (EXTEND, 1, 100),
+        (DECODE, 3, 500),
+        pytest.param(EXTEND, 3, 500, marks=pytest.mark.long),
+    ],
 )
 def test_attention_equals_float64(new: tuple[int, int, int, int], group_size: int, num_slots: int) -> None:
     """Also of a local pass of a replay: the first tokens of its context, none of the next ones, and all after these."""

@@ -148,6 +148,32 @@ def test_a_namespace_that_is_excluded_is_served_exactly(auto_server: Server, mod
     assert EXCLUDED not in auto_server.request("GET", "/obcache/status").text
 
 
+SAID = "An example of what is said there. " * 30
+MESSAGES = {"messages": [{"role": "user", "content": SAID}]}
+DROPPING = {
+    "/api/generate": {"prompt": SAID, "stream": False, "options": {"num_predict": 2}},
+    "/api/chat": {**MESSAGES, "stream": False, "options": {"num_predict": 2}},
+    "/v1/messages": {**MESSAGES, "max_tokens": 2},
+    "/v1/responses": {"input": SAID, "max_output_tokens": 2},
+}
+"""Endpoints whose models of requests drop what is said about compression and namespaces, by what they are asked."""
+
+
+@pytest.mark.parametrize("path", DROPPING)
+def test_who_is_excluded_or_insists_is_served_exactly_wherever_it_asks(auto_server: Server, path: str) -> None:
+    body = {"model": auto_server.get("/v1/models")["data"][0]["id"], **DROPPING[path]}
+    told = {
+        "own": auto_server.request("POST", path, json=body),
+        "excluded": auto_server.request("POST", path, json=body | {"cache_salt": EXCLUDED}),
+        "insists": auto_server.request("POST", path, json=body | {"custom_params": {"obcache": False}}),
+    }
+    assert {each.status_code for each in told.values()} == {200}
+    headers = {name: each.headers.get("X-Obcache") for name, each in told.items()}
+    assert headers["own"] is not None and "excluded" not in headers["own"]
+    assert headers["excluded"] is not None and "reason=excluded" in headers["excluded"]
+    assert headers["insists"] is None
+
+
 @pytest.mark.long
 def test_a_crowd_is_answered(auto_server: Server, model_dir: Path) -> None:
     """More than fits at once: compressions go on while others decode."""

@@ -209,6 +209,7 @@ def test_wrong_breakpoints_say_what_is_allowed(field: Any, words: str) -> None:
 
 
 def test_what_a_request_says_itself_counts_more() -> None:
+    assert combined(None, False) is combined(True, False) is False and combined({"pin": True}, 5) == {"pin": True}
     assert combined(None, {}) is None and combined(True, {}) is True and combined(False, {"ttl_seconds": 1}) is False
     assert combined(None, {"ttl_seconds": 1}) == combined(True, {"ttl_seconds": 1}) == {"ttl_seconds": 1}
     assert combined({"ttl_seconds": 2, "pin": True}, {"ttl_seconds": 1}) == {"ttl_seconds": 2, "pin": True}
@@ -296,6 +297,9 @@ def test_parameters_that_sglang_drops_arrive() -> None:
     body = {"messages": [], "custom_params": {"obcache": {"compression_ratio": 0.5}}}
     assert exchange("/v1/messages", body)[1] == {"compression_ratio": 0.5}
     assert exchange("/v1/chat/completions", body)[1] is None  # SGLang hands these on itself
+    for wish in (False, True, 5):  # who insists, and what is refused later
+        body = {"prompt": "D", "custom_params": {"obcache": wish}}
+        assert exchange("/api/generate", body)[1] is exchange("/v1/responses", body)[1] is wish
 
 
 def test_a_wrong_breakpoint_is_the_requests_error() -> None:
