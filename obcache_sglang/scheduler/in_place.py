@@ -222,7 +222,8 @@ class InPlace:
         return job is not None
 
     def cancel(self, lora_id: str) -> None:
-        """Gives back the context under way, if it is of this LoRA adapter: nobody may read it any more."""
+        """Gives back what is being compressed of this LoRA adapter, which was unloaded: nobody may read it any more."""
+        self.jobs.forget_adapter(lora_id)
         job = self._under_way
         if job is not None and job.context.namespace.lora_id == lora_id:
             job.error = "adapter_unloaded"

@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_STARVED_PASSES = 64
-"""Passes one after the other in which nothing runs and nothing is admitted, before a job gives up the beginning that it holds. More than
-SGLang delays a prefill for (prefill_delayer_max_delay_passes)."""
-
 MAX_REPLAY_FACTOR = 4
 """Tokens that a replay may read for each token of its context, its prompts included."""
 
@@ -127,12 +123,12 @@ class Jobs:
         return job, ""
 
     def make_measuring(self, like: Any, measurement: Measurement) -> tuple[CompressionJob | None, str]:
-        """A job that only scores a context, or None and why it cannot be. No request waits for it. like: as a request has these fields."""
+        """A job that only reads a context, and scores it where its method replays, or None and why it cannot be. No request waits for it. like: as a request has these fields."""
         context = measurement.context
         passes = self._replay_passes(context)
-        if not passes:
+        if passes is None:
             return None, "no_room_to_replay"
-        longest = max(len(each.tokens) for each in passes)
+        longest = max((len(each.tokens) for each in passes), default=0)
         if not self.room.can_hold(context.num_tokens + longest):
             return None, "pool_too_small"
         job = self._make(context, like, passes, compression=measurement)
@@ -230,14 +226,24 @@ class Jobs:
                 self._dequeue(job)
                 self.end(job, completed=False)
 
-    def stop_unattended(self) -> None:
+    def stop_unattended(self, lora_id: str | None = None) -> None:
         """Takes compressions that no client waits for out of the queue; they are due again when they are asked about.
 
-        One whose prefill is under way ends with that.
+        One whose prefill is under way ends with that. lora_id: of this LoRA adapter only.
         """
         for job in [req for req in self.engine.queue if isinstance(req, CompressionJob) and req.unattended]:
-            self._dequeue(job)
-            self.end(job, completed=False)
+            if lora_id is None or job.lora_id == lora_id:
+                self._dequeue(job)
+                self.end(job, completed=False)
+
+    def forget_adapter(self, lora_id: str) -> None:
+        """A LoRA adapter was unloaded. No client waits for anything of it, or SGLang would not have done so."""
+        self.stop_unattended(lora_id)
+        job = self.engine.chunked_req
+        if isinstance(job, CompressionJob) and job.lora_id == lora_id:
+            self.engine.finish_forwards()
+            self.engine.end_chunked("its LoRA adapter was unloaded")
+            self.engine.forget_last_batch()
 
     def give_engine_back(self) -> None:
         """The cache is to be flushed, or weights were changed: a compression that nobody waits for ends at once."""
@@ -394,26 +400,6 @@ class Jobs:
             if job.holds_base and not job.has_room and job.base is not None and not job.kv.holds_kv:
                 job.has_room = True
                 self.room.make(self._new_slots(job))
-
-    def end_a_waiting_segment(self) -> None:
-        """Nothing hangs: of the jobs that wait while nothing runs and nothing fits, the latest gives back the beginning that it holds.
-
-        Not at once: SGLang may admit nothing in a pass for other reasons.
-        """
-        holding = [job for job in self.all() if (job.holds_base or job.exact_lock) and not job.kv.holds_kv]
-        for job in holding:
-            job.starved_passes += 1
-        if any(job.starved_passes >= MAX_STARVED_PASSES for job in holding):
-            latest = max(holding, key=lambda job: job.started_at)  # least of it is lost
-            logger.warning("obcache: context %s waits for room no longer, others need its beginning's", latest.target.id)
-            self.not_starved()
-            self._dequeue(latest)
-            self.end(latest, completed=False)
-
-    def not_starved(self) -> None:
-        """Something runs."""
-        for job in self.all():
-            job.starved_passes = 0
 
     def forget_bases(self) -> None:
         """The tree was reset: jobs after a base, or after exact tokens, cannot run any more."""

@@ -35,6 +35,7 @@ from obcache_sglang.scheduler.pressure import UnderPressure
 from obcache_sglang.scheduler.requests import MAX_COMPRESSIONS_PER_REQUEST, CompressionJob, ContextReq, Verdict, is_decided
 from obcache_sglang.scheduler.room import Room
 from obcache_sglang.scheduler.shared_prefixes import SharedPrefixes
+from obcache_sglang.scheduler.starvation import end_a_waiting_segment, not_starved
 from obcache_sglang.scheduler.stored import StoredContexts
 from obcache_sglang.settings import ServerSettings
 
@@ -79,11 +80,10 @@ class CompressionManager:
         self.jobs = Jobs(engine, self.cache, self.room, metrics, agree=agree, secret=secret)
         self.in_place = InPlace(self.jobs, layers, compress_layer)
         self.stored = StoredContexts(self.jobs, files)
-        self.when_idle = WhenIdle(self.in_place)
         self.under_pressure = UnderPressure(self.in_place, settings)
+        self.when_idle = WhenIdle(self.under_pressure)
         self.calibration = Calibration(self.in_place, rank_gates, self._use_gates)
-        self._prefixes = SharedPrefixes(secret)
-        self._now = 0.0
+        self._prefixes, self._now = SharedPrefixes(secret), 0.0
 
     # --- arrival ----------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class CompressionManager:
             self.jobs.end_pass()
         try:
             # What came in during the pass was not asked to run.
-            self._release_pins_if_starved(result, asked=any(id(req) not in taken and is_decided(req) for req in admitted))
+            self._give_way_if_starved(result, asked=any(id(req) not in taken and is_decided(req) for req in admitted))
             if self.metrics.pass_decided(seconds, engine.pool_slots - engine.free_slots()):
                 self.metrics.set_gauges(self.cache)
         except Exception:
@@ -336,6 +336,7 @@ class CompressionManager:
             if not compressed_now:
                 context.reuses += 1
                 self.metrics.reused(context.num_tokens)
+            self.when_idle.used(context, req)
             req.tier = self.stored.read(context, again=not compressed_now)
             req.report("compressed" if compressed_now else "reused")
             if req.plan.action == "compress":
@@ -357,14 +358,14 @@ class CompressionManager:
         self.engine.answer(req)
         return Verdict.DONE
 
-    def _release_pins_if_starved(self, result: Any, *, asked: bool) -> None:
-        """A pin yields where nothing runs, and nothing of what was asked to run fits. result: (new batch, running batch)."""
+    def _give_way_if_starved(self, result: Any, *, asked: bool) -> None:
+        """Something of ours yields where nothing runs, and nothing of what was asked to run fits. result: (new batch, running batch)."""
         batch, running_batch = result
         if batch is not None or not running_batch.is_empty():
-            self.jobs.not_starved()
+            not_starved(self.jobs)
         if asked and batch is None and self.engine.queue and running_batch.is_empty():
             if not (self.stored.yields() or self.room.release_a_pin()):
-                self.jobs.end_a_waiting_segment()
+                end_a_waiting_segment(self.jobs)
             self.metrics.set_gauges(self.cache)
 
     def _start_job(self, req: ContextReq, context: Context) -> tuple[Verdict, CompressionJob | None]:
@@ -407,8 +408,7 @@ class CompressionManager:
 
     def _use_gates(self, name: str) -> bool:
         """This server has gates from now on, and files of contexts say of none that they are theirs. Whether requests that give no method use them."""
-        on_cpu, refusal = self.engine.on_cpu, self.uneven_refusal
-        settings, follows = settings_with(self.settings, name, uneven_refusal=refusal, on_cpu=on_cpu)
+        settings, follows = settings_with(self.settings, name, uneven_refusal=self.uneven_refusal, on_cpu=self.engine.on_cpu)
         self.settings = self.under_pressure.settings = settings
         self.stored.turn_off("this server has made gates of its own")
         return follows

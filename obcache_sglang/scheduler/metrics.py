@@ -86,6 +86,13 @@ class Metrics:
         if self._prometheus:
             self._prometheus.in_place.inc()
 
+    def restored(self, cache: ContextCache) -> None:
+        """A context that was compressed for want of room is cached exactly again."""
+        self._totals["restored"] += 1
+        if self._prometheus:
+            self._prometheus.restored.inc()
+        self.set_gauges(cache)
+
     def loaded(self, seconds: float, num_bytes: int) -> None:
         """A context was loaded from its file of so many bytes, in `seconds` from the look for it to publication."""
         self._totals["file_loads"] += 1
@@ -215,6 +222,7 @@ class Metrics:
         names = (
             "compressions",
             "in_place",
+            "restored",
             "reuses",
             "context_tokens",
             "slots_saved",
@@ -270,6 +278,7 @@ class _Prometheus:
 
         self.compressions = counter("compressions_total", "Contexts compressed.")
         self.in_place = counter("in_place_total", "Contexts compressed from their cached exact KV, without a forward.")
+        self.restored = counter("restored_total", "Contexts compressed for want of room that are cached exactly again.")
         self.reuses = counter("reuses_total", "Requests that used a resident compressed context.")
         self.replayed_tokens = counter("replayed_tokens_total", "Tokens read after contexts to score them by replay.")
         self.tokens_saved = counter("tokens_saved_total", "Prompt tokens not prefilled again thanks to a compressed context.")

@@ -73,6 +73,8 @@ class UnderPressure:
         # Served exactly until now, the one asked about last stands last.
         self._candidates: OrderedDict[str, Context] = OrderedDict()
         self._cached_exactly: dict[str, bool] = {}
+        self.shrunk: set[str] = set()
+        """Ids of contexts that were compressed for want of room, and not since somebody asked for it."""
         self._promised = 0
         self._passes_since = PRESSED_PASSES + 1
 
@@ -84,9 +86,15 @@ class UnderPressure:
         if len(self._candidates) > self.cache.max_contexts:
             self._candidates.popitem(last=False)
 
+    def _note_shrunk(self, context: Context) -> None:
+        if len(self.shrunk) > self.cache.max_contexts:
+            self.shrunk &= {each.id for each in self.cache}
+        self.shrunk.add(context.id)
+
     def forget(self) -> None:
         """The tree was reset: nothing is cached."""
         self._candidates.clear()
+        self.shrunk.clear()
         self._passes_since = PRESSED_PASSES + 1
 
     def begin_pass(self) -> None:
@@ -113,12 +121,36 @@ class UnderPressure:
             return False
         num_tokens, _ = tree.match_exact(self.cache.tree, context)
         missing = context.num_tokens - num_tokens
-        is_pressed = self._passes_since <= PRESSED_PASSES
-        margin = SPARED_SHARE * self.engine.pool_slots if is_pressed else self.jobs.room.tight_slots
+        margin = SPARED_SHARE * self.engine.pool_slots if self.is_pressed else self.jobs.room.tight_slots
         if missing and self.engine.free_slots() < self._promised + missing + margin:
+            self._note_shrunk(context)
             return False
         self._promised += missing
         return True
+
+    @property
+    def is_pressed(self) -> bool:
+        """Whether room had to be made not long ago."""
+        return self._passes_since <= PRESSED_PASSES
+
+    def make_room_of_text(self, num_slots: int, *, before: Context) -> bool:
+        """Whether so many slots are free, after text went that is no context and was not used for longer than a resident one. Else nothing goes."""
+        room, going = self.engine.free_slots(), []
+        contexts = {*self._exact(), *(each.node for each in self.cache if each.state is ContextState.RESIDENT)}
+        for path in tree.next_victims(self.cache.tree, MOST_STEPS):
+            if room >= num_slots or any(each.node_id == before.node for each in path):
+                break
+            for each in reversed(path):
+                # With a leaf goes what is followed by nothing else.
+                if each.node_id in contexts or each.num_children > (each is not path[-1]):
+                    break
+                going.append(each.node_id)
+                room += each.path_end - each.path_start
+        if room < num_slots:
+            return False
+        for node in going:
+            tree.evict_leaf(self.cache.tree, node)
+        return self.engine.free_slots() >= num_slots
 
     def relieve(self, admitted: list[Req]) -> list[Req]:
         """Makes room for what a pass is to admit and for what decodes. Returns those that may be admitted now: none, where a compression that
@@ -311,6 +343,7 @@ class UnderPressure:
         if not self.in_place.start(step.context, base=step.base, makes_room=True):
             step.context.failed_in_place = True
             return True
+        self._note_shrunk(step.context)
         if step.base is None:
             self._forget_beginnings(step.context)
         self.in_place.advance()

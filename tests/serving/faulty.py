@@ -59,7 +59,7 @@ FAULTY = (
     "scheduler.manager.CompressionManager._decide",
     "scheduler.manager.CompressionManager._find_context",
     "scheduler.manager.CompressionManager._finish_without_forward",
-    "scheduler.manager.CompressionManager._release_pins_if_starved",
+    "scheduler.manager.CompressionManager._give_way_if_starved",
     "scheduler.manager.CompressionManager._resolve",
     "scheduler.manager.CompressionManager._serve_resident",
     "scheduler.manager.CompressionManager._start_job",

@@ -11,6 +11,7 @@ import pytest
 from obcache_sglang.local_server import Server
 from tests.serving.client import compressions, document, flush, generate, generate_together, question, report, tokenizer
 from tests.serving.conftest import COMMON, serving
+from tests.serving.test_lifetimes import wait_for
 
 L = 400
 BOUNDARY = L // 64 * 64
@@ -89,6 +90,31 @@ def test_lasting_pressure_keeps_a_part_of_what_was_kept(auto_server: Server, mod
     for larger, smaller in zip(before, after, strict=True):
         assert sum(map(len, smaller)) * 2 == pytest.approx(sum(map(len, larger)), rel=0.05)
         assert all(set(few) <= set(many) for few, many in zip(smaller, larger, strict=True))
+
+
+def test_after_pressure_what_is_asked_about_is_exact_again(auto_server: Server, model_dir: Path) -> None:
+    """It is read while nobody waits, in the place of text that was not used for longer."""
+    flush(auto_server)
+    for number in (0, 1):
+        for topic in TOPICS[:2]:
+            assert report(ask(auto_server, model_dir, topic, number))["status"] == "exact"
+
+    def counters() -> dict[str, Any]:
+        return auto_server.get("/obcache/status")["counters"]
+
+    long = document(model_dir, 1000, "typesseq")
+    generate(auto_server, long, obcache=False)
+    before = counters()
+    assert report(ask(auto_server, model_dir, TOPICS[0], 2))["status"] == "reused"
+    wait_for(lambda: counters()["restored"] > before["restored"])
+    again = ask(auto_server, model_dir, TOPICS[0], 2)
+    assert (report(again)["status"], report(again)["reason"]) == ("exact", "deferred")
+    assert again["meta_info"]["cached_tokens"] >= BOUNDARY, "by nobody who waits"
+    assert again["output_ids"] == ask(auto_server, model_dir, TOPICS[0], 2, obcache=False)["output_ids"]
+    assert report(ask(auto_server, model_dir, TOPICS[1], 2))["status"] == "reused"
+    # And it yields as it did.
+    generate(auto_server, long, obcache=False)
+    assert report(ask(auto_server, model_dir, TOPICS[0], 2))["status"] == "reused"
 
 
 def kept_positions(server: Server, answer: dict[str, Any], ratio: float) -> list[list[int]]:

@@ -256,7 +256,7 @@ class Driven:
         req.finished_reason = reason or FINISH_LENGTH(length=0)
         completed = not isinstance(reason, FINISH_ABORT)
         self.manager.before_release(req, checkpoint=completed)
-        self.engine.give_back(req, caches=completed and isinstance(req, CompressionJob) and req.reads_exact)
+        self.engine.give_back(req, caches=completed and isinstance(req, CompressionJob) and not req.skip_radix_cache_insert)
 
     def compress(self, context: array[int]) -> Context:
         """A context that is compressed for a question, which then leaves."""

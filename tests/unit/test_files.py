@@ -1218,9 +1218,9 @@ def test_a_save_that_nobody_asked_for_gives_way_before_a_pin_does(tmp_path: Path
     assert held.num_holders == 1
     drive.ask(array("q", range(3000, 3060)))
     nothing = (None, drive.engine.running_batch_now())
-    drive.manager._release_pins_if_starved(nothing, asked=True)
+    drive.manager._give_way_if_starved(nothing, asked=True)
     assert (held.num_holders, pinned.pinned) == (0, True)
-    drive.manager._release_pins_if_starved(nothing, asked=True)
+    drive.manager._give_way_if_starved(nothing, asked=True)
     assert not pinned.pinned
     may_go_on.set()
     assert counters(drive)["file_unsaved"] == 1

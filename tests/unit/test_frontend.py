@@ -662,11 +662,13 @@ def test_metrics_count_once_for_status_and_prometheus():
         made.append(context)
     assert cache.tree.evict(EvictParams(num_tokens=70)) and cache.obtain(SHARED, HALF, array("q", range(5)))
     cache.pin(made[1])
+    metrics.restored(cache)
     assert metrics.set_gauges(cache) == made[1:]
     metrics.pass_decided(0.25, used_slots=630)
     assert metrics.to_dict() == {
         "compressions": 1,
         "in_place": 1,
+        "restored": 1,
         "reuses": 2,
         "context_tokens": 100,
         "slots_saved": 70,

@@ -15,9 +15,10 @@ from obcache_sglang.compress.replay import ReplayPass
 from obcache_sglang.kv.context import ContextState
 from obcache_sglang.scheduler import control_calls, idle
 from obcache_sglang.scheduler.hooks import around_add_one_req
-from obcache_sglang.scheduler.jobs import MAX_STARVED_PASSES, Jobs
+from obcache_sglang.scheduler.jobs import Jobs
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from obcache_sglang.scheduler.room import Room
+from obcache_sglang.scheduler.starvation import MAX_STARVED_PASSES
 from obcache_sglang.scheduler.wiring import Wiring
 from tests.unit.engine import KEPT, Driven, sleeps
 
@@ -290,7 +291,7 @@ def test_pins_do_not_yield_to_a_request_that_came_during_the_pass() -> None:
 def test_a_defect_after_the_batch_was_picked_loses_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     driven = Driven()
     driven.ask(DOCUMENT)
-    monkeypatch.setattr(driven.manager, "_release_pins_if_starved", lambda result, asked: 1 / 0)
+    monkeypatch.setattr(driven.manager, "_give_way_if_starved", lambda result, asked: 1 / 0)
     (job,) = driven.step()
     assert isinstance(job, CompressionJob)
 

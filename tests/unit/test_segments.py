@@ -25,8 +25,8 @@ from obcache_sglang.errors import InvalidValue
 from obcache_sglang.kv.cells import KeptTokens, KVSpace
 from obcache_sglang.kv.context import Context, ContextState, Namespace
 from obcache_sglang.scheduler.forward import _context_before
-from obcache_sglang.scheduler.jobs import MAX_STARVED_PASSES
 from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
+from obcache_sglang.scheduler.starvation import MAX_STARVED_PASSES
 from obcache_sglang.settings import CompressionSettings
 from tests.unit.engine import Driven, OneSpacePool
 from tests.unit.test_manager import report
