@@ -106,16 +106,24 @@ class WhenIdle:
         jobs, cache = self.jobs, self.jobs.cache
         if not cache.is_resident(context) or context.pinned:
             return
-        missing = context.num_tokens - tree.match_exact(cache.tree, context)[0]
-        has_room = self.under_pressure.make_room_of_text(missing + jobs.room.tight_slots, before=context)
-        if not jobs.agree(has_room):
+        if not jobs.agree(self._made_room(context)):
             return
-        # Not the context's own id: its questions do not wait, and are served from what it keeps meanwhile.
-        read = Context(f"{context.id}-exact", context.namespace, context.settings, context.tokens, context.num_slots)
+        # Not the context's own id: its questions do not wait, and are served from what it keeps meanwhile. Nor what it begins with by itself.
+        settings = replace(context.settings, exact_tokens=0)
+        read = Context(f"{context.id}-exact", context.namespace, settings, context.tokens, context.num_slots)
         job, _ = jobs.make_measuring(req, Measurement(read, lambda: None))
         if job is not None:
             jobs.engine.queue.insert(0, job)
             self._reading = _Reading(context, req, job)
+
+    def _made_room(self, context: Context) -> bool:
+        """Whether this rank has room for a context's exact tokens. Where it failed, the others hear so."""
+        try:
+            missing = context.num_tokens - tree.match_exact(self.jobs.cache.tree, context)[0]
+            return self.under_pressure.make_room_of_text(missing + self.jobs.room.tight_slots, before=context)
+        except Exception:
+            logger.exception("obcache: making room for the exact tokens of context %s failed", context.id)
+            return False
 
     def _read(self, reading: _Reading) -> None:
         """The job of a reading has ended. Where all of the context is cached exactly, it is what stays exact until there is pressure again."""

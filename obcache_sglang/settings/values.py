@@ -33,10 +33,10 @@ MIN_SEGMENT_TOKENS = int(BOUNDS["segment_tokens"][0])
 _GATES_ONLY = {
     "segment_tokens": "; with {method} the queries of a whole context score. Remove it, or set method=gate.",
     "boundaries": "; with {method} the queries of a whole context score. Give one boundary, the last.",
-    "exact_segments": ", not with {method}. Remove it.",
     "segment_ratios": "; with {method} a context is one segment. Remove it, and give compression_ratio.",
+    "exact_segments": ", not with {method}. Remove it.",
 }
-"""Settings that other methods cannot have, and how the error about them ends."""
+"""Settings that other methods cannot have, and how the error about them ends. What others follow from comes first."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
 from tests.unit.engine import Driven, sleeps
 from tests.unit.test_in_place import CONTEXT, busy, cache_exactly
 from tests.unit.test_manager import report
-from tests.unit.test_pressure import OTHER, THIRD, cached, compressions, press, state, three_answered
+from tests.unit.test_pressure import OTHER, THIRD, answered, cached, compressions, press, state, three_answered
 
 LATER = array("q", range(2000, 2080))
 
@@ -34,9 +35,9 @@ def pressed(**settings: Any) -> Driven:
     return drive
 
 
-def asked(drive: Driven, context: array[int], status: str = "reused") -> ContextReq:
+def asked(drive: Driven, context: array[int], status: str = "reused", **plan: Any) -> ContextReq:
     """A question is answered."""
-    req = drive.ask(context, num_tokens=2)
+    req = drive.ask(context, num_tokens=2, **plan)
     assert req in drive.step() and report(req)["status"] == status
     drive.engine.take(req)
     drive.engine.give_back(req)
@@ -75,6 +76,21 @@ def test_what_is_asked_about_again_is_exact_again() -> None:
     before = compressions(drive)
     press(drive, array("q", range(1000, 1130)))
     assert state(drive, CONTEXT) == ["compressed"] and compressions(drive) > before
+
+
+def test_what_it_begins_with_is_read_with_it() -> None:
+    """Where that stays exact, too."""
+    drive = three_answered()
+    begun = replace(drive.manager.settings.compression, exact_tokens=10)
+    context = array("q", range(900, 940))
+    answered(drive, context, settings=begun)
+    for first in (1000, 1200):
+        press(drive, array("q", range(first, first + 150)))
+    asked(drive, context, settings=begun)
+    job = reading(drive)
+    assert list(job.origin_input_ids) == list(context)
+    read(drive, job)
+    assert state(drive, context) == ["exact"]
 
 
 def test_while_somebody_waits_nothing_is_read() -> None:
@@ -132,6 +148,14 @@ def test_text_that_was_used_after_it_does_not() -> None:
     drive.engine.tree.token_to_kv_pool_allocator.alloc(drive.engine.free_slots())
     assert drive.step() == [] and sleeps(drive)
     assert cached(drive, LATER) == len(LATER) and state(drive, CONTEXT, OTHER, THIRD) == ["compressed", "compressed", "exact"]
+
+
+def test_a_rank_that_cannot_make_room_says_so_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    drive, votes = pressed(), []
+    asked(drive, CONTEXT)
+    monkeypatch.setattr(drive.manager.jobs, "agree", lambda mine: votes.append(mine) or mine)
+    monkeypatch.setattr(drive.manager.under_pressure, "make_room_of_text", lambda *args, **kwargs: 1 / 0)
+    assert drive.step() == [] and votes == [False] and state(drive, CONTEXT) == ["compressed"]
 
 
 def test_where_that_is_not_enough_nothing_goes() -> None:
