@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
+from obcache_sglang.compress.measurement import Measurement
 from obcache_sglang.cpu.host_pool import serve_host_pools
 from obcache_sglang.cpu.platform import IO_BACKEND, LAYOUT
 from obcache_sglang.kv.cells import KeptTokens, create_one_space
@@ -256,7 +257,8 @@ class Driven:
         req.finished_reason = reason or FINISH_LENGTH(length=0)
         completed = not isinstance(reason, FINISH_ABORT)
         self.manager.before_release(req, checkpoint=completed)
-        self.engine.give_back(req, caches=completed and isinstance(req, CompressionJob) and not req.skip_radix_cache_insert)
+        reads = isinstance(req, CompressionJob) and (req.reads_exact or isinstance(req.compression, Measurement))
+        self.engine.give_back(req, caches=completed and reads)
 
     def compress(self, context: array[int]) -> Context:
         """A context that is compressed for a question, which then leaves."""
