@@ -257,7 +257,9 @@ class Driven:
         req.finished_reason = reason or FINISH_LENGTH(length=0)
         completed = not isinstance(reason, FINISH_ABORT)
         self.manager.before_release(req, checkpoint=completed)
-        reads = isinstance(req, CompressionJob) and (req.reads_exact or isinstance(req.compression, Measurement))
+        reads = isinstance(req, CompressionJob) and (
+            req.reads_exact or (isinstance(req.compression, Measurement) and req.replay is None and not req.passes)
+        )
         self.engine.give_back(req, caches=completed and reads)
 
     def compress(self, context: array[int]) -> Context:
