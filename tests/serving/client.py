@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from obcache_sglang.local_server import Server
 
 MARKER = "<|obcache|>"
+NEW_TOKENS = 5
+"""Of an answer, where nothing else is asked."""
 QUESTIONS = ("\n\nIn short, this means that", "\n\nThe first rule above says", "\n\nFor example,")
 
 
@@ -37,7 +39,7 @@ def generate(
     prompt: list[int] | str,
     *,
     obcache: Any = None,
-    max_new_tokens: int = 5,
+    max_new_tokens: int = NEW_TOKENS,
     sampling_params: dict[str, Any] | None = None,
     **fields: Any,
 ) -> dict[str, Any]:

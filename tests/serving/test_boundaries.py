@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from obcache_sglang.local_server import Server
-from tests.serving.client import MARKER, compressions, document, flush, generate, generate_together, report, tokenizer
+from tests.serving.client import MARKER, NEW_TOKENS, compressions, document, flush, generate, generate_together, report, tokenizer
 from tests.serving.conftest import COMMON, serving
 from tests.serving.test_segments import prefilled_tokens
 
@@ -60,7 +60,7 @@ def chat_turn(server: Server, messages: list[dict[str, str]], asked: str) -> tup
     """(tokens that were prefilled, the answer) of one turn, which ends with a marker of its own; messages grow by it."""
     messages.append({"role": "user", "content": asked + MARKER + "\n\nIs that so?"})
     before = prefilled_tokens(server)
-    answer = server.post("/v1/chat/completions", {"model": "default", "messages": messages, "max_tokens": 8})
+    answer = server.post("/v1/chat/completions", {"model": "default", "messages": messages, "max_tokens": NEW_TOKENS})
     messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
     return prefilled_tokens(server) - before, answer
 
@@ -195,7 +195,7 @@ def test_the_newest_turns_of_a_chat_stay_exact(gate_server: Server, model_dir: P
     prefilled, found = [], []
     for turn in range(4):
         messages.append({"role": "user", "content": words.decode(text[200 * turn + 200 : 200 * turn + 400])})
-        body = {"model": "default", "max_tokens": 8, "temperature": 0, "messages": messages}
+        body = {"model": "default", "max_tokens": NEW_TOKENS, "temperature": 0, "messages": messages}
         if path == "/v1/messages":
             body["system"] = system
         else:

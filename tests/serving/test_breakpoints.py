@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from obcache_sglang.local_server import Server
-from tests.serving.client import MARKER, document, flush, tokenizer
+from tests.serving.client import MARKER, NEW_TOKENS, document, flush, tokenizer
 
 anthropic = pytest.importorskip("anthropic")
 
@@ -34,7 +34,7 @@ def kinds(header: str) -> dict[str, str]:
 
 
 def test_the_anthropic_sdk_caches_as_it_always_did(server: Server, client: Any, text: str) -> None:
-    asked: dict[str, Any] = {"model": "default", "max_tokens": 8}
+    asked: dict[str, Any] = {"model": "default", "max_tokens": NEW_TOKENS}
     asked["system"] = [{"type": "text", "text": text, "cache_control": {**EPHEMERAL, "ttl": "1h"}}]
     usages, headers = [], []
     for question in ("What is a class?", "Name one rule."):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from obcache_sglang.local_server import Server, serve
-from tests.serving.client import QUESTIONS, compressions, document, flush, generate, question, report
+from tests.serving.client import NEW_TOKENS, QUESTIONS, compressions, document, flush, generate, question, report
 from tests.serving.conftest import COMMON, STRICT, checked
 from tests.serving.faulty import IN_HOST_MEMORY, Faults
 from tests.serving.test_soak import TOPICS, body
@@ -53,7 +53,7 @@ class Asked:
     def request(self, key: Key) -> dict[str, Any]:
         context, which = key
         prompt = self.contexts[context] + self.questions[which]
-        return {"prompt": prompt, "obcache": {"context_len": L, **WISHES[context % 4]}, "max_new_tokens": 8}
+        return {"prompt": prompt, "obcache": {"context_len": L, **WISHES[context % 4]}, "max_new_tokens": NEW_TOKENS}
 
     def ask(self, key: Key) -> dict[str, Any]:
         return generate(self.server, **self.request(key))

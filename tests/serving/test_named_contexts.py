@@ -8,7 +8,7 @@ import pytest
 import requests
 
 from obcache_sglang.local_server import Server
-from tests.serving.client import MARKER, ask_by_id, document, flush, generate, marker_id, question, report, tokenizer
+from tests.serving.client import MARKER, NEW_TOKENS, ask_by_id, document, flush, generate, marker_id, question, report, tokenizer
 
 L = 301  # 18 pages of 16, and 13 tokens
 
@@ -23,7 +23,7 @@ def test_by_id_and_by_marker_the_model_reads_the_same(request: pytest.FixtureReq
         made = server.post("/obcache/compress", {"text": text + cut, "compression_ratio": 0.2})
         asked = "\n\nIn short, this"
         by_marker = generate(server, f"{text}{cut}{MARKER}{asked}", obcache={"compression_ratio": 0.2})
-        fields = {"temperature": 0, "max_new_tokens": 8, "custom_params": {"obcache": {"context_id": made["id"]}}}
+        fields = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "custom_params": {"obcache": {"context_id": made["id"]}}}
         by_id = server.post("/generate", {"text": MARKER + asked, "sampling_params": fields})
         assert report(by_marker)["context_id"] == report(by_id)["context_id"] == made["id"]
         assert by_id["meta_info"]["prompt_tokens"] == by_marker["meta_info"]["prompt_tokens"]
@@ -35,7 +35,7 @@ def test_a_chat_names_its_context_with_the_marker_where_the_document_stood(serve
 
     def chat(content: str, obcache: object = None) -> dict:
         messages = [{"role": "user", "content": content}]
-        body = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 8}
+        body = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": NEW_TOKENS}
         return server.post("/v1/chat/completions", body | ({} if obcache is None else {"custom_params": {"obcache": obcache}}))
 
     by_marker = chat(f"{text}{MARKER} What is it about?")
@@ -63,7 +63,7 @@ def test_a_document_in_the_system_message_is_named_with_the_marker_at_its_start(
 
     def chat(system: str, **fields: object) -> requests.Response:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "What is it about?"}]
-        body = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 8, **fields}
+        body = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": NEW_TOKENS, **fields}
         return server.request("POST", "/v1/chat/completions", json=body)
 
     by_marker = chat(f"{text}{MARKER} Be brief.").json()

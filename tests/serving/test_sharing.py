@@ -10,6 +10,7 @@ import pytest
 from obcache_sglang.local_server import Server
 from tests.serving.client import (
     MARKER,
+    NEW_TOKENS,
     ask_by_id,
     compressions,
     document,
@@ -53,7 +54,7 @@ def test_questions_of_one_batch_cause_one_compression(server: Server, model_dir:
     context = document(model_dir, L, "integers")
     prompts = [context + question(model_dir, f"\n\nPoint {i}:") for i in range(4)]
     before = compressions(server)
-    params = {"temperature": 0, "max_new_tokens": 8, "custom_params": {"obcache": wish(budget="global")}}
+    params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "custom_params": {"obcache": wish(budget="global")}}
     answers = server.post("/generate", {"input_ids": prompts, "sampling_params": params})
     assert compressions(server) == before + 1
     assert sorted(report(answer)["status"] for answer in answers) == ["compressed", "reused", "reused", "reused"]
@@ -122,7 +123,7 @@ def test_mixed_batches_give_each_request_the_tokens_it_gets_alone(server: Server
     uniform, adakv, across = (wish(budget=budget) for budget in ("uniform", "adakv", "global"))
     wishes = [None, uniform, adakv, across, None, adakv]
     asked = [
-        {"prompt": docs[i % 3] + question(model_dir, f"\n\nPoint {i}:"), "obcache": w, "max_new_tokens": 8}
+        {"prompt": docs[i % 3] + question(model_dir, f"\n\nPoint {i}:"), "obcache": w, "max_new_tokens": NEW_TOKENS}
         for i, w in enumerate(wishes)
     ]
     alone = [generate(server, **request) for request in asked]
@@ -136,7 +137,7 @@ def test_mixed_batches_give_each_request_the_tokens_it_gets_alone(server: Server
 def test_streaming_says_the_same(server: Server, model_dir: Path) -> None:
     prompt = document(model_dir, L, "dynamic-features") + question(model_dir, "\n\nIn short,")
     whole = generate(server, prompt, obcache=wish())
-    params = {"temperature": 0, "max_new_tokens": 8, "custom_params": {"obcache": wish()}}
+    params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "custom_params": {"obcache": wish()}}
     body = {"input_ids": prompt, "sampling_params": params, "stream": True}
     response = server.request("POST", "/generate", json=body, stream=True)
     events = [line[len(b"data: ") :] for line in response.iter_lines() if line.startswith(b"data: ")]
