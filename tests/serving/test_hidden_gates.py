@@ -71,7 +71,8 @@ def compress(server: Server, tokens: list[int], **settings: Any) -> list[list[se
     return kept_by_context(server, answer["id"])
 
 
-@pytest.mark.parametrize("budget", ["global", pytest.param("uniform", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("budget", ["global", "uniform"])
 def test_a_server_keeps_what_the_gates_say(hidden_server: Server, model_dir: Path, gates: Path, budget: str) -> None:
     """Over five chunks of a prefill, also where the text is cached already; 0.6 % are left for float32 noise at the edge of the kept set."""
     tokens = document(model_dir, L, "calls")
