@@ -103,11 +103,12 @@ class WhenIdle:
 
     def _read_exactly(self, context: Context, req: ContextReq) -> None:
         """Where it does not fit, nothing happens until it is asked about again."""
-        jobs, cache = self.jobs, self.jobs.cache
-        if not cache.is_resident(context) or context.pinned:
+        jobs, going = self.jobs, self._making_room(context)
+        # All ranks come to the vote, and nothing has changed before it.
+        if not jobs.agree(going is not None) or going is None:
             return
-        if not jobs.agree(self._made_room(context)):
-            return
+        for node in going:
+            tree.evict_leaf(jobs.cache.tree, node)
         # Not the context's own id: its questions do not wait, and are served from what it keeps meanwhile. Nor what it begins with by itself.
         settings = replace(context.settings, exact_tokens=0)
         read = Context(f"{context.id}-exact", context.namespace, settings, context.tokens, context.num_slots)
@@ -116,14 +117,17 @@ class WhenIdle:
             jobs.engine.queue.insert(0, job)
             self._reading = _Reading(context, req, job)
 
-    def _made_room(self, context: Context) -> bool:
-        """Whether this rank has room for a context's exact tokens. Where it failed, the others hear so."""
+    def _making_room(self, context: Context) -> list[int] | None:
+        """What goes for a context's exact tokens; None where they do not fit, it is not to be read, or a defect of this rank keeps it from knowing."""
+        cache = self.jobs.cache
         try:
-            missing = context.num_tokens - tree.match_exact(self.jobs.cache.tree, context)[0]
-            return self.under_pressure.make_room_of_text(missing + self.jobs.room.tight_slots, before=context)
+            if not cache.is_resident(context) or context.pinned:
+                return None
+            missing = context.num_tokens - tree.match_exact(cache.tree, context)[0]
+            return self.under_pressure.text_before(context, missing + self.jobs.room.tight_slots)
         except Exception:
-            logger.exception("obcache: making room for the exact tokens of context %s failed", context.id)
-            return False
+            logger.exception("obcache: planning to read context %s again failed", context.id)
+            return None
 
     def _read(self, reading: _Reading) -> None:
         """The job of a reading has ended. Where all of the context is cached exactly, it is what stays exact until there is pressure again."""

@@ -133,12 +133,13 @@ class UnderPressure:
         """Whether room had to be made not long ago."""
         return self._passes_since <= PRESSED_PASSES
 
-    def make_room_of_text(self, num_slots: int, *, before: Context) -> bool:
-        """Whether so many slots are free, after text went that is no context and was not used for longer than a resident one. Else nothing goes."""
+    def text_before(self, context: Context, num_slots: int) -> list[int] | None:
+        """Nodes, each before the one that it is behind, with which so many slots become free: text that is no context and was not used for
+        longer than a resident one. None where there is not enough."""
         room, going = self.engine.free_slots(), []
         contexts = {*self._exact(), *(each.node for each in self.cache if each.state is ContextState.RESIDENT)}
         for path in tree.next_victims(self.cache.tree, MOST_STEPS):
-            if room >= num_slots or any(each.node_id == before.node for each in path):
+            if room >= num_slots or any(each.node_id == context.node for each in path):
                 break
             for each in reversed(path):
                 # With a leaf goes what is followed by nothing else.
@@ -146,11 +147,7 @@ class UnderPressure:
                     break
                 going.append(each.node_id)
                 room += each.path_end - each.path_start
-        if room < num_slots:
-            return False
-        for node in going:
-            tree.evict_leaf(self.cache.tree, node)
-        return self.engine.free_slots() >= num_slots
+        return going if room >= num_slots else None
 
     def relieve(self, admitted: list[Req]) -> list[Req]:
         """Makes room for what a pass is to admit and for what decodes. Returns those that may be admitted now: none, where a compression that

@@ -103,6 +103,15 @@ UNDER_PRESSURE = (
 )
 """Likewise, of mode auto under pressure (`tests/serving/test_auto_soak.py`)."""
 
+WHEN_CALM = (
+    "scheduler.idle.WhenIdle._read",
+    "scheduler.idle.WhenIdle._read_exactly",
+    "scheduler.idle.WhenIdle.used",
+    "scheduler.jobs.Jobs.make_measuring",
+    "scheduler.pressure.UnderPressure.text_before",
+)
+"""Likewise, when nobody waits after pressure."""
+
 IN_HOST_MEMORY = (
     "scheduler.context_cache.ContextCache.is_on_host",
     "scheduler.context_cache.ContextCache.returned",
@@ -115,7 +124,7 @@ IN_HOST_MEMORY = (
 )
 """Likewise, with contexts in host memory (`tests/serving/test_host_memory.py`)."""
 
-ALL = (*FAULTY, *UNDER_PRESSURE, *IN_HOST_MEMORY)
+ALL = (*FAULTY, *UNDER_PRESSURE, *WHEN_CALM, *IN_HOST_MEMORY)
 
 
 class Faults:

@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from obcache_sglang.local_server import Server, serve
 from obcache_sglang.scheduler.shared_prefixes import WIDELY
 from tests.serving.client import document, flush, generate, question
 from tests.serving.conftest import COMMON, STRICT, checked
-from tests.serving.faulty import UNDER_PRESSURE, Faults
+from tests.serving.faulty import UNDER_PRESSURE, WHEN_CALM, Faults
 from tests.serving.test_lifetimes import wait_for
 
 pytestmark = pytest.mark.long
@@ -190,6 +190,41 @@ def test_a_defect_under_pressure_ends_nothing_and_changes_no_answer(faulty: tupl
     assert "leak" not in known.server.log() and "panicked" not in known.server.log()
 
 
+def restored(server: Server) -> int:
+    return int(server.get("/obcache/status")["counters"]["restored"])
+
+
+def ask_under_pressure_and_after(known: Known, *, until: Callable[[], bool]) -> None:
+    """A document is compressed for want of room and asked about again, then nobody waits. All answers are right."""
+    flush(known.server)
+    topics = sorted({topic for topic, _ in known.prompts})[:2]
+    other = {"input_ids": known.long_text, "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
+
+    def ask(key: Key) -> None:
+        _, problem = known.problem(key, known.send(key))
+        assert problem is None
+
+    for asked in ASKED[:2]:
+        for topic in topics:
+            ask((topic, asked))
+    known.server.post("/generate", other)
+    for asked in ASKED[:2]:  # the pool may have lost it: then the first has it compressed
+        ask((topics[0], asked))
+    wait_for(until)
+    ask((topics[0], ASKED[2]))
+
+
+@pytest.mark.parametrize("name", WHEN_CALM)
+def test_a_defect_after_pressure_ends_nothing_and_changes_no_answer(faulty: tuple[Known, Faults], name: str) -> None:
+    known, faults = faulty
+    with faults.of(name):
+        ask_under_pressure_and_after(known, until=lambda: name in faults.raised())
+    known.check_is_empty()
+    before = restored(known.server)
+    ask_under_pressure_and_after(known, until=lambda: restored(known.server) > before)
+    known.check_is_empty()
+
+
 def ask_all(known: Known) -> list[str]:
     """Every question about every document, three documents' worth at a time, with other text between. What is wrong with the answers."""
     problems = []
@@ -233,4 +268,14 @@ def test_a_defect_of_one_rank_under_pressure_is_all_ranks_defect(faulty_ranks: t
     known.check_is_empty()
     assert not ask_all(known)
     assert known.server.get("/obcache/status")["counters"]["in_place"] > 0
+    known.check_is_empty()
+
+
+def test_ranks_read_a_context_exactly_again(faulty_ranks: tuple[Known, Faults]) -> None:
+    known, faults = faulty_ranks
+    name = "scheduler.pressure.UnderPressure.text_before@1"
+    with faults.of(name):
+        ask_under_pressure_and_after(known, until=lambda: name in faults.raised())
+    before = restored(known.server)
+    ask_under_pressure_and_after(known, until=lambda: restored(known.server) > before)
     known.check_is_empty()

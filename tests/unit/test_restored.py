@@ -150,11 +150,11 @@ def test_text_that_was_used_after_it_does_not() -> None:
     assert cached(drive, LATER) == len(LATER) and state(drive, CONTEXT, OTHER, THIRD) == ["compressed", "compressed", "exact"]
 
 
-def test_a_rank_that_cannot_make_room_says_so_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_cannot_plan_says_so_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     drive, votes = pressed(), []
     asked(drive, CONTEXT)
     monkeypatch.setattr(drive.manager.jobs, "agree", lambda mine: votes.append(mine) or mine)
-    monkeypatch.setattr(drive.manager.under_pressure, "make_room_of_text", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(drive.manager.under_pressure, "text_before", lambda *args: 1 / 0)
     assert drive.step() == [] and votes == [False] and state(drive, CONTEXT) == ["compressed"]
 
 
