@@ -62,10 +62,10 @@ def test_streams_have_the_header_too(client: Any, text: str) -> None:
             "content": [{"type": "text", "text": text, "cache_control": EPHEMERAL}, {"type": "text", "text": "Why?"}],
         }
     ]
-    with client.messages.stream(model="default", max_tokens=8, messages=messages) as stream:
+    with client.messages.stream(model="default", max_tokens=NEW_TOKENS, messages=messages) as stream:
         assert kinds(stream.response.headers["X-Obcache"])["status"] == "compressed"
         message = stream.get_final_message()
-    assert message.usage.output_tokens == 8
+    assert message.usage.output_tokens == NEW_TOKENS
 
 
 def test_tokens_are_counted_without_the_marker(client: Any, text: str) -> None:
