@@ -123,7 +123,10 @@ class Jobs:
         return job, ""
 
     def make_measuring(self, like: Any, measurement: Measurement) -> tuple[CompressionJob | None, str]:
-        """A job that only reads a context, and scores it where its method replays, or None and why it cannot be. No request waits for it. like: as a request has these fields."""
+        """A job that only reads a context, and scores it where its method replays, or None and why it cannot be. No request waits for it.
+
+        like: as a request has these fields.
+        """
         context = measurement.context
         passes = self._replay_passes(context)
         if passes is None:
@@ -213,37 +216,36 @@ class Jobs:
             self.end(dead, completed=False)
 
     def end_unawaited(self) -> None:
-        """After an abort: ends the jobs nobody waits for any more. One whose last chunk runs is let finish: the work is done."""
+        """After an abort: ends the jobs nobody waits for any more."""
         for job in self.all():
             if not self.is_alive(job):  # all were aborted, and it with them
                 self.end(job, completed=False)
                 continue
-            if self.is_awaited(job):
-                continue
-            if job is self.engine.chunked_req:
-                self.engine.abort_after_chunk(job)
-            elif not job.kv.holds_kv:
-                self._dequeue(job)
-                self.end(job, completed=False)
-
-    def stop_unattended(self, lora_id: str | None = None) -> None:
-        """Takes compressions that no client waits for out of the queue; they are due again when they are asked about.
-
-        One whose prefill is under way ends with that. lora_id: of this LoRA adapter only.
-        """
-        for job in [req for req in self.engine.queue if isinstance(req, CompressionJob) and req.unattended]:
-            if lora_id is None or job.lora_id == lora_id:
-                self._dequeue(job)
-                self.end(job, completed=False)
+            if not self.is_awaited(job):
+                self._end_before_next_chunk(job)
 
     def forget_adapter(self, lora_id: str) -> None:
         """A LoRA adapter was unloaded. No client waits for anything of it, or SGLang would not have done so."""
-        self.stop_unattended(lora_id)
-        job = self.engine.chunked_req
-        if isinstance(job, CompressionJob) and job.lora_id == lora_id:
-            self.engine.finish_forwards()
-            self.engine.end_chunked("its LoRA adapter was unloaded")
-            self.engine.forget_last_batch()
+        for job in self.all():
+            if job.lora_id == lora_id:
+                self._end_before_next_chunk(job)
+
+    def _end_before_next_chunk(self, job: CompressionJob) -> None:
+        """At once, if it waits. One whose last chunk runs is let finish: the work is done."""
+        if job is self.engine.chunked_req:
+            self.engine.abort_after_chunk(job)
+        elif not job.kv.holds_kv:
+            self._dequeue(job)
+            self.end(job, completed=False)
+
+    def stop_unattended(self) -> None:
+        """Takes compressions that no client waits for out of the queue; they are due again when they are asked about.
+
+        One whose prefill is under way ends with that.
+        """
+        for job in [req for req in self.engine.queue if isinstance(req, CompressionJob) and req.unattended]:
+            self._dequeue(job)
+            self.end(job, completed=False)
 
     def give_engine_back(self) -> None:
         """The cache is to be flushed, or weights were changed: a compression that nobody waits for ends at once."""

@@ -309,9 +309,8 @@ def test_a_part_of_a_segment_has_the_segments_ratio() -> None:
 def test_a_ratio_for_each_segment_is_refused_where_it_cannot_be() -> None:
     with pytest.raises(InvalidValue, match=r"segment_ratios=\[0.5\] can be used with method=gate only; with tova"):
         CompressionSettings.resolve({"method": "tova", "segment_ratios": (0.5,)})
-    with pytest.raises(
-        InvalidValue, match=r"segment_ratios=\[0.0, 0.5\] can be used with method=gate only"
-    ):  # not exact_segments, which follows
+    # Not exact_segments, which follows from it.
+    with pytest.raises(InvalidValue, match=r"segment_ratios=\[0.0, 0.5\] can be used with method=gate only"):
         CompressionSettings.resolve({"method": "tova", "segment_ratios": (0.0, 0.5)})
     with pytest.raises(InvalidValue, match="max_kept_tokens=100 cannot be used with segment_ratios"):
         replace(GATE, segment_ratios=(0.5,), max_kept_tokens=100)
