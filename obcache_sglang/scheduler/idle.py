@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from obcache_sglang.compress.measurement import Measurement
 from obcache_sglang.kv.context import Context
 from obcache_sglang.scheduler import tree
 from obcache_sglang.scheduler.pressure import UnderPressure
-from obcache_sglang.scheduler.requests import CompressionJob, ContextReq
+from obcache_sglang.scheduler.requests import ContextReq
 
 logger = logging.getLogger(__name__)
 
 MAX_DEFERRED = 256
 """Contexts that wait until the engine is idle; of more the first to come is given up, until it is asked about again."""
-
-
-@dataclass
-class _Reading:
-    """A context that is read exactly again. req: who asked about it last. job: the prefill of its tokens."""
-
-    context: Context
-    req: ContextReq
-    job: CompressionJob
 
 
 class WhenIdle:
@@ -43,7 +34,8 @@ class WhenIdle:
         self._deferred: OrderedDict[str, tuple[Context, ContextReq]] = OrderedDict()
         # Served compressed for want of room, the one asked about last stands last.
         self._lossy: OrderedDict[str, tuple[Context, ContextReq]] = OrderedDict()
-        self._reading: _Reading | None = None
+        # What is read exactly again, as long as its job goes on.
+        self._reading: tuple[Context, ContextReq] | None = None
 
     def add(self, context: Context, req: ContextReq) -> None:
         """req: a question about it, served exactly for now."""
@@ -79,7 +71,7 @@ class WhenIdle:
         reading, self._reading = self._reading, None
         try:
             if reading is not None:
-                self._read(reading)
+                self._read(*reading)
             if self._deferred and (jobs.engine_is_idle() or jobs.room.is_tight):
                 self._compress(*self._deferred.popitem(last=False)[1])
             elif self._lossy and jobs.engine_is_idle() and not self.under_pressure.is_pressed:
@@ -115,7 +107,7 @@ class WhenIdle:
         job, _ = jobs.make_measuring(req, Measurement(read, lambda: None))
         if job is not None:
             jobs.engine.queue.insert(0, job)
-            self._reading = _Reading(context, req, job)
+            self._reading = context, req
 
     def _making_room(self, context: Context) -> list[int] | None:
         """What goes for a context's exact tokens; None where they do not fit, it is not to be read, or a defect of this rank keeps it from knowing."""
@@ -129,14 +121,14 @@ class WhenIdle:
             logger.exception("obcache: planning to read context %s again failed", context.id)
             return None
 
-    def _read(self, reading: _Reading) -> None:
+    def _read(self, context: Context, req: ContextReq) -> None:
         """The job of a reading has ended. Where all of the context is cached exactly, it is what stays exact until there is pressure again."""
-        cache, context = self.jobs.cache, reading.context
+        cache = self.jobs.cache
         num_tokens, _ = tree.match_exact(cache.tree, context)
         if num_tokens < context.num_tokens or not cache.is_resident(context):
             return
         # Not on the step of the ladder that it has reached.
-        settings = replace(context.settings, compression_ratio=reading.req.plan.settings.compression_ratio)
+        settings = replace(context.settings, compression_ratio=req.plan.settings.compression_ratio)
         first = cache.obtain(context.namespace, settings, context.tokens, context.judges, keep=(context,))
         if first is None:
             return
